@@ -1,0 +1,209 @@
+// The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay.
+//
+// Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry; outbox partitions.
+// Promises: an event is a pure function of its entry (and of the request's traceparent), so it can be rebuilt from the ledger,
+// and two builds of one entry's event are equal byte for byte. The JSON names are a contract: history's items carry the same.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+const (
+	eventType   = "wallet.entry.v1"
+	eventSource = "/v1/wallets" // ce_source; together with ce_subject it is the wallet's path
+	// timeFormat is RFC 3339 in UTC with exactly six decimals: a fixed width, which sorts as text and is what Postgres keeps.
+	timeFormat = "2006-01-02T15:04:05.000000Z"
+)
+
+// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the transaction's.
+func entryID(walletID, seq int64) string {
+	return string(appendEntryID(nil, walletID, seq))
+}
+
+func appendEntryID(dst []byte, walletID, seq int64) []byte {
+	dst = strconv.AppendInt(dst, walletID, 10)
+	dst = append(dst, '-')
+	return strconv.AppendInt(dst, seq, 10)
+}
+
+// appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are decimal strings without
+// trailing zeros, amount signed (negative leaves the wallet); times have timeFormat.
+func appendEvent(dst []byte, e *entry) []byte {
+	dst = append(dst, `{"wallet_id":`...)
+	dst = strconv.AppendInt(dst, e.WalletID, 10)
+	dst = append(dst, `,"seq":`...)
+	dst = strconv.AppendInt(dst, e.Seq, 10)
+	dst = append(dst, `,"transaction_id":"`...)
+	dst = e.appendTransactionID(dst)
+	dst = append(dst, `","kind":"`...)
+	dst = append(dst, e.Kind...)
+	dst = append(dst, `","currency":"`...)
+	dst = append(dst, e.Currency...)
+	dst = append(dst, `","amount":"`...)
+	dst = append(dst, e.Amount.String()...)
+	dst = append(dst, `","balance_before":"`...)
+	dst = append(dst, e.Balance.Sub(e.Amount).String()...)
+	dst = append(dst, balanceAfter...)
+	dst = append(dst, e.Balance.String()...)
+	if e.CounterpartyID != 0 {
+		dst = append(dst, `","counterparty":{"wallet_id":`...)
+		dst = strconv.AppendInt(dst, e.CounterpartyID, 10)
+		dst = append(dst, `,"seq":`...)
+		dst = strconv.AppendInt(dst, e.CounterpartySeq, 10)
+		dst = append(dst, `},"idempotency_key":`...)
+	} else {
+		dst = append(dst, `","idempotency_key":`...)
+	}
+	dst = strconv.AppendQuote(dst, e.Key) // printable ASCII only (parseKey), where Go's quoting is JSON's
+	dst = append(dst, `,"created_at":"`...)
+	dst = e.CreatedAt.UTC().AppendFormat(dst, timeFormat)
+	return append(dst, `"}`...)
+}
+
+const balanceAfter = `","balance_after":"`
+
+// eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent wrote: the last member.
+func eventTime(payload []byte) (string, error) {
+	tail := len(payload) - len(`"}`)
+	if tail < len(timeFormat) || !bytes.HasSuffix(payload[:tail-len(timeFormat)], []byte(`,"created_at":"`)) {
+		return "", fmt.Errorf("outbox payload does not end in created_at: %.300q", payload)
+	}
+	return string(payload[tail-len(timeFormat) : tail]), nil
+}
+
+// eventBalance is the balance after the entry out of an event's JSON, as text. No earlier member can contain its name: the
+// only free text, the idempotency key, comes later.
+func eventBalance(payload []byte) (string, error) {
+	_, rest, found := bytes.Cut(payload, []byte(balanceAfter))
+	balance, _, closed := bytes.Cut(rest, []byte{'"'})
+	if !found || !closed {
+		return "", fmt.Errorf("outbox payload has no balance_after: %.300q", payload)
+	}
+	return string(balance), nil
+}
+
+// header is one Kafka record header.
+type header struct{ key, value string }
+
+// eventHeaders are the headers of an event's Kafka record: CloudEvents 1.0 in Kafka's binary mode
+// (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the commit LSN of the
+// entry's transaction as an extension, and traceparent where the request had one.
+func eventHeaders(walletID, seq int64, payload []byte, traceparent string, commitLSN pglogrepl.LSN) ([]header, error) {
+	at, err := eventTime(payload)
+	if err != nil {
+		return nil, err
+	}
+	headers := []header{
+		{"ce_specversion", "1.0"},
+		{"ce_id", entryID(walletID, seq)},
+		{"ce_source", eventSource},
+		{"ce_type", eventType},
+		{"ce_time", at},
+		{"ce_subject", strconv.FormatInt(walletID, 10)},
+		{"ce_commitlsn", commitLSN.String()},
+		{"content-type", "application/json"},
+	}
+	if traceparent != "" {
+		headers = append(headers, header{"traceparent", traceparent})
+	}
+	return headers, nil
+}
+
+const insertOutbox = `
+INSERT INTO outbox (aggregate_id, seq, event_type, payload, traceparent)
+SELECT id, seq, '` + eventType + `', payload, nullif(traceparent, '')
+FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS e (id, seq, payload, traceparent)`
+
+// queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event exists if and only
+// if its entry does.
+func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
+	n := len(entries)
+	ids, seqs, payloads, traceparents := make([]int64, n), make([]int64, n), make([]string, n), make([]string, n)
+	var buf []byte
+	for i := range entries {
+		e := &entries[i]
+		buf = appendEvent(buf[:0], e)
+		ids[i], seqs[i], payloads[i], traceparents[i] = e.WalletID, e.Seq, string(buf), e.traceparent
+	}
+	return b.Queue(insertOutbox, ids, seqs, payloads, traceparents)
+}
+
+const outboxAhead = 48 * time.Hour // how far ahead partitions exist: how long a broken keeper may go unnoticed
+
+// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present hour no write
+// succeeds, so main calls it before it serves and every minute after.
+func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
+	var made int
+	if err := db.QueryRow(ctx, `SELECT outbox_make_partitions($1)`, outboxAhead).Scan(&made); err != nil {
+		return fmt.Errorf("make outbox partitions: %w", err)
+	}
+	if made > 0 {
+		slog.InfoContext(ctx, "outbox partitions made", "count", made, "ahead", outboxAhead)
+	}
+	return nil
+}
+
+// outboxPartition is one hour of the outbox.
+type outboxPartition struct {
+	Name             string
+	StartsAt, EndsAt time.Time
+	Bytes            int64
+}
+
+func listOutboxPartitions(ctx context.Context, db *pgxpool.Pool) ([]outboxPartition, error) {
+	rows, _ := db.Query(ctx, `SELECT name, starts_at, ends_at, bytes FROM outbox_partition ORDER BY starts_at`)
+	parts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[outboxPartition])
+	if err != nil {
+		return nil, fmt.Errorf("list outbox partitions: %w", err)
+	}
+	return parts, nil
+}
+
+// dropOutboxPartitions drops the hours that ended more than retention ago and of which published is true: the relay's leader
+// says so of what its checkpoint is past; without a relay, age alone decides. closed remembers, between calls, the end of the
+// WAL that everything in an hour was committed before; a nil closed means that nobody is to publish the rows.
+func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration, closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
+	parts, err := listOutboxPartitions(ctx, db)
+	if err != nil {
+		return err
+	}
+	for _, p := range parts {
+		if time.Since(p.EndsAt) < retention {
+			break // sorted by time
+		}
+		if closed != nil {
+			if _, ok := closed[p.Name]; !ok {
+				var end pgtype.Text
+				if err := db.QueryRow(ctx, `SELECT outbox_close_partition($1)::text`, p.Name).Scan(&end); err != nil {
+					return fmt.Errorf("close outbox partition %s: %w", p.Name, err)
+				}
+				lsn, err := pglogrepl.ParseLSN(end.String)
+				if err != nil {
+					return fmt.Errorf("close outbox partition %s: %w", p.Name, err)
+				}
+				closed[p.Name] = lsn
+			}
+			if checkpoint < closed[p.Name] {
+				continue // not wholly published yet
+			}
+		}
+		if _, err := db.Exec(ctx, `SELECT outbox_drop_partition($1)`, p.Name); err != nil {
+			return fmt.Errorf("drop outbox partition %s: %w", p.Name, err)
+		}
+		delete(closed, p.Name)
+		slog.InfoContext(ctx, "outbox partition dropped", "partition", p.Name, "bytes", p.Bytes)
+	}
+	return nil
+}

@@ -1,0 +1,208 @@
+-- The ledger's tables, and every rule about money that a database can enforce by itself: constraint names state the rule.
+--
+-- main.go applies this file at start, as the owner (MIGRATE_URL), in one transaction and under an advisory lock: whichever
+-- replica comes first does it, and running it again changes nothing. Three roles meet here:
+--   owner    owns the tables, makes and drops outbox partitions (the SECURITY DEFINER functions below), owns the publication;
+--   service  reads everything, adds wallets, entries and outbox rows, moves a wallet's balance: no DDL, no change of an entry;
+--   relay    REPLICATION only; it reads the outbox from the WAL, through the publication.
+-- The names of the last two arrive as settings of the migrating session, wallet.service_role and wallet.relay_role. On a
+-- laptop all three may be one role.
+
+CREATE TABLE IF NOT EXISTS wallet_schema (
+    version    integer     PRIMARY KEY,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE wallet_schema IS 'The wallet service''s schema: its highest version is the one in force.';
+
+-- ---------------------------------------------------------------------------------------------------------------------
+-- Ledger
+-- ---------------------------------------------------------------------------------------------------------------------
+
+-- A currency's scale is how many decimals its amounts may have. It must never change once a wallet uses it.
+CREATE TABLE IF NOT EXISTS currency (
+    code  text     PRIMARY KEY CONSTRAINT currency_code_well_formed CHECK (code ~ '^[A-Z][A-Z0-9]{2,9}$'),
+    scale smallint NOT NULL    CONSTRAINT currency_scale_in_range   CHECK (scale BETWEEN 0 AND 18)
+);
+
+-- A wallet's row is the head of its chain of entries: balance and time of entry number seq. fillfactor leaves room on each
+-- page for the next versions of its rows, so that an update stays on the page and touches no index (HOT).
+CREATE TABLE IF NOT EXISTS wallet (
+    id           bigint      PRIMARY KEY CONSTRAINT wallet_id_positive CHECK (id > 0),
+    seq          bigint      NOT NULL DEFAULT 0 CONSTRAINT seq_not_negative CHECK (seq >= 0),
+    entry_at     timestamptz,           -- the last entry's created_at; null before the first
+    created_at   timestamptz NOT NULL,
+    currency     text        NOT NULL CONSTRAINT wallet_currency_known REFERENCES currency (code),
+    balance      numeric     NOT NULL DEFAULT 0
+        CONSTRAINT balance_not_negative CHECK (balance >= 0)
+        CONSTRAINT balance_at_most_20_digits CHECK (balance < 100000000000000000000),
+    creation_key text,                  -- idempotency key of POST /v1/wallets; null where a deposit or transfer made the wallet
+    CONSTRAINT wallet_without_entries_is_empty CHECK ((seq = 0) = (entry_at IS NULL) AND (seq > 0 OR balance = 0))
+) WITH (fillfactor = 60);
+CREATE UNIQUE INDEX IF NOT EXISTS wallet_creation_key_once ON wallet (creation_key) WHERE creation_key IS NOT NULL;
+
+DO $$ BEGIN
+    CREATE TYPE entry_kind AS ENUM ('deposit', 'withdrawal', 'transfer_out', 'transfer_in');
+EXCEPTION WHEN duplicate_object THEN NULL;
+END $$;
+
+-- One signed leg of a movement of money, never changed once written. seq counts a wallet's entries from 1 without a gap;
+-- created_at never decreases with it, so a time is found by bisecting the primary key. The idempotency key is unique among a
+-- wallet's initiating entries (a transfer_in carries the payer's key, which may equal one of the payee's).
+CREATE TABLE IF NOT EXISTS entry (
+    wallet_id        bigint      NOT NULL CONSTRAINT entry_wallet_exists REFERENCES wallet (id),
+    seq              bigint      NOT NULL CONSTRAINT entry_seq_positive CHECK (seq > 0),
+    counterparty_id  bigint,
+    counterparty_seq bigint      CONSTRAINT counterparty_seq_positive CHECK (counterparty_seq > 0),
+    created_at       timestamptz NOT NULL,
+    kind             entry_kind  NOT NULL,
+    amount           numeric     NOT NULL CONSTRAINT amount_at_most_18_decimals CHECK (scale(amount) <= 18),
+    balance          numeric     NOT NULL CONSTRAINT entry_balance_not_negative CHECK (balance >= 0),   -- after this entry
+    idempotency_key  text        NOT NULL CONSTRAINT idempotency_key_1_to_255 CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
+    PRIMARY KEY (wallet_id, seq),
+    CONSTRAINT amount_sign_fits_kind CHECK (CASE WHEN kind IN ('deposit', 'transfer_in') THEN amount > 0 ELSE amount < 0 END),
+    CONSTRAINT balance_before_not_negative CHECK (balance >= amount),
+    CONSTRAINT transfer_has_counterparty CHECK ((kind IN ('transfer_out', 'transfer_in')) = (counterparty_id IS NOT NULL)
+        AND (counterparty_id IS NULL) = (counterparty_seq IS NULL)),
+    CONSTRAINT counterparty_is_another CHECK (counterparty_id <> wallet_id)
+);
+CREATE UNIQUE INDEX IF NOT EXISTS idempotency_key_posts_once ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in';
+
+CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% of % is refused: %', lower(TG_OP), TG_TABLE_NAME, TG_ARGV[0] USING ERRCODE = 'restrict_violation';
+END $$;
+CREATE OR REPLACE TRIGGER entry_is_immutable BEFORE UPDATE OR DELETE OR TRUNCATE ON entry
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('an entry is never changed; post a correcting one');
+CREATE OR REPLACE TRIGGER wallet_identity_is_immutable BEFORE UPDATE OF id, currency, created_at, creation_key ON wallet
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('id, currency and creation of a wallet are final');
+CREATE OR REPLACE TRIGGER wallet_is_never_deleted BEFORE DELETE OR TRUNCATE ON wallet
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a wallet is never deleted');
+CREATE OR REPLACE TRIGGER currency_scale_is_immutable BEFORE UPDATE OR TRUNCATE ON currency
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a scale is final; add another code');
+
+-- ---------------------------------------------------------------------------------------------------------------------
+-- Outbox: one row per entry, in the same commit; the relay streams it out of the WAL, so nothing ever reads or updates it
+-- ---------------------------------------------------------------------------------------------------------------------
+
+-- Partitioned by the hour of the writing transaction's start, by the database's clock. No index: rows are never looked up,
+-- and leave by DROP TABLE of a whole hour, so that there is no bloat and no vacuum debt. The event's id is aggregate_id-seq.
+CREATE TABLE IF NOT EXISTS outbox (
+    created_at     timestamptz NOT NULL DEFAULT now(),
+    aggregate_id   bigint      NOT NULL,     -- the wallet
+    seq            bigint      NOT NULL,     -- the entry's number within the wallet
+    aggregate_type text        NOT NULL DEFAULT 'wallet',
+    event_type     text        NOT NULL,
+    payload        text        NOT NULL,     -- the event's JSON, byte for byte what Kafka gets
+    traceparent    text                      -- W3C Trace Context of the request
+) PARTITION BY RANGE (created_at);
+
+-- What partitions there are. A partition's name holds the UTC hour that it covers.
+CREATE OR REPLACE VIEW outbox_partition AS
+SELECT c.relname::text                                                                      AS name,
+       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH')                       AS starts_at,
+       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH') + interval '1 hour'   AS ends_at,
+       pg_total_relation_size(c.oid)                                                        AS bytes
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = 'outbox'::regclass;
+
+-- Makes the partitions from this hour until `ahead` from now that are missing, and returns how many. Without a partition for
+-- the present hour no write succeeds, so every replica calls this, days ahead. CREATE then ATTACH takes no lock that a writer
+-- waits for.
+CREATE OR REPLACE FUNCTION outbox_make_partitions(ahead interval) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '1s' SET search_path FROM CURRENT AS $$
+DECLARE
+    made integer := 0;
+    hour timestamptz;
+    part text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('wallet.outbox_partitions'));
+    FOR hour IN SELECT generate_series(date_trunc('hour', now(), 'UTC'), now() + ahead, interval '1 hour') LOOP
+        part := 'outbox_' || to_char(hour AT TIME ZONE 'UTC', 'YYYYMMDDHH24');
+        IF EXISTS (SELECT FROM outbox_partition p WHERE p.name = part) THEN
+            CONTINUE;
+        END IF;
+        EXECUTE format('CREATE TABLE %I (LIKE outbox INCLUDING DEFAULTS)', part);
+        EXECUTE format('ALTER TABLE outbox ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)', part, hour, hour + interval '1 hour');
+        made := made + 1;
+    END LOOP;
+    RETURN made;
+END $$;
+
+-- An end of the WAL that everything in a past partition was committed before. The SHARE lock waits for the transactions
+-- that still have rows in it; later ones start after its hour and write to another.
+CREATE OR REPLACE FUNCTION outbox_close_partition(part text) RETURNS pg_lsn
+    LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' SET search_path FROM CURRENT AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM outbox_partition p WHERE p.name = part AND p.ends_at <= now()) THEN
+        RAISE EXCEPTION '% is not a past partition of the outbox', part USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format('LOCK TABLE %I IN SHARE MODE', part);
+    RETURN pg_current_wal_insert_lsn();
+END $$;
+
+-- Drops a past partition. The caller knows that its rows were published (or that nobody is to publish them).
+CREATE OR REPLACE FUNCTION outbox_drop_partition(part text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' SET search_path FROM CURRENT AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM outbox_partition p WHERE p.name = part AND p.ends_at <= now()) THEN
+        RAISE EXCEPTION '% is not a past partition of the outbox', part USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format('DROP TABLE %I', part);
+END $$;
+
+-- Inserts only, and under the root's name: dropping a partition is silent.
+DO $$ BEGIN
+    CREATE PUBLICATION wallet_outbox FOR TABLE outbox WITH (publish = 'insert', publish_via_partition_root = true);
+EXCEPTION WHEN duplicate_object THEN NULL;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------------------------------
+-- Rights
+-- ---------------------------------------------------------------------------------------------------------------------
+
+REVOKE ALL ON FUNCTION outbox_make_partitions(interval), outbox_close_partition(text), outbox_drop_partition(text) FROM PUBLIC;
+DO $$
+DECLARE
+    service text := current_setting('wallet.service_role');
+    relay   text := current_setting('wallet.relay_role');
+BEGIN
+    IF service <> current_user THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), service);
+        EXECUTE format('GRANT SELECT ON wallet_schema, currency, wallet, entry, outbox, outbox_partition TO %I', service);
+        EXECUTE format('GRANT INSERT ON wallet, entry, outbox TO %I', service);
+        EXECUTE format('GRANT UPDATE (seq, entry_at, balance) ON wallet TO %I', service);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION outbox_make_partitions(interval), outbox_close_partition(text), '
+            'outbox_drop_partition(text) TO %I', service);
+    END IF;
+    IF relay <> current_user THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), relay);
+    END IF;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------------------------------
+-- Currencies: ISO 4217 with its minor units (funds and metals left out), and the common crypto assets with the decimals of
+-- their own ledgers. Add others with INSERT; the service sees them within a minute.
+-- ---------------------------------------------------------------------------------------------------------------------
+
+INSERT INTO currency (code, scale)
+SELECT code, scale
+FROM (VALUES
+    (0, 'BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF'),
+    (2, 'AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CNY COP CRC CUP CVE '
+        'CZK DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GTQ GYD HKD HNL HTG HUF IDR ILS INR IRR JMD KES KGS KHR '
+        'KPW KYD KZT LAK LBP LKR LRD LSL MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD PAB '
+        'PEN PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TOP TRY '
+        'TTD TWD TZS UAH USD UYU UZS VED VES WST XCD XCG YER ZAR ZMW ZWG'),
+    (3, 'BHD IQD JOD KWD LYD OMR TND'),
+    (4, 'CLF UYW'),
+    (6, 'ADA ALGO ATOM TRX USDC USDT XRP'),
+    (7, 'XLM'),
+    (8, 'BCH BTC DOGE HBAR LTC'),
+    (9, 'SOL SUI TON'),
+    (10, 'DOT'),
+    (12, 'XMR'),
+    (18, 'AVAX BNB DAI ETC ETH LINK POL SHIB UNI')
+) AS scales (scale, codes), LATERAL unnest(string_to_array(codes, ' ')) AS code
+ON CONFLICT (code) DO NOTHING;
+
+INSERT INTO wallet_schema (version) VALUES (1) ON CONFLICT (version) DO NOTHING;
