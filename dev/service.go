@@ -1,0 +1,150 @@
+// The service itself, as a user of the stack runs it: built from the module above this one, one process per replica,
+// configured by environment alone.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// checkout finds the folder of the service's module from anywhere inside it; this module is its folder dev.
+func checkout() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if mod, err := os.ReadFile(filepath.Join(dir, "dev", "go.mod")); err == nil && strings.HasPrefix(string(mod), "module wallet/dev\n") {
+			return dir, nil
+		}
+		if dir == "/" {
+			return "", errors.New("not inside the checkout: change into it, then `go run -C dev .`")
+		}
+	}
+}
+
+func buildService(ctx context.Context, procs *processes, data string, say func(string, ...any)) (string, error) {
+	root, err := checkout()
+	if err != nil {
+		return "", err
+	}
+	say("compiling the service (slow the first time)")
+	binary := filepath.Join(data, "wallet")
+	build := exec.Command("go", "build", "-o", binary, ".")
+	build.Dir = root
+	return binary, procs.run(ctx, "go-build", build)
+}
+
+// listenAddresses are those of all replicas: -listen and the ports after it.
+func (c config) listenAddresses() ([]string, error) {
+	host, port, err := net.SplitHostPort(c.listen)
+	first, err2 := strconv.Atoi(port)
+	if err != nil || err2 != nil {
+		return nil, fmt.Errorf("-listen %s: say host:port, as in 127.0.0.1:8080", c.listen)
+	}
+	var all []string
+	for i := range c.replicas {
+		address := net.JoinHostPort(host, strconv.Itoa(first+i))
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("the service cannot listen on %s (%w): choose another place with -listen", address, err)
+		}
+		l.Close()
+		all = append(all, address)
+	}
+	return all, nil
+}
+
+// startService starts the replicas one after the other: the first applies the schema.
+func (s *stack) startService(ctx context.Context, binary string) error {
+	listen, err := s.cfg.listenAddresses()
+	if err != nil {
+		return err
+	}
+	// Whatever of a real deployment stands in a developer's environment must not meet this stack.
+	environment := slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "MIGRATE_URL=") || strings.HasPrefix(v, "REPLICATION_URL=") || strings.HasPrefix(v, "PG")
+	})
+	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL,
+		"KAFKA_BROKERS="+s.address.KafkaBrokers, "RATE_LIMIT=0")
+	for i, address := range listen {
+		w := &server{name: "wallet"}
+		if len(listen) > 1 {
+			w.name = fmt.Sprintf("wallet%d", i+1)
+		}
+		w.start = func() (*child, error) {
+			cmd := exec.Command(binary)
+			cmd.Dir = s.cfg.data
+			cmd.Env = append(slices.Clone(environment), "LISTEN_ADDR="+address)
+			return s.procs.start(w.name, cmd, syscall.SIGTERM)
+		}
+		w.ready = func(ctx context.Context) error { return untilReady(ctx, "http://"+address+"/readyz") }
+		s.servers = append(s.servers, w)
+		s.address.HTTP = append(s.address.HTTP, "http://"+address)
+		if err := s.up(ctx, w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func untilReady(ctx context.Context, url string) error {
+	client := http.Client{Timeout: 2 * time.Second}
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := client.Do(req); err == nil {
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// guide is what a human sees once all is ready.
+func (s *stack) guide() string {
+	var data string
+	if s.cfg.dataNamed {
+		data = " -data " + s.cfg.data
+	}
+	return fmt.Sprintf(`
+The wallet service is ready.
+
+  service   %s
+  postgres  %s
+  redis     %s
+  kafka     %s
+  data      %s (logs in logs/)
+
+Try, in another terminal:
+
+  curl --json '{"amount":"100","idempotency_key":"d1"}' %[6]s/v1/wallets/1/deposit
+  curl --json '{"amount":"10.50","to_id":2,"idempotency_key":"t1"}' %[6]s/v1/wallets/1/transfer
+  curl %[6]s/v1/wallets/1/balance
+  curl %[6]s/v1/wallets/1/history
+  go run -C dev . events%[7]s -from start
+
+Ctrl-C stops everything; the data stays.
+`, strings.Join(s.address.HTTP, "  "), s.address.DatabaseURL, s.address.RedisURL, s.address.KafkaBrokers, s.cfg.data,
+		s.address.HTTP[0], data)
+}

@@ -1,0 +1,464 @@
+// The stack: which servers there are, in which order they start and stop, who watches them, and the control lines by
+// which tests kill, stop, freeze and start them again.
+//
+// One goroutine, run, owns all of it once everything is up: deaths, control lines and the wish to stop reach it
+// through channels, so that no two of them interleave.
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// readyWait bounds every wait for a server to be ready; a long crash recovery must fit.
+const readyWait = 3 * time.Minute
+
+// config is what the flags say; see newFlags for their meaning.
+type config struct {
+	services bool // servers only, driven by standard input
+
+	data        string // empty: a temporary folder
+	dataNamed   bool   // by a flag: it must be said again where it matters
+	fresh       bool
+	postgres    string
+	postgresSet []string
+	redis       string
+	kafka       string
+	brokers     int
+	java        string
+
+	listen   string
+	replicas int
+	json     bool
+}
+
+// server is one thing that runs: how to start it and to know it ready, and its process while it has one.
+type server struct {
+	name   string
+	start  func() (*child, error)
+	ready  func(context.Context) error
+	noKill string // why SIGKILL is refused, if it is
+
+	child *child // nil while it is down by our doing
+}
+
+type stack struct {
+	cfg     config
+	out     io.Writer // standard output
+	procs   *processes
+	lock    *os.File
+	nextTry int // the next port to try
+	began   time.Time
+
+	servers []*server // in the order they start; the reverse is the order they stop
+	died    chan *child
+
+	address addresses
+}
+
+// addresses is what the JSON line says, and what stack.json in the data folder keeps for `events`.
+type addresses struct {
+	HTTP         []string       `json:"http,omitempty"`
+	DatabaseURL  string         `json:"database_url"`
+	RedisURL     string         `json:"redis_url"`
+	KafkaBrokers string         `json:"kafka_brokers"`
+	PIDs         map[string]any `json:"pids"`
+}
+
+const addressFile = "stack.json"
+
+// ours are the names that a data folder may hold; -fresh removes these and nothing else.
+var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressFile}
+
+// runStack is the whole life of a stack; it returns when ctx ends, a server dies, or with services input ends.
+func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
+	s := &stack{cfg: cfg, out: out, began: time.Now(), died: make(chan *child, 16)}
+	// Stacks that start at the same time search from different places: between finding a port and using it another
+	// may take it. Below 32768: a client's own port must never be a server's, or it can connect to itself while the
+	// server is down.
+	s.nextTry = 10000 + os.Getpid()%1100*20
+
+	temporary := cfg.data == ""
+	if temporary {
+		if s.cfg.data, err = os.MkdirTemp("", "wallet-dev-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(s.cfg.data)
+		if err := os.Chmod(s.cfg.data, 0o755); err != nil { // nobody must reach what is in it
+			return err
+		}
+	}
+	if err := s.openData(ctx); err != nil {
+		return err
+	}
+	defer s.lock.Close()
+	if s.procs, err = newProcesses(s.lock, filepath.Join(s.cfg.data, "logs")); err != nil {
+		return err
+	}
+	defer s.procs.close()
+	if temporary {
+		s.procs.removeAtEnd(s.cfg.data)
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var lines chan string
+	if cfg.services {
+		lines = make(chan string)
+		go func() {
+			for input := bufio.NewScanner(in); input.Scan(); {
+				select {
+				case lines <- input.Text():
+				case <-ctx.Done():
+					return
+				}
+			}
+			cancel(errInputEnded)
+		}()
+	}
+	defer s.stop()
+	if err := s.start(ctx); err != nil {
+		if ctx.Err() != nil {
+			return s.stopping(ctx) // before all was up
+		}
+		return err
+	}
+	if err := s.announce(); err != nil {
+		return err
+	}
+	return s.run(ctx, lines)
+}
+
+var errInputEnded = errors.New("standard input ended")
+
+// openData makes the data folder, locks it and wipes it if that was asked for.
+func (s *stack) openData(ctx context.Context) error {
+	var err error
+	if s.cfg.data, err = filepath.Abs(s.cfg.data); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(s.cfg.data, 0o755); err != nil {
+		return err
+	}
+	if s.lock, err = os.OpenFile(filepath.Join(s.cfg.data, "lock"), os.O_CREATE|os.O_RDWR, 0o644); err != nil {
+		return err
+	}
+	for {
+		err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			break
+		}
+		// The servers hold the lock too. When the stack that started them was killed, they need a moment to end.
+		owner, _ := os.ReadFile(filepath.Join(s.cfg.data, "lock"))
+		pid, _ := strconv.Atoi(string(owner))
+		if _, alive := processTable()[pid]; alive || time.Since(s.began) > 2*endWait {
+			return fmt.Errorf("the data folder %s is in use by another stack (process %d): stop that one, or give this one its own with -data", s.cfg.data, pid)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(s.lock.Truncate(0), writeAt(s.lock, strconv.Itoa(os.Getpid()))); err != nil {
+		return err
+	}
+	wipe := []string{"logs", addressFile}
+	if s.cfg.fresh {
+		wipe = ours
+	}
+	for _, pattern := range wipe {
+		found, _ := filepath.Glob(filepath.Join(s.cfg.data, pattern))
+		for _, path := range found {
+			if err := os.RemoveAll(path); err != nil {
+				return err
+			}
+		}
+	}
+	return os.MkdirAll(filepath.Join(s.cfg.data, "logs"), 0o755)
+}
+
+func writeAt(f *os.File, text string) error {
+	_, err := f.WriteAt([]byte(text), 0)
+	return err
+}
+
+// say reports progress, for humans.
+func (s *stack) say(name string) func(string, ...any) {
+	return func(format string, args ...any) {
+		fmt.Fprintf(os.Stderr, "%5.1fs %-8s  %s\n", time.Since(s.began).Seconds(), name, fmt.Sprintf(format, args...))
+	}
+}
+
+// port finds a free one on loopback. Not for several goroutines.
+func (s *stack) port() int {
+	for {
+		s.nextTry++
+		if s.nextTry >= 32768 {
+			s.nextTry = 10000
+		}
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", s.nextTry)); err == nil {
+			l.Close()
+			return s.nextTry
+		}
+	}
+}
+
+// start brings everything up: the servers side by side, then the service.
+func (s *stack) start(ctx context.Context) error {
+	ports := make([]int, 2)
+	for i := range ports {
+		ports[i] = s.port()
+	}
+	// One goroutine makes all Kafka servers and takes all ports from here on.
+	var database, cache *server
+	var kafka []*server
+	var binary string
+	group, together := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		p, err := newPostgres(together, s.procs, s.cfg.postgres, s.cfg.data, ports[0], s.cfg.postgresSet, s.cfg.fresh, s.say("postgres"))
+		if err != nil {
+			return err
+		}
+		s.address.DatabaseURL = p.url("wallet")
+		database = &server{name: "postgres", start: p.start, ready: p.ready}
+		return s.up(together, database)
+	})
+	group.Go(func() error {
+		r, err := newRedis(s.procs, s.cfg.redis, filepath.Join(s.cfg.data, "redis"), ports[1], s.say("redis"))
+		if err != nil {
+			return err
+		}
+		s.address.RedisURL = "redis://" + r.address()
+		cache = &server{name: "redis", start: r.start, ready: r.ready}
+		return s.up(together, cache)
+	})
+	group.Go(func() error {
+		var brokers []*broker
+		var noKill string
+		switch s.cfg.kafka {
+		case "embedded":
+			b, err := newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
+			if err != nil {
+				return err
+			}
+			brokers = append(brokers, b)
+			noKill = "the embedded Kafka does not survive SIGKILL (it may hide events afterwards): start with -kafka apache to kill it"
+		case "apache":
+			var err error
+			if brokers, err = newApache(together, s.procs, s.cfg.data, s.cfg.brokers, s.cfg.java, s.port, s.say("kafka")); err != nil {
+				return err
+			}
+		default:
+			s.address.KafkaBrokers = s.cfg.kafka
+		}
+		var all []string
+		var starts errgroup.Group
+		for _, b := range brokers {
+			k := &server{name: b.name, start: b.start, ready: b.ready, noKill: noKill}
+			kafka = append(kafka, k)
+			all = append(all, b.address())
+			starts.Go(func() error { return s.up(together, k) })
+		}
+		if len(all) > 0 {
+			s.address.KafkaBrokers = strings.Join(all, ",")
+		}
+		return starts.Wait()
+	})
+	if !s.cfg.services {
+		group.Go(func() (err error) {
+			binary, err = buildService(together, s.procs, s.cfg.data, s.say("wallet"))
+			return err
+		})
+	}
+	err := group.Wait()
+	for _, server := range append([]*server{database, cache}, kafka...) {
+		if server != nil {
+			s.servers = append(s.servers, server)
+		}
+	}
+	if err != nil || s.cfg.services {
+		return err
+	}
+	return s.startService(ctx, binary)
+}
+
+// up starts a server and waits until it is ready.
+func (s *stack) up(ctx context.Context, server *server) error {
+	c, err := server.start()
+	if err != nil {
+		return err
+	}
+	server.child = c
+	ctx, cancel := context.WithTimeoutCause(ctx, readyWait, fmt.Errorf("%s is not ready after %v; its log is %s", server.name, readyWait, c.log))
+	defer cancel()
+	ready := make(chan error, 1)
+	go func() { ready <- server.ready(ctx) }()
+	select {
+	case <-c.done:
+		return c.failure()
+	case err := <-ready:
+		if err != nil && !c.alive() {
+			return c.failure()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	s.say(server.name)("ready (process %d)", c.pid)
+	go func() {
+		<-c.done
+		if !c.wanted.Load() {
+			s.died <- c
+		}
+	}()
+	return nil
+}
+
+// announce says where everything listens: the JSON line and stack.json, and for humans what to try.
+func (s *stack) announce() error {
+	s.address.PIDs = s.pids()
+	line, err := json.Marshal(s.address)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(s.cfg.data, addressFile), append(line, '\n'), 0o644); err != nil {
+		return err
+	}
+	if s.cfg.services || s.cfg.json {
+		_, err = fmt.Fprintf(s.out, "%s\n", line)
+		return err
+	}
+	_, err = io.WriteString(s.out, s.guide())
+	return err
+}
+
+func (s *stack) pids() map[string]any {
+	pids := map[string]any{}
+	var wallets []int
+	for _, server := range s.servers {
+		switch {
+		case server.child == nil:
+		case strings.HasPrefix(server.name, "wallet"):
+			wallets = append(wallets, server.child.pid)
+			pids["wallet"] = wallets
+		default:
+			pids[server.name] = server.child.pid
+		}
+	}
+	return pids
+}
+
+// run watches and obeys until the end.
+func (s *stack) run(ctx context.Context, lines <-chan string) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return s.stopping(ctx)
+		case c := <-s.died:
+			return c.failure()
+		case line := <-lines:
+			answer := map[string]any{}
+			if err := s.obey(ctx, strings.Fields(line)); err != nil {
+				answer["error"] = err.Error()
+			} else {
+				answer["ok"] = line
+				answer["pids"] = s.pids()
+			}
+			text, err := json.Marshal(answer)
+			if err != nil {
+				return err
+			}
+			if _, err := fmt.Fprintf(s.out, "%s\n", text); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// stopSignals are the ways to stop Postgres; the others know one.
+var stopSignals = map[string]syscall.Signal{"fast": syscall.SIGINT, "immediate": syscall.SIGQUIT}
+
+// obey does what one control line says and returns when it is done.
+func (s *stack) obey(ctx context.Context, words []string) error {
+	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME")
+	if len(words) < 2 || len(words) > 2 && words[0] != "stop" || len(words) > 3 {
+		return usage
+	}
+	i := slices.IndexFunc(s.servers, func(x *server) bool { return x.name == words[1] })
+	if i < 0 {
+		var names []string
+		for _, x := range s.servers {
+			names = append(names, x.name)
+		}
+		return fmt.Errorf("there is no %q here, only %s", words[1], strings.Join(names, ", "))
+	}
+	server := s.servers[i]
+	if up := server.child != nil; up == (words[0] == "start") {
+		return fmt.Errorf("%s is %s", server.name, map[bool]string{true: "up already", false: "down"}[up])
+	}
+	switch words[0] {
+	case "start":
+		err := s.up(ctx, server)
+		if err != nil && server.child != nil { // down as before, for another try
+			server.child.kill()
+			server.child = nil
+		}
+		return err
+	case "kill":
+		if server.noKill != "" {
+			return errors.New(server.noKill)
+		}
+		server.child.kill()
+		server.child = nil
+	case "stop":
+		var how syscall.Signal
+		if len(words) == 3 {
+			if how = stopSignals[words[2]]; how == 0 || server.name != "postgres" {
+				return usage
+			}
+		}
+		err := server.child.end(how)
+		server.child = nil
+		return err
+	case "pause":
+		server.child.pause()
+	case "resume":
+		server.child.resume()
+	default:
+		return usage
+	}
+	return nil
+}
+
+func (s *stack) stopping(ctx context.Context) error {
+	s.say("stack")("stopping: %v", context.Cause(ctx))
+	return nil
+}
+
+// stop ends everything in order: what uses a server before the server.
+func (s *stack) stop() {
+	os.Remove(filepath.Join(s.cfg.data, addressFile))
+	for _, server := range slices.Backward(s.servers) {
+		if server.child == nil || !server.child.alive() {
+			continue
+		}
+		if err := server.child.end(0); err != nil {
+			s.say(server.name)("%v", err)
+		}
+	}
+	s.say("stack")("stopped")
+}
