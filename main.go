@@ -1,14 +1,1187 @@
+// Wallet is a wallet service: deposits, withdrawals and transfers over HTTP, each one Postgres commit and exactly one Kafka
+// event per wallet touched.
+//
+//	wallet            serve; configuration comes from the environment (-h lists it)
+//	wallet -migrate   apply the schema as the owner (MIGRATE_URL), then exit
+//	wallet -audit     compare ledger and topic, then exit: 0 clean, 1 findings
+//	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
+//
+// This file: configuration, start and stop, the routes and what stands around them (decoding, problems, logs, metrics). It holds no
+// rule about money (wallet.go), no event (outbox.go), no relay (cdc.go), no cache (cache.go).
 package main
 
 import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
+	mathrand "math/rand/v2"
+	"mime"
+	"net"
+	"net/http"
+	neturl "net/url"
 	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
+
+func main() {
+	flags := flag.NewFlagSet("wallet", flag.ContinueOnError)
+	migrateOnly := flags.Bool("migrate", false, "apply the schema as the owner (MIGRATE_URL), then exit")
+	auditOnly := flags.Bool("audit", false, "compare ledger and topic, then exit: 0 clean, 1 findings")
+	adoptOnly := flags.Bool("adopt", false, "let the relay go on in another database (a restore, an upgrade), then exit")
+	version := flags.Bool("version", false, "print the version, then exit")
+	flags.Usage = func() {
+		fmt.Fprintln(flags.Output(), "Usage: wallet [-migrate | -audit | -adopt | -version]")
+		fmt.Fprintln(flags.Output())
+		flags.PrintDefaults()
+		fmt.Fprintln(flags.Output(), "\nEnvironment:")
+		printSettings(flags.Output())
+	}
+	if err := flags.Parse(os.Args[1:]); errors.Is(err, flag.ErrHelp) {
+		os.Exit(0)
+	} else if err != nil {
+		os.Exit(2)
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "wallet: leave out %q: there are options and environment variables only (-h lists them)\n", flags.Arg(0))
+		os.Exit(2)
+	}
+	if *version {
+		fmt.Println(buildVersion())
+		return
+	}
+	cfg, err := readConfig(os.Getenv)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wallet:", err)
+		os.Exit(2)
+	}
+	slog.SetDefault(slog.New(logHandler(cfg, os.Stderr)))
+
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	switch {
+	case *migrateOnly:
+		err = waitFor(ctx, "Postgres", func(ctx context.Context) error { return migrate(ctx, cfg) })
+	case *auditOnly:
+		var findings int
+		if findings, err = runAudit(ctx, cfg, os.Stdout); err == nil && findings > 0 {
+			os.Exit(1)
+		}
+	case *adoptOnly:
+		err = adopt(ctx, cfg)
+	default:
+		err = serve(ctx, cfg)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wallet:", err)
+		os.Exit(2)
+	}
+}
+
+func buildVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && stamp == "" {
+		return info.Main.Version
+	}
+	return cmp.Or(stamp, "unknown")
+}
+
+var stamp string // the image's version, set by the linker (Dockerfile)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Start and stop
+// ---------------------------------------------------------------------------------------------------------------------
+
+// serve runs the service until ctx ends or a part of it fails. It listens at once (alive, not ready), waits for the servers it
+// needs, and stops in the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation.
+func serve(ctx context.Context, cfg *config) error {
+	listener, err := net.Listen("tcp", cfg.listenAddr)
+	if err != nil {
+		return fmt.Errorf("set LISTEN_ADDR to an address that can be listened on: %w", err)
+	}
+	defer listener.Close()
+
+	var balances *cache
+	if cfg.redisURL != "" {
+		if balances, err = newCache(cfg); err != nil {
+			return err
+		}
+	} else {
+		slog.Warn("no REDIS_URL: balances are read from Postgres, nothing is cached")
+	}
+	reads, err := openPool(cfg, cfg.readConns, "wallet read", balances)
+	if err != nil {
+		return err
+	}
+	defer reads.Close()
+	writes, err := openPool(cfg, cfg.writers, "wallet write", balances)
+	if err != nil {
+		return err
+	}
+	defer writes.Close()
+	ledger := newLedger(cfg, reads, writes, balances)
+	var stream *relay
+	if len(cfg.kafkaBrokers) > 0 {
+		stream = newRelay(cfg, reads, balances)
+	} else {
+		slog.Warn("NO KAFKA_BROKERS: THIS SERVICE RUNS WITHOUT A RELAY, NO EVENT LEAVES THE DATABASE")
+	}
+	api := newServer(cfg, ledger, stream)
+
+	// Every part runs in one of these groups, which main stops one after the other. The first part that fails stops them all.
+	failed := make(chan error, 1)
+	web, keeper, writing, relaying := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
+	httpServer := &http.Server{
+		Handler:           api,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      10*time.Second + cfg.requestTimeout,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+	}
+	web.run(func(context.Context) error {
+		if err := httpServer.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	slog.Info("listening", "address", listener.Addr().String(), "version", buildVersion())
+	keeper.run(func(ctx context.Context) error {
+		if err := waitFor(ctx, "Postgres", func(ctx context.Context) error { return prepare(ctx, cfg, ledger) }); err != nil {
+			return err
+		}
+		writing.run(ledger.run)
+		if balances != nil {
+			writing.run(balances.run)
+		}
+		if stream != nil {
+			relaying.run(stream.run)
+		}
+		api.started.Store(true)
+		slog.Info("ready")
+		return keep(ctx, cfg, ledger, stream == nil)
+	})
+
+	select {
+	case <-ctx.Done():
+		slog.Info("stopping")
+	case err = <-failed:
+		slog.Error("stopping, since a part failed", "error", err)
+	}
+	api.draining.Store(true)
+	if err == nil {
+		time.Sleep(cfg.drainDelay)
+	}
+	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	defer cancel()
+	if shutdownErr := httpServer.Shutdown(deadline); shutdownErr != nil {
+		slog.Warn("requests were still open at the deadline", "error", shutdownErr)
+	}
+	for _, g := range []*group{web, keeper, writing, relaying} {
+		if !g.stop(deadline) {
+			return fmt.Errorf("not everything stopped within SHUTDOWN_TIMEOUT (%v)", cfg.shutdownTimeout)
+		}
+	}
+	slog.Info("stopped")
+	return err
+}
+
+// group runs parts that stop together.
+type group struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	parts  sync.WaitGroup
+	failed chan<- error
+}
+
+func newGroup(failed chan<- error) *group {
+	g := &group{failed: failed}
+	g.ctx, g.cancel = context.WithCancel(context.Background())
+	return g
+}
+
+func (g *group) run(part func(context.Context) error) {
+	g.parts.Go(func() {
+		if err := part(g.ctx); err != nil && g.ctx.Err() == nil {
+			select {
+			case g.failed <- err:
+			default:
+			}
+		}
+	})
+}
+
+// stop ends the group's context and waits for its parts, or false at the deadline.
+func (g *group) stop(deadline context.Context) bool {
+	g.cancel()
+	done := make(chan struct{})
+	go func() { g.parts.Wait(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-deadline.Done():
+		return false
+	}
+}
+
+// finalError is a fault that waiting does not cure.
+type finalError struct{ error }
+
+// waitFor calls try until it succeeds, with a log line whenever the reason changes and at least every 10 s.
+func waitFor(ctx context.Context, what string, try func(context.Context) error) error {
+	var last string
+	var logged time.Time
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		err := try(ctx)
+		var final finalError
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.As(err, &final):
+			return err
+		case err.Error() != last || time.Since(logged) > 10*time.Second:
+			last, logged = err.Error(), time.Now()
+			slog.Warn("waiting for "+what, "error", err)
+		}
+		select {
+		case <-time.After(pause/2 + mathrand.N(pause)):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// openPool makes a pool of connections as the service's role. No connection is made before the first is needed.
+func openPool(cfg *config, connections int, name string, balances *cache) (*pgxpool.Pool, error) {
+	pool, err := pgxpool.ParseConfig(cfg.databaseURL)
+	if err != nil {
+		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as postgres://user:password@host:5432/wallet: %w", err)
+	}
+	pool.MaxConns = int32(connections)
+	pool.MaxConnIdleTime = 10 * time.Minute
+	pool.ConnConfig.ConnectTimeout = 3 * time.Second
+	for name, value := range map[string]string{
+		"application_name": name,
+		// A statement prepared while its table is empty is planned for an empty table and stays so. All of ours are lookups by
+		// an index: leave the planner nothing else, plan once, and do not compile.
+		"enable_seqscan":   "off",
+		"enable_hashjoin":  "off",
+		"enable_mergejoin": "off",
+		"plan_cache_mode":  "force_generic_plan",
+		"jit":              "off",
+		// A stalled writer holds row locks that stall every replica; each of these makes its batch run again.
+		"lock_timeout":                        "1s",
+		"statement_timeout":                   "4s",
+		"idle_in_transaction_session_timeout": "2s",
+		"tcp_user_timeout":                    "5s",
+		"tcp_keepalives_idle":                 "5",
+		"tcp_keepalives_interval":             "2",
+		"tcp_keepalives_count":                "3",
+	} {
+		pool.ConnConfig.RuntimeParams[name] = value
+	}
+	pool.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for us.
+		var system, timeline string
+		err := conn.QueryRow(ctx, `
+SELECT system_identifier::text, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
+       CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END
+FROM pg_control_system()`).Scan(&system, &timeline, nil)
+		if err == nil && balances != nil {
+			balances.enter(system, timeline)
+		}
+		return err
+	}
+	return pgxpool.NewWithConfig(context.Background(), pool)
+}
+
+//go:embed schema.sql
+var schemaSQL string
+
+const (
+	schemaVersion      = 1 // of schema.sql's last line
+	postgresVersionMin = 150000
+)
+
+// migrate brings the schema up to schemaVersion, unless it is there or newer. Replicas that start together take turns.
+func migrate(ctx context.Context, cfg *config) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, cfg.migrateURL)
+	if err != nil {
+		return fmt.Errorf("connect with MIGRATE_URL: %w", err)
+	}
+	defer conn.Close(context.Background())
+	version, err := readSchemaVersion(ctx, conn)
+	if err != nil || version >= schemaVersion {
+		return err
+	}
+	service, err := pgx.ParseConfig(cfg.databaseURL)
+	if err != nil {
+		return finalError{fmt.Errorf("DATABASE_URL: %w", err)}
+	}
+	relay, err := pgx.ParseConfig(cfg.replicationURL)
+	if err != nil {
+		return finalError{fmt.Errorf("REPLICATION_URL: %w", err)}
+	}
+	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `
+SELECT pg_advisory_xact_lock(hashtext('wallet.schema')), set_config('wallet.service_role', $1, true), set_config('wallet.relay_role', $2, true),
+       set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true), set_config('client_min_messages', 'warning', true)`,
+			service.User, relay.User); err != nil {
+			return err
+		}
+		if version, err = readSchemaVersion(ctx, tx); err != nil || version >= schemaVersion {
+			return err // another replica came first
+		}
+		_, err := tx.Conn().PgConn().Exec(ctx, schemaSQL).ReadAll()
+		return err
+	})
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &pgErr) && pgErr.Code == "42501": // insufficient_privilege
+		return fmt.Errorf("the schema is at version %d and this program needs %d: run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", version, schemaVersion, err)
+	case err != nil:
+		return fmt.Errorf("apply the schema: %w", err)
+	}
+	slog.Info("schema applied", "version", schemaVersion)
+	return nil
+}
+
+// readSchemaVersion is 0 for a database without any of our tables. Tables of our names that are not ours are refused.
+func readSchemaVersion(ctx context.Context, db interface {
+	QueryRow(context.Context, string, ...any) pgx.Row
+}) (int, error) {
+	var ours bool
+	var server int
+	var foreign string
+	err := db.QueryRow(ctx, `
+SELECT current_setting('server_version_num')::int, to_regclass('wallet_schema') IS NOT NULL,
+       coalesce((SELECT string_agg(t, ', ') FROM unnest('{wallet,entry,currency,outbox}'::text[]) AS t WHERE to_regclass(t) IS NOT NULL), '')`).Scan(&server, &ours, &foreign)
+	switch {
+	case err != nil:
+		return 0, err
+	case server < postgresVersionMin:
+		return 0, finalError{fmt.Errorf("this Postgres is too old (server_version_num %d): use version 15 or later", server)}
+	case !ours && foreign != "":
+		return 0, finalError{fmt.Errorf("this database has tables of our names that are not ours (%s): give the service a database of its own", foreign)}
+	case !ours:
+		return 0, nil
+	}
+	var version int
+	err = db.QueryRow(ctx, `SELECT coalesce(max(version), 0) FROM wallet_schema`).Scan(&version)
+	return version, err
+}
+
+// prepare makes the database ready for writes.
+func prepare(ctx context.Context, cfg *config, l *ledger) error {
+	if err := migrate(ctx, cfg); err != nil {
+		return err
+	}
+	if err := makeOutboxPartitions(ctx, l.reads); err != nil {
+		return err
+	}
+	return l.loadCurrencies(ctx)
+}
+
+// keep does, every minute, what a long life needs: outbox partitions ahead, old ones dropped where no relay does it, new
+// currencies.
+func keep(ctx context.Context, cfg *config, l *ledger, dropOutbox bool) error {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		work := []error{makeOutboxPartitions(ctx, l.reads), l.loadCurrencies(ctx)}
+		if dropOutbox {
+			work = append(work, dropOutboxPartitions(ctx, l.reads, cfg.outboxRetention, nil, 0))
+		}
+		for _, err := range work {
+			if err != nil && ctx.Err() == nil {
+				slog.Error("upkeep failed, next try in a minute", "error", err)
+			}
+		}
+	}
+}
+
+func logHandler(cfg *config, w io.Writer) slog.Handler {
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "json" {
+		return slog.NewJSONHandler(w, options)
+	}
+	return slog.NewTextHandler(w, options)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Routes
+// ---------------------------------------------------------------------------------------------------------------------
+
+// route is one operation of the API. handle's error becomes a problem document.
+type route struct {
+	method, path string
+	handle       func(*http.Request) (*reply, error)
+}
+
+func (s *server) routes() []route {
+	return []route{
+		{"POST", "/v1/wallets", s.createWallet},
+		{"GET", "/v1/wallets/{id}", s.getWallet},
+		{"GET", "/v1/wallets/{id}/balance", s.getBalance},
+		{"GET", "/v1/wallets/{id}/history", s.getHistory},
+		{"POST", "/v1/wallets/{id}/deposit", s.deposit},
+		{"POST", "/v1/wallets/{id}/withdraw", s.withdraw},
+		{"POST", "/v1/wallets/{id}/transfer", s.transfer},
+		{"GET", "/v1/transactions/{id}", s.getTransaction},
+		{"GET", "/healthz", s.healthz},
+		{"GET", "/readyz", s.readyz},
+		{"GET", "/metrics", s.metrics},
+	}
+}
+
+// problems is every refusal there is: its stable code, its status and its title.
+var problems = map[string]struct {
+	status int
+	title  string
+}{
+	"body_malformed":            {400, "The body is not the JSON object that this route takes"},
+	"field_unknown":             {400, "The body has a field that this route does not know"},
+	"field_duplicate":           {400, "The body has a field twice"},
+	"field_missing":             {400, "The body lacks a field"},
+	"wallet_id_malformed":       {400, "Not a wallet id"},
+	"transaction_id_malformed":  {400, "Not a transaction id"},
+	"amount_malformed":          {400, "Not an amount"},
+	"amount_exponent":           {400, "An amount with an exponent"},
+	"amount_not_positive":       {400, "An amount that is not positive"},
+	"amount_too_large":          {400, "An amount with too many digits"},
+	"currency_malformed":        {400, "Not a currency code"},
+	"same_wallet":               {400, "A transfer to the same wallet"},
+	"idempotency_key_missing":   {400, "No idempotency key"},
+	"idempotency_key_malformed": {400, "Not an idempotency key"},
+	"idempotency_key_conflict":  {400, "Two different idempotency keys"},
+	"parameter_malformed":       {400, "A query parameter with a bad value"},
+	"wallet_not_found":          {404, "No such wallet"},
+	"transaction_not_found":     {404, "No such transaction"},
+	"route_not_found":           {404, "No such route"},
+	"method_not_allowed":        {405, "Not a method of this route"},
+	"wallet_exists":             {409, "The wallet exists already"},
+	"seq_not_reached":           {409, "The wallet has no such entry yet"},
+	"body_too_large":            {413, "The body is too large"},
+	"content_type_unsupported":  {415, "Not JSON by its content type"},
+	"amount_scale":              {422, "More decimals than the currency has"},
+	"currency_unknown":          {422, "Unknown currency"},
+	"currency_mismatch":         {422, "Another currency than the wallet's"},
+	"insufficient_funds":        {422, "Insufficient funds"},
+	"balance_limit":             {422, "The balance would become too large"},
+	"idempotency_key_reused":    {422, "The key was used for another operation"},
+	"internal":                  {500, "A fault of ours"},
+	"overloaded":                {503, "Too busy"},
+	"unavailable":               {503, "Not available"},
+	"starting":                  {503, "Not ready"},
+}
+
+const bodyBytesMax = 4 << 10
+
+func (s *server) createWallet(r *http.Request) (*reply, error) {
+	body, err := readFields(r, "id", "currency", "idempotency_key")
+	if err != nil {
+		return nil, err
+	}
+	op := &operation{kind: kindCreation}
+	if op.currency, err = body.currency(); err != nil {
+		return nil, err
+	}
+	if id, given := body["id"]; given {
+		if op.walletID, err = parseWalletID(id.text); err != nil {
+			return nil, err
+		}
+	} else {
+		op.walletID, op.idChosen = 1+mathrand.Int64N(walletIDAutoMax), true
+	}
+	switch op.key, err = body.idempotencyKey(r); {
+	case err != nil:
+		return nil, err
+	case op.key == "" && op.idChosen:
+		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an \"idempotency_key\", so that a retry does not create a second wallet; or choose the id yourself.")
+	case op.key == "":
+		// Without a key a repeat is wallet_exists; but our own rerun of a batch must recognise its wallet.
+		op.key = "\x01" + rand.Text() // which no client can send
+	}
+	if err := s.ledger.do(r.Context(), op); err != nil {
+		return nil, err
+	}
+	w := &op.created
+	return &reply{
+		status:   http.StatusCreated,
+		body:     appendWallet(nil, w),
+		replayed: op.replayed,
+		header:   map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", w.ID)},
+	}, nil
+}
+
+func (s *server) deposit(r *http.Request) (*reply, error)  { return s.move(r, kindDeposit) }
+func (s *server) withdraw(r *http.Request) (*reply, error) { return s.move(r, kindWithdrawal) }
+func (s *server) transfer(r *http.Request) (*reply, error) { return s.move(r, kindTransferOut) }
+
+// move is every movement of money: it reads the operation, has it posted and shows how it stands in the ledger.
+func (s *server) move(r *http.Request, kind string) (*reply, error) {
+	op := &operation{kind: kind, traceparent: traceparent(r.Header)}
+	var err error
+	if op.walletID, err = parseWalletID(r.PathValue("id")); err != nil {
+		return nil, err
+	}
+	allowed := []string{"amount", "currency", "idempotency_key"}
+	if kind == kindTransferOut {
+		allowed = append(allowed, "to_id")
+	}
+	body, err := readFields(r, allowed...)
+	if err != nil {
+		return nil, err
+	}
+	if op.key, err = body.idempotencyKey(r); err != nil {
+		return nil, err
+	}
+	if op.key == "" {
+		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an \"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
+	}
+	amount, given := body["amount"]
+	if !given {
+		return nil, refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
+	}
+	if op.amount, err = parseAmount(amount.text); err != nil {
+		return nil, err
+	}
+	if op.currency, err = body.currency(); err != nil {
+		return nil, err
+	}
+	if kind == kindTransferOut {
+		to, given := body["to_id"]
+		if !given {
+			return nil, refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
+		}
+		if op.toID, err = parseWalletID(to.text); err != nil {
+			return nil, err
+		}
+		if op.toID == op.walletID {
+			return nil, refuse("same_wallet", "A transfer goes to another wallet; this one names wallet %d twice.", op.toID)
+		}
+	}
+	if err := s.ledger.do(r.Context(), op); err != nil {
+		return nil, err
+	}
+	return &reply{body: append(appendReceipt(nil, &op.posted), '}'), replayed: op.replayed}, nil
+}
+
+func (s *server) getWallet(r *http.Request) (*reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	w, err := s.ledger.wallet(r.Context(), id)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: appendWallet(nil, w)}, nil
+}
+
+func (s *server) getBalance(r *http.Request) (*reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	query, err := readQuery(r, "min_seq")
+	if err != nil {
+		return nil, err
+	}
+	minSeq, err := query.integer("min_seq", 0, 0, math.MaxInt64)
+	if err != nil {
+		return nil, err
+	}
+	fresh := strings.Contains(strings.ToLower(r.Header.Get("Cache-Control")), "no-cache")
+	b, err := s.ledger.balance(r.Context(), id, minSeq, fresh)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`, b.walletID, b.currency, b.balance, b.seq)}, nil
+}
+
+const (
+	historyLimit    = 50
+	historyLimitMax = 1000
+	historySpan     = 24 * time.Hour
+)
+
+// endOfTime is the until of a history that has none.
+var endOfTime = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func (s *server) getHistory(r *http.Request) (*reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	query, err := readQuery(r, "limit", "since", "until", "order", "cursor")
+	if err != nil {
+		return nil, err
+	}
+	limit, err := query.integer("limit", historyLimit, 1, historyLimitMax)
+	if err != nil {
+		return nil, err
+	}
+	var p page
+	if cursor := query["cursor"]; cursor != "" {
+		if query["since"] != "" || query["until"] != "" || query["order"] != "" {
+			return nil, refuse("parameter_malformed", "A cursor stands for since, until and order: send it with a limit only.")
+		}
+		if p, err = parseCursor(cursor); err != nil {
+			return nil, err
+		}
+	} else {
+		switch query["order"] {
+		case "", "asc":
+		case "desc":
+			p.descending = true
+		default:
+			return nil, refuse("parameter_malformed", "order is asc or desc.")
+		}
+		since, err := query.time("since", time.Now().Add(-historySpan))
+		if err != nil {
+			return nil, err
+		}
+		until, err := query.time("until", endOfTime)
+		if err != nil {
+			return nil, err
+		}
+		if p.from, p.to, err = s.ledger.seqRange(r.Context(), id, since, until); err != nil {
+			return nil, err
+		}
+		if !p.descending && query["until"] == "" {
+			p.to = math.MaxInt64 // entries that come while a client pages are on its last page
+		}
+	}
+	p.limit = int(limit) + 1 // one more tells whether there is a next page
+	entries, err := s.ledger.history(r.Context(), id, p)
+	if err != nil {
+		return nil, err
+	}
+	answer := &reply{body: []byte{'['}}
+	if len(entries) > int(limit) {
+		entries = entries[:limit]
+		if last := entries[limit-1].Seq; p.descending {
+			p.to = last
+		} else {
+			p.from = last + 1
+		}
+		answer.header = map[string]string{"Link": fmt.Sprintf(`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
+	}
+	for i := range entries {
+		if i > 0 {
+			answer.body = append(answer.body, ',')
+		}
+		answer.body = appendEvent(answer.body, &entries[i])
+	}
+	answer.body = append(answer.body, ']')
+	return answer, nil
+}
+
+func (s *server) getTransaction(r *http.Request) (*reply, error) {
+	id := r.PathValue("id")
+	wallet, number, found := strings.Cut(id, "-")
+	walletID, err := parseWalletID(wallet)
+	seq, seqErr := parseWalletID(number) // the same form
+	if !found || err != nil || seqErr != nil {
+		return nil, refuse("transaction_id_malformed", "A transaction id is <wallet_id>-<seq>, such as 1-1.")
+	}
+	m, err := s.ledger.transaction(r.Context(), walletID, seq)
+	if err != nil {
+		return nil, err
+	}
+	body := appendReceipt(nil, m)
+	body = append(body, `,"kind":"`...)
+	body = append(body, strings.TrimSuffix(m.Kind, "_out")...) // the transaction is a transfer, the entry its transfer_out
+	body = append(body, `","idempotency_key":`...)
+	body = strconv.AppendQuote(body, m.Key)
+	return &reply{body: append(body, '}')}, nil
+}
+
+// healthz: the process is alive. It asks nobody, since restarting us would not mend another server.
+func (s *server) healthz(*http.Request) (*reply, error) {
+	return &reply{body: []byte(`{"status":"alive"}`)}, nil
+}
+
+// readyz: Postgres is reachable and its schema at least ours, and we are not on our way out.
+func (s *server) readyz(r *http.Request) (*reply, error) {
+	if s.draining.Load() || !s.started.Load() {
+		return nil, refuse("starting", "The service is starting or stopping.")
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+	defer cancel()
+	version, err := readSchemaVersion(ctx, s.ledger.reads)
+	if err != nil || version < schemaVersion {
+		slog.WarnContext(ctx, "not ready", "schema", version, "error", err)
+		return nil, refuse("unavailable", "Postgres cannot be reached, or its schema is older than this program.")
+	}
+	return &reply{body: []byte(`{"status":"ready"}`)}, nil
+}
+
+func (s *server) metrics(*http.Request) (*reply, error) {
+	var out bytes.Buffer
+	writeMetric(&out, "wallet_build_info", "gauge", "1; the version is the label.", sample{fmt.Sprintf("version=%q", buildVersion()), 1})
+	s.writeMetrics(&out)
+	s.ledger.writeMetrics(&out)
+	if s.ledger.cache != nil {
+		s.ledger.cache.writeMetrics(&out)
+	}
+	if s.relay != nil {
+		s.relay.writeMetrics(&out)
+	}
+	return &reply{body: out.Bytes(), header: map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}}, nil
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Answers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// reply is a successful answer; status 0 is 200.
+type reply struct {
+	status   int
+	body     []byte
+	replayed bool
+	header   map[string]string
+}
+
+// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function of the ledger, so that
+// a replay is equal byte for byte.
+func appendReceipt(dst []byte, m *posted) []byte {
+	dst = append(dst, `{"transaction_id":"`...)
+	dst = m.appendTransactionID(dst)
+	if m.Kind == kindTransferOut {
+		dst = fmt.Appendf(dst, `","from_id":%d,"to_id":%d,"currency":"%s","amount":"%s","from_balance":"%s","to_balance":"%s","from_seq":%d,"to_seq":%d`,
+			m.WalletID, m.CounterpartyID, m.Currency, m.Amount.Abs(), m.Balance, m.toBalance, m.Seq, m.CounterpartySeq)
+	} else {
+		dst = fmt.Appendf(dst, `","wallet_id":%d,"currency":"%s","amount":"%s","balance":"%s","seq":%d`,
+			m.WalletID, m.Currency, m.Amount.Abs(), m.Balance, m.Seq)
+	}
+	dst = append(dst, `,"created_at":"`...)
+	dst = m.CreatedAt.UTC().AppendFormat(dst, timeFormat)
+	return append(dst, '"')
+}
+
+func appendWallet(dst []byte, w *wallet) []byte {
+	dst = fmt.Appendf(dst, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d,"created_at":"`, w.ID, w.Currency, w.Balance, w.Seq)
+	dst = w.CreatedAt.UTC().AppendFormat(dst, timeFormat)
+	return append(dst, `"}`...)
+}
+
+// problem is an RFC 9457 document. Error repeats Detail under the name that the predecessor's clients read.
+type problem struct {
+	Type      string `json:"type"`
+	Title     string `json:"title"`
+	Status    int    `json:"status"`
+	Code      string `json:"code"`
+	Detail    string `json:"detail"`
+	Error     string `json:"error"`
+	RequestID string `json:"request_id"`
+}
+
+// problemOf turns any error into a problem. What is not a refusal is ours: bare outside, whole in the log.
+func problemOf(ctx context.Context, err error) *problem {
+	var no *refusal
+	switch {
+	case errors.As(err, &no):
+	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err) || unreachable(err):
+		slog.WarnContext(ctx, "request not served", "request_id", requestID(ctx), "error", err)
+		no = refuse("unavailable", "The ledger could not be read in time. Try again.")
+	default:
+		slog.ErrorContext(ctx, "request failed", "request_id", requestID(ctx), "error", err)
+		no = refuse("internal", "Something went wrong on our side. The request id leads to it in our log.")
+	}
+	p, known := problems[no.code]
+	if !known {
+		panic("refusal without a place in the table: " + no.code)
+	}
+	return &problem{"about:blank", p.title, p.status, no.code, no.detail, no.detail, requestID(ctx)}
+}
+
+// unreachable says whether a read failed because Postgres was not there, or not as a primary.
+func unreachable(err error) bool {
+	var connectErr *pgconn.ConnectError
+	var netErr net.Error
+	if errors.As(err, &connectErr) || errors.As(err, &netErr) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
+		return true
+	}
+	rerun, _ := recovery(err)
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && rerun
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Requests
+// ---------------------------------------------------------------------------------------------------------------------
+
+// parseWalletID reads 1..2^63-1 in its one decimal form.
+func parseWalletID(s string) (int64, error) {
+	id, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || id < 1 || strconv.FormatInt(id, 10) != s {
+		return 0, refuse("wallet_id_malformed", "A wallet id is a whole number from 1 to %d.", math.MaxInt64)
+	}
+	return id, nil
+}
+
+// fields is a request's JSON object: scalars only, each as its text.
+type fields map[string]field
+
+type field struct {
+	text   string
+	quoted bool
+}
+
+// readFields reads a body that is one JSON object with no other fields than those allowed, each at most once. A number stays the
+// text it was: nothing passes through a float.
+func readFields(r *http.Request, allowed ...string) (fields, error) {
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || kind != "application/json" {
+		return nil, refuse("content_type_unsupported", "Send Content-Type: application/json (curl --json does).")
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, bodyBytesMax))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, refuse("body_too_large", "The body may have %d bytes.", bodyBytesMax)
+	}
+	if err != nil {
+		return nil, refuse("body_malformed", "The body could not be read to its end.")
+	}
+	return parseFields(body, allowed...)
+}
+
+func parseFields(body []byte, allowed ...string) (fields, error) {
+	malformed := refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
+	decoder := json.NewDecoder(bytes.NewReader(body))
+	decoder.UseNumber()
+	if open, err := decoder.Token(); err != nil || open != json.Delim('{') {
+		return nil, malformed
+	}
+	found := make(fields, len(allowed))
+	for decoder.More() {
+		token, err := decoder.Token()
+		name, ok := token.(string)
+		if err != nil || !ok {
+			return nil, malformed
+		}
+		if !slices.Contains(allowed, name) {
+			return nil, refuse("field_unknown", "This route has no field %.40q. It takes %s.", name, strings.Join(allowed, ", "))
+		}
+		if _, twice := found[name]; twice {
+			return nil, refuse("field_duplicate", "The field %q is there twice.", name)
+		}
+		value, err := decoder.Token()
+		if err != nil {
+			return nil, malformed
+		}
+		switch v := value.(type) {
+		case string:
+			found[name] = field{v, true}
+		case json.Number:
+			found[name] = field{v.String(), false}
+		default:
+			return nil, refuse("body_malformed", "The field %q must be a string or a number.", name)
+		}
+	}
+	if _, err := decoder.Token(); err != nil { // the closing brace
+		return nil, malformed
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		return nil, refuse("body_malformed", "Something follows the JSON object. Send one object only.")
+	}
+	return found, nil
+}
+
+// currency is the request's currency code, or empty where it names none.
+func (f fields) currency() (string, error) {
+	code, given := f["currency"]
+	if !given {
+		return "", nil
+	}
+	wellFormed := code.quoted && len(code.text) >= 3 && len(code.text) <= 10 && strings.Trim(code.text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") == ""
+	if !wellFormed {
+		return "", refuse("currency_malformed", "A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
+	}
+	return code.text, nil
+}
+
+// idempotencyKey is the key from the header or the body, or empty where neither has one.
+func (f fields) idempotencyKey(r *http.Request) (string, error) {
+	inBody, given := f["idempotency_key"]
+	if given && !inBody.quoted {
+		return "", refuse("idempotency_key_malformed", "The \"idempotency_key\" must be a string.")
+	}
+	values := r.Header.Values("Idempotency-Key")
+	if len(values) == 0 {
+		if !given {
+			return "", nil
+		}
+		return parseKey(inBody.text)
+	}
+	key, err := parseKeyHeader(values[0])
+	switch {
+	case err != nil:
+		return "", err
+	case len(values) > 1:
+		return "", refuse("idempotency_key_conflict", "Send one Idempotency-Key header.")
+	case given && inBody.text != key:
+		return "", refuse("idempotency_key_conflict", "The Idempotency-Key header and the body's \"idempotency_key\" differ. Send one, or the same twice.")
+	}
+	return key, nil
+}
+
+// parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651, 3.3.3).
+func parseKeyHeader(value string) (string, error) {
+	if !strings.HasPrefix(value, `"`) {
+		return parseKey(value)
+	}
+	var key strings.Builder
+	for i := 1; i < len(value); i++ {
+		switch c := value[i]; {
+		case c == '"' && i == len(value)-1:
+			return parseKey(key.String())
+		case c == '\\' && i+1 < len(value) && (value[i+1] == '"' || value[i+1] == '\\'):
+			i++
+			key.WriteByte(value[i])
+		case c == '"' || c == '\\':
+			return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends at its second quote, and escapes only \\\" and \\\\.")
+		default:
+			key.WriteByte(c)
+		}
+	}
+	return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends with a quote.")
+}
+
+// query is a request's query parameters, each at most once.
+type query map[string]string
+
+func readQuery(r *http.Request, allowed ...string) (query, error) {
+	values, err := neturl.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, refuse("parameter_malformed", "The query string is not well-formed.")
+	}
+	q := make(query)
+	for name, v := range values {
+		if !slices.Contains(allowed, name) {
+			return nil, refuse("parameter_malformed", "This route has no parameter %.40q. It takes %s.", name, strings.Join(allowed, ", "))
+		}
+		if len(v) > 1 {
+			return nil, refuse("parameter_malformed", "The parameter %q is there twice.", name)
+		}
+		q[name] = v[0]
+	}
+	return q, nil
+}
+
+func (q query) integer(name string, fallback, least, most int64) (int64, error) {
+	if q[name] == "" {
+		return fallback, nil
+	}
+	n, err := strconv.ParseInt(q[name], 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, refuse("parameter_malformed", "%s is a whole number from %d to %d.", name, least, most)
+	}
+	return n, nil
+}
+
+func (q query) time(name string, fallback time.Time) (time.Time, error) {
+	if q[name] == "" {
+		return fallback, nil
+	}
+	at, err := time.Parse(time.RFC3339, q[name])
+	if err != nil || at.Year() < 1 || at.Year() > 9999 {
+		return at, refuse("parameter_malformed", "%s is an RFC 3339 time, such as 2026-01-02T03:04:05Z (a + must be sent as %%2B).", name)
+	}
+	return at, nil
+}
+
+// cursor names the rest of a history after a page: opaque to clients.
+func (p page) cursor() string {
+	order := 'a'
+	if p.descending {
+		order = 'd'
+	}
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%c.%d.%d", order, p.from, p.to))
+}
+
+func parseCursor(s string) (page, error) {
+	bad := refuse("parameter_malformed", "This cursor is not one of ours. Take it from the Link header of the page before.")
+	raw, err := base64.RawURLEncoding.DecodeString(s)
+	parts := strings.Split(string(raw), ".")
+	if err != nil || len(parts) != 3 || parts[0] != "a" && parts[0] != "d" {
+		return page{}, bad
+	}
+	p := page{descending: parts[0] == "d"}
+	var errs [2]error
+	p.from, errs[0] = strconv.ParseInt(parts[1], 10, 64)
+	p.to, errs[1] = strconv.ParseInt(parts[2], 10, 64)
+	if errs[0] != nil || errs[1] != nil || p.from < 1 || p.to < 1 || p.cursor() != s {
+		return page{}, bad
+	}
+	return p, nil
+}
+
+// traceparent is the request's W3C trace context (https://www.w3.org/TR/trace-context/#traceparent-header), or empty.
+func traceparent(h http.Header) string {
+	v := h.Get("Traceparent")
+	if len(v) != 55 || v[2] != '-' || v[35] != '-' || v[52] != '-' || v[:2] == "ff" || strings.Trim(v, "0123456789abcdef-") != "" ||
+		strings.Trim(v[3:35], "0") == "" || strings.Trim(v[36:52], "0") == "" || strings.Count(v, "-") != 3 {
+		return ""
+	}
+	return v
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What stands around every route
+// ---------------------------------------------------------------------------------------------------------------------
+
+// server is the HTTP side. Its ServeHTTP is the whole handler: tests use it through httptest.
+type server struct {
+	ledger         *ledger
+	relay          *relay // nil without Kafka
+	requestTimeout time.Duration
+	mux            *http.ServeMux
+
+	started  atomic.Bool // the servers we need have been there once
+	draining atomic.Bool
+
+	statistics sync.Map // "route status" -> *histogram of seconds
+}
+
+func newServer(cfg *config, l *ledger, r *relay) *server {
+	s := &server{ledger: l, relay: r, requestTimeout: cfg.requestTimeout, mux: http.NewServeMux()}
+	methods := make(map[string][]string)
+	for _, route := range s.routes() {
+		methods[route.path] = append(methods[route.path], route.method)
+		s.mux.Handle(route.method+" "+route.path, s.serve(route.path, route.handle))
+	}
+	for path, allowed := range methods {
+		if slices.Contains(allowed, "GET") {
+			allowed = append(allowed, "HEAD")
+		}
+		allow := strings.Join(allowed, ", ")
+		s.mux.Handle(path, s.serve(path, func(r *http.Request) (*reply, error) {
+			return &reply{header: map[string]string{"Allow": allow}}, refuse("method_not_allowed", "%s takes %s.", r.URL.Path, allow)
+		}))
+	}
+	s.mux.Handle("/", s.serve("other", func(r *http.Request) (*reply, error) {
+		return nil, refuse("route_not_found", "There is no %.100q here. The README lists the routes.", r.URL.Path)
+	}))
+	return s
+}
+
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+type requestIDKey struct{}
+
+func requestID(ctx context.Context) string {
+	id, _ := ctx.Value(requestIDKey{}).(string)
+	return id
+}
+
+// serve wraps a route's handle: request id, deadline, the problem document of an error or a panic, one log line, statistics.
+func (s *server) serve(path string, handle func(*http.Request) (*reply, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		started := time.Now()
+		id := r.Header.Get("X-Request-Id")
+		if len(id) > 64 || strings.Trim(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" || id == "" {
+			id = rand.Text()
+		}
+		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), requestIDKey{}, id), s.requestTimeout)
+		defer cancel()
+
+		answer, err := s.guard(handle, path, r.WithContext(ctx))
+		h := w.Header()
+		h.Set("X-Request-Id", id)
+		h.Set("Content-Type", "application/json")
+		h.Set("Cache-Control", "no-store")
+		h.Set("X-Content-Type-Options", "nosniff")
+		if answer != nil {
+			for name, value := range answer.header {
+				h.Set(name, value)
+			}
+		}
+		var status int
+		var body []byte
+		code := ""
+		if err != nil {
+			p := problemOf(ctx, err)
+			status, code = p.Status, p.Code
+			if status == http.StatusServiceUnavailable {
+				h.Set("Retry-After", "1")
+			}
+			h.Set("Content-Type", "application/problem+json")
+			body, _ = json.Marshal(p)
+		} else {
+			status, body = cmp.Or(answer.status, http.StatusOK), answer.body
+			if answer.replayed {
+				h.Set("Idempotent-Replayed", "true")
+			}
+		}
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+		w.WriteHeader(status)
+		if r.Method != http.MethodHead {
+			w.Write(body)
+		}
+		took := time.Since(started)
+		s.observe(path, r.Method, status, took)
+		slog.LogAttrs(ctx, accessLevel(path, status), "request", slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
+			slog.String("code", code), slog.Float64("seconds", took.Seconds()), slog.String("request_id", id), slog.String("trace", traceparent(r.Header)))
+	})
+}
+
+// guard keeps a panic of one request from ending the others, and requests away until we have started.
+func (s *server) guard(handle func(*http.Request) (*reply, error), path string, r *http.Request) (answer *reply, err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			answer, err = nil, fmt.Errorf("panic: %v\n%s", fault, debug.Stack())
+		}
+	}()
+	if strings.HasPrefix(path, "/v1/") && !s.started.Load() {
+		return nil, refuse("starting", "The service is waiting for its database.")
+	}
+	return handle(r)
+}
+
+// accessLevel keeps probes and scrapes out of the log.
+func accessLevel(path string, status int) slog.Level {
+	if !strings.HasPrefix(path, "/v1/") && status < 400 {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configuration
+// ---------------------------------------------------------------------------------------------------------------------
 
 // config is everything that can be set, read once from the environment at start. settings gives each field's variable, default,
 // unit and meaning, which -h prints.
@@ -187,11 +1360,12 @@ func oneOf(p *string, values ...string) func(string) error {
 func list(p *[]string) func(string) error {
 	return func(v string) error {
 		for _, item := range strings.Split(v, ",") {
-			host, port, found := strings.Cut(strings.TrimSpace(item), ":")
-			if _, err := strconv.ParseUint(port, 10, 16); !found || host == "" || err != nil {
+			item = strings.TrimSpace(item)
+			host, port, err := net.SplitHostPort(item)
+			if _, badPort := strconv.ParseUint(port, 10, 16); err != nil || badPort != nil || host == "" {
 				return fmt.Errorf("host:port, comma-separated")
 			}
-			*p = append(*p, host+":"+port)
+			*p = append(*p, item)
 		}
 		return nil
 	}
@@ -239,6 +1413,10 @@ func level(p *slog.Level) func(string) error {
 	}
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Metrics, as Prometheus text
+// ---------------------------------------------------------------------------------------------------------------------
+
 // sample is one value of a metric; labels is `name="value",...` or empty.
 type sample struct {
 	labels string
@@ -258,9 +1436,71 @@ func writeMetric(w io.Writer, name, typ, help string, samples ...sample) {
 	}
 }
 
-func main() {
-	if _, err := readConfig(os.Getenv); err != nil {
-		fmt.Fprintln(os.Stderr, "wallet:", err)
-		os.Exit(2)
+// histogram counts observations in buckets of ascending upper bounds. Safe for concurrent use.
+type histogram struct {
+	bounds []float64
+	counts []atomic.Int64 // one more than bounds: the last is +Inf
+	sum    atomic.Uint64  // a float's bits
+}
+
+func newHistogram(bounds ...float64) histogram {
+	return histogram{bounds: bounds, counts: make([]atomic.Int64, len(bounds)+1)}
+}
+
+func (h *histogram) observe(v float64) {
+	i, _ := slices.BinarySearch(h.bounds, v)
+	h.counts[i].Add(1)
+	for {
+		old := h.sum.Load()
+		if h.sum.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
+			return
+		}
 	}
+}
+
+// writeHistogram writes histograms that share a name; labels as in sample.
+func writeHistogram(w io.Writer, name, help string, each func(yield func(labels string, h *histogram))) {
+	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s histogram\n", name, help, name)
+	each(func(labels string, h *histogram) {
+		comma := ""
+		if labels != "" {
+			comma = ","
+		}
+		var total int64
+		for i := range h.counts {
+			total += h.counts[i].Load()
+			bound := "+Inf"
+			if i < len(h.bounds) {
+				bound = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
+			}
+			fmt.Fprintf(w, "%s_bucket{%s%sle=%q} %d\n", name, labels, comma, bound, total)
+		}
+		if labels != "" {
+			labels = "{" + labels + "}"
+		}
+		fmt.Fprintf(w, "%s_sum%s %g\n%s_count%s %d\n", name, labels, math.Float64frombits(h.sum.Load()), name, labels, total)
+	})
+}
+
+// observe counts a request. The method is a label only where it is one of ours: labels are bounded.
+func (s *server) observe(path, method string, status int, took time.Duration) {
+	if method != http.MethodGet && method != http.MethodPost {
+		method = "other"
+	}
+	key := fmt.Sprintf(`method="%s",route="%s",status="%d"`, method, path, status)
+	h, ok := s.statistics.Load(key)
+	if !ok {
+		fresh := newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+		h, _ = s.statistics.LoadOrStore(key, &fresh)
+	}
+	h.(*histogram).observe(took.Seconds())
+}
+
+func (s *server) writeMetrics(w io.Writer) {
+	writeHistogram(w, "wallet_http_request_seconds", "Requests by route and status, and how long they took.", func(yield func(string, *histogram)) {
+		s.statistics.Range(func(key, h any) bool {
+			yield(key.(string), h.(*histogram))
+			return true
+		})
+	})
 }

@@ -1,0 +1,906 @@
+// The ledger: what money may do, and the only code that writes wallets and entries.
+//
+// Touches: Postgres (wallet, entry, currency), and through outbox.go the outbox, in the same commit.
+// Promises: an operation that was answered is durable and applied once, however often its key is sent and whatever dies; a
+// refused one leaves nothing behind; balances never go below zero and no amount is ever rounded.
+//
+// Operations are group-committed: handlers queue them, and while one batch is at Postgres the next one gathers by itself.
+// No order between concurrent requests is promised; a request sent after another was answered sees its effect.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/shopspring/decimal"
+)
+
+// Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and writes both.
+const (
+	kindDeposit     = "deposit"
+	kindWithdrawal  = "withdrawal"
+	kindTransferOut = "transfer_out"
+	kindTransferIn  = "transfer_in"
+	kindCreation    = "creation" // of a wallet: an operation, never an entry
+)
+
+// entry is one signed leg of a movement of money: entry number Seq of wallet WalletID.
+type entry struct {
+	WalletID, Seq                   int64
+	CounterpartyID, CounterpartySeq int64 // the other leg of a transfer; else 0
+	Kind                            string
+	Currency                        string
+	Amount                          decimal.Decimal // negative leaves the wallet
+	Balance                         decimal.Decimal // after this entry
+	Key                             string          // idempotency key
+	CreatedAt                       time.Time       // whole microseconds; never decreases with Seq
+
+	traceparent string // of the request, for the event; not stored in the ledger
+}
+
+// appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating entry's.
+func (e *entry) appendTransactionID(dst []byte) []byte {
+	if e.Kind == kindTransferIn {
+		return appendEntryID(dst, e.CounterpartyID, e.CounterpartySeq)
+	}
+	return appendEntryID(dst, e.WalletID, e.Seq)
+}
+
+// wallet is the head of a wallet's chain of entries.
+type wallet struct {
+	ID        int64
+	Currency  string
+	Balance   decimal.Decimal
+	Seq       int64     // of the last entry; 0 before the first
+	EntryAt   time.Time // the last entry's; zero before the first
+	CreatedAt time.Time
+
+	creationKey string
+	exists      bool // in the database
+	changed     bool // by this batch
+}
+
+// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's balance after it.
+type posted struct {
+	entry
+	toBalance decimal.Decimal
+}
+
+// operation is what a request wants done, and then what came of it.
+type operation struct {
+	kind        string
+	walletID    int64 // the initiating wallet; of a creation, the id given or chosen
+	toID        int64 // of a transfer
+	idChosen    bool  // by us, of a creation
+	amount      amount
+	currency    string // as named by the request; may be empty
+	key         string
+	traceparent string
+
+	ctx  context.Context // the request's: an operation whose client has gone before its batch formed is dropped
+	done chan struct{}   // closed after the fields below are final
+
+	posted   posted // of a movement
+	created  wallet // of a creation
+	replayed bool   // the key had been posted before: what is answered is what was answered then
+	err      error  // a *refusal, errUnavailable or an unknown fault
+}
+
+// refusal is an operation's or a request's clear no: a stable code, and a sentence that says what to do. The codes and their
+// HTTP statuses stand in one table in main.go.
+type refusal struct{ code, detail string }
+
+func (r *refusal) Error() string { return r.code + ": " + r.detail }
+
+func refuse(code, format string, args ...any) *refusal {
+	return &refusal{code, fmt.Sprintf(format, args...)}
+}
+
+var (
+	errOverloaded = refuse("overloaded", "Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
+	// errUnavailable does not say that nothing happened: the commit's outcome may be unknown.
+	errUnavailable = refuse("unavailable", "The ledger did not confirm in time. Send the same request with the same key again: if it had been applied, it is not applied twice.")
+)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Amounts, keys and ids
+// ---------------------------------------------------------------------------------------------------------------------
+
+const (
+	wholeDigitsMax  = 20 // before the point; wallet.balance's CHECK says the same
+	decimalsMax     = 18 // after it, for any currency; currency.scale's CHECK says the same
+	keyLenMax       = 255
+	walletIDAutoMax = 1<<53 - 1 // of ids chosen by us: exact in a JavaScript number
+)
+
+var balanceLimit = decimal.New(1, wholeDigitsMax)
+
+// amount is a positive decimal number and how many decimals it was written with.
+type amount struct {
+	decimal.Decimal
+	decimals int32
+}
+
+// parseAmount reads a plain decimal number. Digits are counted before anything is computed, so that no text is expensive.
+func parseAmount(s string) (amount, error) {
+	rest, negative := strings.CutPrefix(s, "-")
+	whole, fraction, pointed := strings.Cut(rest, ".")
+	switch {
+	case strings.ContainsAny(s, "eE") && strings.Trim(s, "0123456789.eE+-") == "":
+		return amount{}, refuse("amount_exponent", "Write the amount without an exponent, such as \"10.50\".")
+	case whole == "" || pointed && fraction == "" || strings.Trim(whole, "0123456789") != "" || strings.Trim(fraction, "0123456789") != "":
+		return amount{}, refuse("amount_malformed", "Write the amount as a plain decimal number, such as \"10.50\".")
+	case len(whole) > 1 && whole[0] == '0':
+		return amount{}, refuse("amount_malformed", "Write the amount without leading zeros, such as \"10.50\".")
+	case len(whole) > wholeDigitsMax:
+		return amount{}, refuse("amount_too_large", "An amount has at most %d digits before the point.", wholeDigitsMax)
+	case len(fraction) > decimalsMax:
+		return amount{}, refuse("amount_scale", "The amount has %d decimals; no currency here has more than %d.", len(fraction), decimalsMax)
+	}
+	value, err := decimal.NewFromString(rest)
+	if err != nil {
+		return amount{}, refuse("amount_malformed", "Write the amount as a plain decimal number, such as \"10.50\".")
+	}
+	if negative || value.IsZero() {
+		return amount{}, refuse("amount_not_positive", "The amount must be greater than zero; the route says in which direction the money moves.")
+	}
+	return amount{value, int32(len(fraction))}, nil
+}
+
+// parseKey checks an idempotency key: 1-255 printable ASCII characters.
+func parseKey(s string) (string, error) {
+	if len(s) == 0 || len(s) > keyLenMax {
+		return "", refuse("idempotency_key_malformed", "An idempotency key has 1 to %d characters.", keyLenMax)
+	}
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return "", refuse("idempotency_key_malformed", "An idempotency key has printable ASCII characters only.")
+		}
+	}
+	return s, nil
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The ledger and its writers
+// ---------------------------------------------------------------------------------------------------------------------
+
+type ledger struct {
+	reads           *pgxpool.Pool
+	writes          *pgxpool.Pool // one connection a writer
+	cache           *cache        // nil without Redis
+	writers         int
+	batchOpsMax     int
+	rerunBudget     time.Duration // how long a batch is run again after faults before its clients are told
+	defaultCurrency string
+
+	queue  chan *operation
+	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
+
+	batches, operations, reruns, splits atomic.Int64
+	batchSizes, batchSeconds            histogram
+}
+
+func newLedger(cfg *config, reads, writes *pgxpool.Pool, cache *cache) *ledger {
+	return &ledger{
+		reads:           reads,
+		writes:          writes,
+		cache:           cache,
+		writers:         cfg.writers,
+		batchOpsMax:     cfg.batchOpsMax,
+		rerunBudget:     cfg.requestTimeout,
+		defaultCurrency: cfg.defaultCurrency,
+		queue:           make(chan *operation, cfg.queueOpsMax),
+		batchSizes:      newHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+		batchSeconds:    newHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
+	}
+}
+
+// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts without a restart.
+func (l *ledger) loadCurrencies(ctx context.Context) error {
+	rows, _ := l.reads.Query(ctx, `SELECT code, scale FROM currency`)
+	scales := make(map[string]int32)
+	var code string
+	var scale int32
+	if _, err := pgx.ForEachRow(rows, []any{&code, &scale}, func() error { scales[code] = scale; return nil }); err != nil {
+		return fmt.Errorf("read currencies: %w", err)
+	}
+	if _, known := scales[l.defaultCurrency]; !known {
+		return fmt.Errorf("DEFAULT_CURRENCY %s is not in the table currency", l.defaultCurrency)
+	}
+	l.scales.Store(&scales)
+	return nil
+}
+
+// do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the caller, and the
+// operation may still be applied.
+func (l *ledger) do(ctx context.Context, op *operation) error {
+	op.ctx, op.done = ctx, make(chan struct{})
+	select {
+	case l.queue <- op:
+	default:
+		return errOverloaded
+	}
+	select {
+	case <-op.done:
+		return op.err
+	case <-ctx.Done():
+		return errUnavailable
+	}
+}
+
+// run runs the writers until ctx ends and the queue is empty.
+func (l *ledger) run(ctx context.Context) error {
+	var writers sync.WaitGroup
+	for range l.writers {
+		writers.Go(func() { l.write(ctx) })
+	}
+	writers.Wait()
+	return nil
+}
+
+func (l *ledger) write(ctx context.Context) {
+	finished := make(chan struct{}, 1) // at most one batch of this writer is being announced while the next is posted
+	for {
+		batch := l.gather(ctx)
+		if batch == nil {
+			break
+		}
+		l.post(batch)
+		finished <- struct{}{}
+		go func() {
+			l.announce(batch)
+			<-finished
+		}()
+	}
+	finished <- struct{}{}
+}
+
+// gather waits for an operation and takes all that are waiting behind it: a batch forms while the one before it is at
+// Postgres, never by waiting for company. It returns nil when ctx has ended and nothing is waiting.
+func (l *ledger) gather(ctx context.Context) []*operation {
+	var first *operation
+	select {
+	case first = <-l.queue:
+	case <-ctx.Done():
+		select {
+		case first = <-l.queue:
+		default:
+			return nil
+		}
+	}
+	batch := make([]*operation, 0, min(len(l.queue)+1, l.batchOpsMax))
+	for op := first; ; {
+		if op.ctx.Err() == nil {
+			batch = append(batch, op)
+		} else {
+			op.err = errUnavailable // nobody is waiting any more, and nothing was done
+			close(op.done)
+		}
+		if len(batch) == l.batchOpsMax {
+			return batch
+		}
+		select {
+		case op = <-l.queue:
+		default:
+			return batch
+		}
+	}
+}
+
+// post brings a batch into the ledger, or settles each operation's error. Running a batch again is always safe, also when its
+// commit's outcome is unknown: the idempotency keys find what was written.
+func (l *ledger) post(batch []*operation) {
+	if len(batch) == 0 {
+		return
+	}
+	started := time.Now()
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+		err := l.tryPost(batch)
+		if err == nil {
+			l.batches.Add(1)
+			l.operations.Add(int64(len(batch)))
+			l.batchSizes.observe(float64(len(batch)))
+			l.batchSeconds.observe(time.Since(started).Seconds())
+			return
+		}
+		rerun, split := recovery(err)
+		switch {
+		case split && len(batch) > 1:
+			// One operation's fault must not fail its neighbours: halve until it stands alone.
+			slog.Warn("batch split", "operations", len(batch), "error", err)
+			l.splits.Add(1)
+			l.post(batch[:len(batch)/2])
+			l.post(batch[len(batch)/2:])
+			return
+		case rerun && time.Since(started)+pause < l.rerunBudget:
+			slog.Warn("batch is run again", "operations", len(batch), "error", err)
+			l.reruns.Add(1)
+			time.Sleep(pause/2 + rand.N(pause/2))
+		default:
+			slog.Error("batch failed", "operations", len(batch), "error", err)
+			for _, op := range batch {
+				op.err = err
+				if rerun {
+					op.err = errUnavailable
+				}
+			}
+			return
+		}
+	}
+}
+
+// recovery says what helps against a failed batch: to run it again, to split it, or neither.
+func recovery(err error) (rerun, split bool) {
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) {
+		return true, false // a lost connection, a timeout: the outcome is unknown
+	}
+	switch {
+	case pgErr.Code == "55P03": // lock_timeout: somebody holds one of these wallets
+		return true, true
+	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" || pgErr.ConstraintName == "wallet_creation_key_once"):
+		return true, false // another writer made the wallet first: this time we lock it
+	case pgErr.Code == "23514" && strings.HasPrefix(pgErr.Message, "no partition"):
+		return true, false // an outbox without its hour: the keeper makes it
+	}
+	switch pgErr.Code[:2] {
+	case "08", // connection exception
+		"25", // idle_in_transaction_session_timeout; read-only after a failover
+		"40", // serialization failure, deadlock
+		"53", // out of connections, disk, memory
+		"57", // statement_timeout, shutdown, crash, not up yet
+		"58": // system error
+		return true, false
+	}
+	return false, true
+}
+
+// announce tells the cache and then the clients. The cache comes first, so that a read sent after the answer finds it there.
+func (l *ledger) announce(batch []*operation) {
+	if l.cache != nil {
+		heads := make(map[int64]cachedBalance, len(batch))
+		newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
+			if heads[walletID].seq < seq {
+				heads[walletID] = cachedBalance{walletID, seq, currency, balance.String()}
+			}
+		}
+		for _, op := range batch {
+			if p := &op.posted; op.err == nil && !op.replayed && p.Seq > 0 {
+				newest(p.WalletID, p.Seq, p.Currency, p.Balance)
+				if p.CounterpartyID != 0 {
+					newest(p.CounterpartyID, p.CounterpartySeq, p.Currency, p.toBalance)
+				}
+			}
+		}
+		l.cache.put(heads)
+	}
+	for _, op := range batch {
+		close(op.done)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One batch: one Postgres transaction, READ COMMITTED, in two round trips
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Lock order: every transaction locks the wallets that exist by ascending id, then inserts the missing ones by ascending id,
+// so no two can wait for each other in a circle.
+const (
+	lockWallets = `
+SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
+WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
+
+	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders wrote is seen.
+	findKeys = `
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
+       e.balance::text, e.idempotency_key, coalesce(p.balance, 0)::text
+FROM unnest($1::bigint[], $2::text[]) AS k (wallet_id, key)
+JOIN entry e ON e.wallet_id = k.wallet_id AND e.idempotency_key = k.key AND e.kind <> 'transfer_in'
+LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq`
+
+	findCreations = `
+SELECT id, currency, created_at, creation_key FROM wallet WHERE creation_key = ANY ($1::text[])`
+
+	insertWallets = `
+INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key)
+SELECT id, currency, balance, seq, entry_at, created_at, nullif(creation_key, '')
+FROM unnest($1::bigint[], $2::text[], $3::text[]::numeric[], $4::bigint[], $5::timestamptz[], $6::timestamptz[], $7::text[])
+    AS w (id, currency, balance, seq, entry_at, created_at, creation_key)`
+
+	updateWallets = `
+UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
+FROM unnest($1::bigint[], $2::text[]::numeric[], $3::bigint[], $4::timestamptz[]) AS n (id, balance, seq, entry_at)
+WHERE wallet.id = n.id`
+
+	insertEntries = `
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+SELECT wallet_id, seq, nullif(counterparty_id, 0), nullif(counterparty_seq, 0), created_at, kind, amount, balance, key
+FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::timestamptz[], $6::text[]::entry_kind[],
+            $7::text[]::numeric[], $8::text[]::numeric[], $9::text[])
+    AS e (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, key)`
+)
+
+// tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something unknown, happened.
+func (l *ledger) tryPost(batch []*operation) error {
+	// The server's own timeouts (openPool) are shorter: this one is for a network that swallows everything.
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	conn, err := l.writes.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release() // a connection still inside a transaction is closed by the pool
+
+	p, err := l.read(ctx, conn, batch)
+	if err != nil {
+		return err
+	}
+	for _, op := range batch {
+		op.err, op.replayed, op.posted, op.created = nil, false, posted{}, wallet{} // of a former try
+		op.err = p.decide(op)
+	}
+	p.assert()
+	return p.commit(ctx, conn) // after this, what was accepted is durable
+}
+
+// posting is one batch on its way: the wallets under lock, what the keys stand for, and the new entries.
+type posting struct {
+	now             time.Time // the database's
+	scales          map[string]int32
+	defaultCurrency string
+	wallets         map[int64]*wallet
+	byKey           map[movementKey]*posted
+	creations       map[string]*wallet
+	entries         []entry
+}
+
+type movementKey struct {
+	walletID int64
+	key      string
+}
+
+// read is the first round trip: lock, then look up the keys.
+func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation) (*posting, error) {
+	p := &posting{
+		scales:          *l.scales.Load(),
+		defaultCurrency: l.defaultCurrency,
+		wallets:         make(map[int64]*wallet, 2*len(batch)),
+		byKey:           make(map[movementKey]*posted, len(batch)),
+		creations:       make(map[string]*wallet),
+		entries:         make([]entry, 0, 2*len(batch)),
+	}
+	var ids, keyWallets []int64
+	var keys, creationKeys []string
+	asked := make(map[movementKey]bool, len(batch))
+	for _, op := range batch {
+		ids = append(ids, op.walletID)
+		if op.kind == kindCreation {
+			creationKeys = append(creationKeys, op.key)
+			continue
+		}
+		if op.toID != 0 {
+			ids = append(ids, op.toID)
+		}
+		if k := (movementKey{op.walletID, op.key}); !asked[k] {
+			asked[k] = true
+			keyWallets, keys = append(keyWallets, op.walletID), append(keys, op.key)
+		}
+	}
+	slices.Sort(ids)
+	ids = slices.Compact(ids)
+	for _, id := range ids {
+		p.wallets[id] = &wallet{ID: id}
+	}
+
+	var b pgx.Batch
+	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED`)
+	b.Queue(lockWallets, ids).Query(p.scanWallets)
+	b.Queue(`SELECT clock_timestamp()`).QueryRow(func(row pgx.Row) error { return row.Scan(&p.now) })
+	if len(keys) > 0 {
+		b.Queue(findKeys, keyWallets, keys).Query(p.scanKeys)
+	}
+	if len(creationKeys) > 0 {
+		b.Queue(findCreations, creationKeys).Query(p.scanCreations)
+	}
+	return p, conn.SendBatch(ctx, &b).Close()
+}
+
+func (p *posting) scanWallets(rows pgx.Rows) error {
+	var w wallet
+	var balance string
+	var entryAt *time.Time
+	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt}, func() (err error) {
+		found := w
+		found.exists = true
+		if entryAt != nil {
+			found.EntryAt = *entryAt
+		}
+		found.Balance, err = decimal.NewFromString(balance)
+		p.wallets[w.ID] = &found
+		return err
+	})
+	return err
+}
+
+func (p *posting) scanKeys(rows pgx.Rows) error {
+	for rows.Next() {
+		var found posted
+		if err := scanPosted(rows, &found); err != nil {
+			return err
+		}
+		found.Currency = p.wallets[found.WalletID].Currency
+		p.byKey[movementKey{found.WalletID, found.Key}] = &found
+	}
+	return rows.Err()
+}
+
+// scanPosted reads the columns that findKeys selects; the currency is the wallet's.
+func scanPosted(row pgx.Row, m *posted) error {
+	var amount, balance, toBalance string
+	if err := row.Scan(&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &amount, &balance, &m.Key, &toBalance); err != nil {
+		return err
+	}
+	var errs [3]error
+	m.Amount, errs[0] = decimal.NewFromString(amount)
+	m.Balance, errs[1] = decimal.NewFromString(balance)
+	m.toBalance, errs[2] = decimal.NewFromString(toBalance)
+	return errors.Join(errs[:]...)
+}
+
+func (p *posting) scanCreations(rows pgx.Rows) error {
+	var w wallet
+	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &w.CreatedAt, &w.creationKey}, func() error {
+		found := w
+		p.creations[w.creationKey] = &found
+		return nil
+	})
+	return err
+}
+
+// decide accepts or refuses one operation against the running balances, in arrival order. The key comes first: what was
+// accepted once stays accepted, whatever the balance is now.
+func (p *posting) decide(op *operation) error {
+	if op.kind == kindCreation {
+		return p.create(op)
+	}
+	if before, ok := p.byKey[movementKey{op.walletID, op.key}]; ok {
+		same := before.Kind == op.kind && before.CounterpartyID == op.toID && before.Amount.Abs().Equal(op.amount.Decimal) &&
+			(op.currency == "" || op.currency == before.Currency)
+		if !same {
+			return refuse("idempotency_key_reused", "This key was used on wallet %d for another operation (transaction %s). Use a new key for a new operation.",
+				op.walletID, entryID(before.WalletID, before.Seq))
+		}
+		op.posted, op.replayed = *before, true
+		return nil
+	}
+
+	from := p.wallets[op.walletID]
+	opens := op.kind == kindDeposit // may make its wallet
+	if from.Currency == "" && !opens {
+		return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", op.walletID)
+	}
+	currency := cmp.Or(op.currency, from.Currency, p.defaultCurrency)
+	scale, known := p.scales[currency]
+	switch {
+	case !known:
+		return refuse("currency_unknown", "Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
+	case from.Currency != "" && from.Currency != currency:
+		return refuse("currency_mismatch", "Wallet %d is in %s, the request in %s. Use a wallet in the request's currency.", from.ID, from.Currency, currency)
+	case op.amount.decimals > scale:
+		return refuse("amount_scale", "The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact amount.", op.amount.decimals, currency, scale)
+	case !opens && from.Balance.LessThan(op.amount.Decimal):
+		return refuse("insufficient_funds", "Wallet %d holds less than the amount. Deposit first; the same key may then be used again.", from.ID)
+	}
+
+	amount := op.amount.Decimal
+	at := latest(p.now, from.EntryAt)
+	first := entry{WalletID: from.ID, Kind: op.kind, Currency: currency, Key: op.key, traceparent: op.traceparent}
+	switch op.kind {
+	case kindDeposit:
+		if from.Balance.Add(amount).GreaterThanOrEqual(balanceLimit) {
+			return refuse("balance_limit", "The balance of wallet %d would have more than %d digits before the point.", from.ID, wholeDigitsMax)
+		}
+		first.Amount = amount
+		p.append(from, &first, at)
+		op.posted = posted{entry: first}
+
+	case kindWithdrawal:
+		first.Amount = amount.Neg()
+		p.append(from, &first, at)
+		op.posted = posted{entry: first}
+
+	case kindTransferOut:
+		to := p.wallets[op.toID]
+		switch {
+		case to.Currency != "" && to.Currency != currency:
+			return refuse("currency_mismatch", "Wallet %d is in %s, wallet %d in %s. A transfer stays in one currency.", from.ID, from.Currency, to.ID, to.Currency)
+		case to.Balance.Add(amount).GreaterThanOrEqual(balanceLimit):
+			return refuse("balance_limit", "The balance of wallet %d would have more than %d digits before the point.", to.ID, wholeDigitsMax)
+		}
+		at = latest(at, to.EntryAt)
+		second := first
+		first.Amount, first.CounterpartyID, first.CounterpartySeq = amount.Neg(), to.ID, to.Seq+1
+		second.Amount, second.CounterpartyID, second.CounterpartySeq = amount, from.ID, from.Seq+1
+		second.WalletID, second.Kind = to.ID, kindTransferIn
+		p.append(from, &first, at)
+		p.append(to, &second, at)
+		op.posted = posted{first, second.Balance}
+
+	default:
+		return fmt.Errorf("operation of unknown kind %q", op.kind)
+	}
+	accepted := op.posted
+	p.byKey[movementKey{op.walletID, op.key}] = &accepted
+	return nil
+}
+
+// append makes e the wallet's next entry.
+func (p *posting) append(w *wallet, e *entry, at time.Time) {
+	if w.Currency == "" {
+		w.Currency, w.CreatedAt = e.Currency, at
+	}
+	w.Seq++
+	w.Balance = w.Balance.Add(e.Amount)
+	w.EntryAt = at
+	w.changed = true
+	e.Seq, e.Balance, e.CreatedAt = w.Seq, w.Balance, at
+	p.entries = append(p.entries, *e)
+}
+
+func (p *posting) create(op *operation) error {
+	currency := cmp.Or(op.currency, p.defaultCurrency)
+	if before, ok := p.creations[op.key]; ok {
+		if before.Currency != currency || !op.idChosen && op.walletID != before.ID {
+			return refuse("idempotency_key_reused", "This key was used to create wallet %d in %s. Use a new key for a new wallet.", before.ID, before.Currency)
+		}
+		op.created, op.replayed = wallet{ID: before.ID, Currency: before.Currency, CreatedAt: before.CreatedAt}, true
+		return nil
+	}
+	w := p.wallets[op.walletID]
+	if _, known := p.scales[currency]; !known {
+		return refuse("currency_unknown", "Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
+	}
+	if w.Currency != "" {
+		return refuse("wallet_exists", "Wallet %d exists already, in %s.", w.ID, w.Currency)
+	}
+	w.Currency, w.CreatedAt, w.creationKey, w.changed = currency, p.now, op.key, true
+	op.created = *w
+	p.creations[op.key] = &op.created
+	return nil
+}
+
+// assert catches our own mistakes before they reach the database: money of a batch's transfers sums to zero, and each changed
+// wallet stands where its last entry says.
+func (p *posting) assert() {
+	var transferred decimal.Decimal
+	for i := range p.entries {
+		if e := &p.entries[i]; e.CounterpartyID != 0 {
+			transferred = transferred.Add(e.Amount)
+		}
+		if e, w := &p.entries[i], p.wallets[p.entries[i].WalletID]; e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) {
+			panic(fmt.Sprintf("entry %s does not fit its wallet", entryID(e.WalletID, e.Seq)))
+		}
+	}
+	if !transferred.IsZero() {
+		panic("the transfers of a batch do not sum to zero")
+	}
+}
+
+// commit is the second round trip: everything that the accepted operations changed, and COMMIT.
+func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
+	var b pgx.Batch
+	var missing, changed []*wallet
+	for _, w := range p.wallets {
+		if w.changed && w.exists {
+			changed = append(changed, w)
+		} else if w.changed {
+			missing = append(missing, w)
+		}
+	}
+	if len(missing) > 0 {
+		slices.SortFunc(missing, func(a, b *wallet) int { return cmp.Compare(a.ID, b.ID) })
+		c := walletColumns(missing)
+		b.Queue(insertWallets, c.ids, c.currencies, c.balances, c.seqs, c.entryAts, c.createdAts, c.creationKeys)
+	}
+	var updated *int64
+	if len(changed) > 0 {
+		c := walletColumns(changed)
+		updated = new(int64)
+		b.Queue(updateWallets, c.ids, c.balances, c.seqs, c.entryAts).Exec(func(tag pgconn.CommandTag) error {
+			*updated = tag.RowsAffected()
+			return nil
+		})
+	}
+	if n := len(p.entries); n > 0 {
+		ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+		ats, kinds, amounts, balances, keys := make([]time.Time, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+		for i := range p.entries {
+			e := &p.entries[i]
+			ids[i], seqs[i], toIDs[i], toSeqs[i], ats[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq, e.CreatedAt
+			kinds[i], amounts[i], balances[i], keys[i] = e.Kind, e.Amount.String(), e.Balance.String(), e.Key
+		}
+		b.Queue(insertEntries, ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys)
+		queueOutbox(&b, p.entries)
+	}
+	b.Queue(`COMMIT`)
+	if err := conn.SendBatch(ctx, &b).Close(); err != nil {
+		return err
+	}
+	if updated != nil && *updated != int64(len(changed)) {
+		panic(fmt.Sprintf("updated %d wallets of %d that were locked", *updated, len(changed)))
+	}
+	return nil
+}
+
+type walletArrays struct {
+	ids, seqs                          []int64
+	currencies, balances, creationKeys []string
+	createdAts                         []time.Time
+	entryAts                           []*time.Time
+}
+
+func walletColumns(wallets []*wallet) walletArrays {
+	var c walletArrays
+	for _, w := range wallets {
+		var entryAt *time.Time
+		if w.Seq > 0 {
+			entryAt = &w.EntryAt
+		}
+		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
+		c.currencies, c.balances, c.creationKeys = append(c.currencies, w.Currency), append(c.balances, w.Balance.String()), append(c.creationKeys, w.creationKey)
+		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
+	}
+	return c
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reads
+// ---------------------------------------------------------------------------------------------------------------------
+
+const (
+	selectWallet = `SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet WHERE id = $1`
+
+	selectTransaction = `
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
+       e.balance::text, e.idempotency_key, coalesce(p.balance, 0)::text
+FROM entry e
+LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
+WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
+
+	selectRange = `SELECT seq_since($1, $2), seq_since($1, $3)`
+
+	selectEntries = `
+SELECT wallet_id, seq, coalesce(counterparty_id, 0), coalesce(counterparty_seq, 0), created_at, kind::text, amount::text,
+       balance::text, idempotency_key, '0'
+FROM entry WHERE wallet_id = $1 AND seq >= $2 AND seq < $3 ORDER BY seq `
+)
+
+// wallet reads one wallet from Postgres.
+func (l *ledger) wallet(ctx context.Context, id int64) (*wallet, error) {
+	var found posting
+	found.wallets = make(map[int64]*wallet)
+	rows, _ := l.reads.Query(ctx, selectWallet, id)
+	if err := found.scanWallets(rows); err != nil {
+		return nil, fmt.Errorf("read wallet: %w", err)
+	}
+	w := found.wallets[id]
+	if w == nil {
+		return nil, refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", id)
+	}
+	return w, nil
+}
+
+// balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
+func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cachedBalance, error) {
+	generation := ""
+	if l.cache != nil && !fresh {
+		var b cachedBalance
+		var ok bool
+		if b, generation, ok = l.cache.get(ctx, id); ok && b.seq >= minSeq {
+			return b, nil
+		}
+	}
+	w, err := l.wallet(ctx, id)
+	if err != nil {
+		return cachedBalance{}, err
+	}
+	b := cachedBalance{w.ID, w.Seq, w.Currency, w.Balance.String()}
+	if b.seq < minSeq {
+		return b, refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", id, b.seq, minSeq)
+	}
+	if generation != "" {
+		l.cache.fill(b, generation)
+	}
+	return b, nil
+}
+
+// transaction reads a movement by its initiating entry.
+func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
+	var m posted
+	err := scanPosted(l.reads.QueryRow(ctx, selectTransaction, walletID, seq), &m)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read transaction: %w", err)
+	}
+	w, err := l.wallet(ctx, walletID)
+	if err != nil {
+		return nil, err
+	}
+	m.Currency = w.Currency
+	return &m, nil
+}
+
+// page is a stretch of a wallet's history: entries of from <= seq < to, ascending or descending, limit at most.
+type page struct {
+	from, to   int64
+	descending bool
+	limit      int
+}
+
+// seqRange finds, by bisecting the primary key, the entries with since <= created_at < until.
+func (l *ledger) seqRange(ctx context.Context, walletID int64, since, until time.Time) (from, to int64, err error) {
+	if err := l.reads.QueryRow(ctx, selectRange, walletID, since, until).Scan(&from, &to); err != nil {
+		return 0, 0, fmt.Errorf("find history's range: %w", err)
+	}
+	return from, to, nil
+}
+
+// history reads one page of a wallet's entries.
+func (l *ledger) history(ctx context.Context, walletID int64, p page) ([]entry, error) {
+	w, err := l.wallet(ctx, walletID)
+	if err != nil {
+		return nil, err
+	}
+	order := "ASC LIMIT $4"
+	if p.descending {
+		order = "DESC LIMIT $4"
+	}
+	rows, _ := l.reads.Query(ctx, selectEntries+order, walletID, p.from, p.to, p.limit)
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (entry, error) {
+		var m posted
+		err := scanPosted(row, &m)
+		m.Currency = w.Currency
+		return m.entry, err
+	})
+}
+
+func (l *ledger) writeMetrics(w io.Writer) {
+	writeMetric(w, "wallet_batches_total", "counter", "Batches committed.", sample{"", float64(l.batches.Load())})
+	writeMetric(w, "wallet_operations_total", "counter", "Operations decided, replays and refusals included.", sample{"", float64(l.operations.Load())})
+	writeMetric(w, "wallet_batch_reruns_total", "counter", "Batches run again after a fault.", sample{"", float64(l.reruns.Load())})
+	writeMetric(w, "wallet_batch_splits_total", "counter", "Batches halved because one operation failed them.", sample{"", float64(l.splits.Load())})
+	writeMetric(w, "wallet_queue_operations", "gauge", "Operations that wait for a batch.", sample{"", float64(len(l.queue))})
+	writeHistogram(w, "wallet_batch_operations", "Operations of a batch.", func(yield func(string, *histogram)) { yield("", &l.batchSizes) })
+	writeHistogram(w, "wallet_batch_seconds", "From a batch's forming to its commit, reruns included.", func(yield func(string, *histogram)) { yield("", &l.batchSeconds) })
+	for _, pool := range []struct {
+		name string
+		*pgxpool.Pool
+	}{{"read", l.reads}, {"write", l.writes}} {
+		stat := pool.Stat()
+		writeMetric(w, "wallet_postgres_"+pool.name+"_connections", "gauge", "Connections to Postgres.",
+			sample{`state="busy"`, float64(stat.AcquiredConns())}, sample{`state="idle"`, float64(stat.IdleConns())})
+	}
+}
