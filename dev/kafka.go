@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -36,28 +37,38 @@ type broker struct {
 
 func (b *broker) address() string { return fmt.Sprintf("127.0.0.1:%d", b.port) }
 
-// ready waits until the broker itself says that it is a member of its cluster.
+// ready waits until the broker itself says that it is a member of its cluster and in sync with all that it replicates:
+// only then may the next one of a cluster be killed.
 func (b *broker) ready(ctx context.Context) error {
 	client, err := kgo.NewClient(kgo.SeedBrokers(b.address()))
 	if err != nil {
 		return err
 	}
 	defer client.Close()
+	everything := kmsg.NewPtrMetadataRequest()
+	everything.Topics = nil
 	for {
 		try, cancel := context.WithTimeout(ctx, time.Second)
-		answer, err := client.SeedBrokers()[0].Request(try, kmsg.NewPtrMetadataRequest())
+		answer, err := client.SeedBrokers()[0].Request(try, everything)
 		cancel()
-		if err == nil {
-			for _, member := range answer.(*kmsg.MetadataResponse).Brokers {
-				if member.NodeID == b.node {
-					return nil
-				}
-			}
+		if err == nil && b.inSync(answer.(*kmsg.MetadataResponse)) {
+			return nil
 		}
 		if err := sleep(ctx, 20*time.Millisecond); err != nil {
 			return err
 		}
 	}
+}
+
+func (b *broker) inSync(cluster *kmsg.MetadataResponse) bool {
+	for _, topic := range cluster.Topics {
+		for _, p := range topic.Partitions {
+			if slices.Contains(p.Replicas, b.node) && (p.Leader < 0 || !slices.Contains(p.ISR, b.node)) {
+				return false
+			}
+		}
+	}
+	return slices.ContainsFunc(cluster.Brokers, func(m kmsg.MetadataResponseBroker) bool { return m.NodeID == b.node })
 }
 
 // newEmbedded is the one broker that kfake is.
@@ -151,7 +162,12 @@ func newApache(ctx context.Context, procs *processes, data string, count int, ja
 			}
 		}
 		b.start = func() (*child, error) {
-			return procs.start(b.name, command("kafka.Kafka", file), syscall.SIGTERM)
+			quit := syscall.SIGTERM
+			if count > 1 {
+				// A cluster that stops loses its quorum, and the last broker would wait for it in vain.
+				quit = syscall.SIGKILL
+			}
+			return procs.start(b.name, command("kafka.Kafka", file), quit)
 		}
 	}
 	return brokers, nil

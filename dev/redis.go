@@ -75,7 +75,7 @@ func (r *redis) ping() bool {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Second))
-	io.WriteString(conn, "PING\r\n")
+	io.WriteString(conn, "*1\r\n$4\r\nPING\r\n") // miniredis knows no inline commands
 	answer, _ := bufio.NewReader(conn).ReadString('\n')
 	return strings.HasPrefix(answer, "+PONG")
 }

@@ -431,6 +431,9 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 				return usage
 			}
 		}
+		if how == 0 && server.child.quit == syscall.SIGKILL {
+			how = syscall.SIGTERM // one broker of several: in order as long as the others are there
+		}
 		err := server.child.end(how)
 		server.child = nil
 		return err
