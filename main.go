@@ -91,7 +91,16 @@ func main() {
 	case *adoptOnly:
 		err = adopt(ctx, cfg)
 	default:
-		err = serve(ctx, cfg)
+		var s *service
+		if s, err = newService(cfg); err != nil {
+			break
+		}
+		var listener net.Listener
+		if listener, err = net.Listen("tcp", cfg.listenAddr); err != nil {
+			err = fmt.Errorf("set LISTEN_ADDR to an address that can be listened on: %w", err)
+			break
+		}
+		err = s.run(ctx, listener)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "wallet:", err)
@@ -112,50 +121,57 @@ var stamp string // the image's version, set by the linker (Dockerfile)
 // Start and stop
 // ---------------------------------------------------------------------------------------------------------------------
 
-// serve runs the service until ctx ends or a part of it fails. It listens at once (alive, not ready), waits for the servers it
-// needs, and stops in the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation.
-func serve(ctx context.Context, cfg *config) error {
-	listener, err := net.Listen("tcp", cfg.listenAddr)
-	if err != nil {
-		return fmt.Errorf("set LISTEN_ADDR to an address that can be listened on: %w", err)
-	}
-	defer listener.Close()
+// service is the program without its listener: what there is to run, wired together.
+type service struct {
+	cfg           *config
+	reads, writes *pgxpool.Pool
+	balances      *cache // nil without Redis
+	ledger        *ledger
+	relay         *relay // nil without Kafka
+	api           *server
+}
 
-	var balances *cache
+// newService wires a service. It connects to nothing yet.
+func newService(cfg *config) (*service, error) {
+	s := &service{cfg: cfg}
+	var err error
 	if cfg.redisURL != "" {
-		if balances, err = newCache(cfg); err != nil {
-			return err
+		if s.balances, err = newCache(cfg); err != nil {
+			return nil, err
 		}
 	} else {
 		slog.Warn("no REDIS_URL: balances are read from Postgres, nothing is cached")
 	}
-	reads, err := openPool(cfg, cfg.readConns, "wallet read", balances)
-	if err != nil {
-		return err
+	if s.reads, err = openPool(cfg, cfg.readConns, "wallet read", s.balances); err != nil {
+		return nil, err
 	}
-	defer reads.Close()
-	writes, err := openPool(cfg, cfg.writers, "wallet write", balances)
-	if err != nil {
-		return err
+	if s.writes, err = openPool(cfg, cfg.writers, "wallet write", s.balances); err != nil {
+		return nil, err
 	}
-	defer writes.Close()
-	ledger := newLedger(cfg, reads, writes, balances)
-	var stream *relay
+	s.ledger = newLedger(cfg, s.reads, s.writes, s.balances)
 	if len(cfg.kafkaBrokers) > 0 {
-		stream = newRelay(cfg, reads, balances)
+		s.relay = newRelay(cfg, s.reads, s.balances)
 	} else {
 		slog.Warn("NO KAFKA_BROKERS: THIS SERVICE RUNS WITHOUT A RELAY, NO EVENT LEAVES THE DATABASE")
 	}
-	api := newServer(cfg, ledger, stream)
+	s.api = newServer(cfg, s.ledger, s.relay)
+	return s, nil
+}
 
-	// Every part runs in one of these groups, which main stops one after the other. The first part that fails stops them all.
+// run serves until ctx ends or a part fails. It listens at once (alive, not ready), waits for the servers it needs, and stops in
+// the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation.
+func (s *service) run(ctx context.Context, listener net.Listener) error {
+	defer s.reads.Close()
+	defer s.writes.Close()
+
+	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops them all.
 	failed := make(chan error, 1)
-	web, keeper, writing, relaying := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
+	web, keeping, writing, relaying := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
 	httpServer := &http.Server{
-		Handler:           api,
+		Handler:           s.api,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      10*time.Second + cfg.requestTimeout,
+		WriteTimeout:      10*time.Second + s.cfg.requestTimeout,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
@@ -167,40 +183,41 @@ func serve(ctx context.Context, cfg *config) error {
 		return nil
 	})
 	slog.Info("listening", "address", listener.Addr().String(), "version", buildVersion())
-	keeper.run(func(ctx context.Context) error {
-		if err := waitFor(ctx, "Postgres", func(ctx context.Context) error { return prepare(ctx, cfg, ledger) }); err != nil {
+	keeping.run(func(ctx context.Context) error {
+		if err := waitFor(ctx, "Postgres", s.prepare); err != nil {
 			return err
 		}
-		writing.run(ledger.run)
-		if balances != nil {
-			writing.run(balances.run)
+		writing.run(s.ledger.run)
+		if s.balances != nil {
+			writing.run(s.balances.run)
 		}
-		if stream != nil {
-			relaying.run(stream.run)
+		if s.relay != nil {
+			relaying.run(s.relay.run)
 		}
-		api.started.Store(true)
+		s.api.started.Store(true)
 		slog.Info("ready")
-		return keep(ctx, cfg, ledger, stream == nil)
+		return s.keep(ctx)
 	})
 
+	var err error
 	select {
 	case <-ctx.Done():
 		slog.Info("stopping")
 	case err = <-failed:
 		slog.Error("stopping, since a part failed", "error", err)
 	}
-	api.draining.Store(true)
+	s.api.draining.Store(true)
 	if err == nil {
-		time.Sleep(cfg.drainDelay)
+		time.Sleep(s.cfg.drainDelay)
 	}
-	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	deadline, cancel := context.WithTimeout(context.Background(), s.cfg.shutdownTimeout)
 	defer cancel()
 	if shutdownErr := httpServer.Shutdown(deadline); shutdownErr != nil {
 		slog.Warn("requests were still open at the deadline", "error", shutdownErr)
 	}
-	for _, g := range []*group{web, keeper, writing, relaying} {
+	for _, g := range []*group{web, keeping, writing, relaying} {
 		if !g.stop(deadline) {
-			return fmt.Errorf("not everything stopped within SHUTDOWN_TIMEOUT (%v)", cfg.shutdownTimeout)
+			return fmt.Errorf("not everything stopped within SHUTDOWN_TIMEOUT (%v)", s.cfg.shutdownTimeout)
 		}
 	}
 	slog.Info("stopped")
@@ -397,19 +414,19 @@ SELECT current_setting('server_version_num')::int, to_regclass('wallet_schema') 
 }
 
 // prepare makes the database ready for writes.
-func prepare(ctx context.Context, cfg *config, l *ledger) error {
-	if err := migrate(ctx, cfg); err != nil {
+func (s *service) prepare(ctx context.Context) error {
+	if err := migrate(ctx, s.cfg); err != nil {
 		return err
 	}
-	if err := makeOutboxPartitions(ctx, l.reads); err != nil {
+	if err := makeOutboxPartitions(ctx, s.reads); err != nil {
 		return err
 	}
-	return l.loadCurrencies(ctx)
+	return s.ledger.loadCurrencies(ctx)
 }
 
 // keep does, every minute, what a long life needs: outbox partitions ahead, old ones dropped where no relay does it, new
 // currencies.
-func keep(ctx context.Context, cfg *config, l *ledger, dropOutbox bool) error {
+func (s *service) keep(ctx context.Context) error {
 	tick := time.NewTicker(time.Minute)
 	defer tick.Stop()
 	for {
@@ -418,9 +435,9 @@ func keep(ctx context.Context, cfg *config, l *ledger, dropOutbox bool) error {
 			return nil
 		case <-tick.C:
 		}
-		work := []error{makeOutboxPartitions(ctx, l.reads), l.loadCurrencies(ctx)}
-		if dropOutbox {
-			work = append(work, dropOutboxPartitions(ctx, l.reads, cfg.outboxRetention, nil, 0))
+		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx)}
+		if s.relay == nil {
+			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0))
 		}
 		for _, err := range work {
 			if err != nil && ctx.Err() == nil {
