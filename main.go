@@ -28,7 +28,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	neturl "net/url"
+	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -1001,7 +1001,7 @@ func parseKeyHeader(value string) (string, error) {
 type query map[string]string
 
 func readQuery(r *http.Request, allowed ...string) (query, error) {
-	values, err := neturl.ParseQuery(r.URL.RawQuery)
+	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, refuse("parameter_malformed", "The query string is not well-formed.")
 	}
@@ -1250,13 +1250,13 @@ type setting struct {
 
 func (c *config) settings() []setting {
 	return []setting{
-		{"DATABASE_URL", "", "Postgres, as the service's role; required. postgres://user:password@host:5432/wallet", url(&c.databaseURL, "postgres", "postgresql")},
-		{"MIGRATE_URL", "", "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL", url(&c.migrateURL, "postgres", "postgresql")},
-		{"REPLICATION_URL", "", "Postgres, as a role with REPLICATION, for the relay; default: DATABASE_URL", url(&c.replicationURL, "postgres", "postgresql")},
+		{"DATABASE_URL", "", "Postgres, as the service's role; required. postgres://user:password@host:5432/wallet", urlText(&c.databaseURL, "postgres", "postgresql")},
+		{"MIGRATE_URL", "", "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL", urlText(&c.migrateURL, "postgres", "postgresql")},
+		{"REPLICATION_URL", "", "Postgres, as a role with REPLICATION, for the relay; default: DATABASE_URL", urlText(&c.replicationURL, "postgres", "postgresql")},
 		{"REPLICATION_SLOT", "wallet_relay", "name of the relay's replication slot (unique in the Postgres cluster)", matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_")},
 		{"OUTBOX_RETENTION", "24h", "how long a published outbox row is kept, in whole partitions of an hour", duration(&c.outboxRetention, 0, 90*24*time.Hour)},
 
-		{"REDIS_URL", "", "Redis, which caches balances; without it there is no cache. redis://host:6379/0", url(&c.redisURL, "redis", "rediss")},
+		{"REDIS_URL", "", "Redis, which caches balances; without it there is no cache. redis://host:6379/0", urlText(&c.redisURL, "redis", "rediss")},
 		{"CACHE_TTL", "24h", "how long a balance that nobody touches stays cached", duration(&c.cacheTTL, time.Second, 30*24*time.Hour)},
 		{"CACHE_TIMEOUT", "50ms", "how long a read waits for Redis before it asks Postgres", duration(&c.cacheTimeout, time.Millisecond, 10*time.Second)},
 
@@ -1340,7 +1340,7 @@ func text(p *string) func(string) error {
 	return func(v string) error { *p = v; return nil }
 }
 
-func url(p *string, schemes ...string) func(string) error {
+func urlText(p *string, schemes ...string) func(string) error {
 	return func(v string) error {
 		for _, scheme := range schemes {
 			if strings.HasPrefix(v, scheme+"://") {

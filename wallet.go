@@ -404,13 +404,12 @@ const (
 SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
 
-	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders wrote is seen.
-	findKeys = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
-       e.balance::text, e.idempotency_key, coalesce(p.balance, 0)::text
+	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders wrote is seen. So is a
+	// wallet that was missing a moment ago; what is new to it fails on the wallet's id, and the batch runs again.
+	findKeys = selectPosted + `
 FROM unnest($1::bigint[], $2::text[]) AS k (wallet_id, key)
 JOIN entry e ON e.wallet_id = k.wallet_id AND e.idempotency_key = k.key AND e.kind <> 'transfer_in'
-LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq`
+` + joinPosted
 
 	findCreations = `
 SELECT id, currency, created_at, creation_key FROM wallet WHERE creation_key = ANY ($1::text[])`
@@ -542,16 +541,25 @@ func (p *posting) scanKeys(rows pgx.Rows) error {
 		if err := scanPosted(rows, &found); err != nil {
 			return err
 		}
-		found.Currency = p.wallets[found.WalletID].Currency
 		p.byKey[movementKey{found.WalletID, found.Key}] = &found
 	}
 	return rows.Err()
 }
 
-// scanPosted reads the columns that findKeys selects; the currency is the wallet's.
+// A movement is read the same way wherever it is read: its initiating entry e, the wallet's currency, the payee's balance.
+const (
+	selectPosted = `
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
+       e.balance::text, e.idempotency_key, w.currency, coalesce(p.balance, 0)::text`
+
+	joinPosted = `JOIN wallet w ON w.id = e.wallet_id
+LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq`
+)
+
+// scanPosted reads what selectPosted selects.
 func scanPosted(row pgx.Row, m *posted) error {
 	var amount, balance, toBalance string
-	if err := row.Scan(&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &amount, &balance, &m.Key, &toBalance); err != nil {
+	if err := row.Scan(&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &amount, &balance, &m.Key, &m.Currency, &toBalance); err != nil {
 		return err
 	}
 	var errs [3]error
@@ -781,19 +789,13 @@ func latest(a, b time.Time) time.Time {
 const (
 	selectWallet = `SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet WHERE id = $1`
 
-	selectTransaction = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
-       e.balance::text, e.idempotency_key, coalesce(p.balance, 0)::text
-FROM entry e
-LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
+	selectTransaction = selectPosted + ` FROM entry e ` + joinPosted + `
 WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
 
 	selectRange = `SELECT seq_since($1, $2), seq_since($1, $3)`
 
-	selectEntries = `
-SELECT wallet_id, seq, coalesce(counterparty_id, 0), coalesce(counterparty_seq, 0), created_at, kind::text, amount::text,
-       balance::text, idempotency_key, '0'
-FROM entry WHERE wallet_id = $1 AND seq >= $2 AND seq < $3 ORDER BY seq `
+	selectEntries = selectPosted + ` FROM entry e ` + joinPosted + `
+WHERE e.wallet_id = $1 AND e.seq >= $2 AND e.seq < $3 ORDER BY e.seq `
 )
 
 // wallet reads one wallet from Postgres.
@@ -845,11 +847,6 @@ func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted,
 	if err != nil {
 		return nil, fmt.Errorf("read transaction: %w", err)
 	}
-	w, err := l.wallet(ctx, walletID)
-	if err != nil {
-		return nil, err
-	}
-	m.Currency = w.Currency
 	return &m, nil
 }
 
@@ -870,21 +867,20 @@ func (l *ledger) seqRange(ctx context.Context, walletID int64, since, until time
 
 // history reads one page of a wallet's entries.
 func (l *ledger) history(ctx context.Context, walletID int64, p page) ([]entry, error) {
-	w, err := l.wallet(ctx, walletID)
-	if err != nil {
-		return nil, err
-	}
 	order := "ASC LIMIT $4"
 	if p.descending {
 		order = "DESC LIMIT $4"
 	}
 	rows, _ := l.reads.Query(ctx, selectEntries+order, walletID, p.from, p.to, p.limit)
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (entry, error) {
+	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (entry, error) {
 		var m posted
 		err := scanPosted(row, &m)
-		m.Currency = w.Currency
 		return m.entry, err
 	})
+	if err == nil && len(entries) == 0 {
+		_, err = l.wallet(ctx, walletID) // nothing to show, or nobody there?
+	}
+	return entries, err
 }
 
 func (l *ledger) writeMetrics(w io.Writer) {

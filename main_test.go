@@ -1,0 +1,610 @@
+// The HTTP API through its whole handler, against real servers.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
+func TestWalkthrough(t *testing.T) {
+	w := start(t, testEnv(t))
+
+	// 1. A deposit creates the wallet.
+	first := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100.50","idempotency_key":"d1"}`)
+	got := first.json(t)
+	for name, want := range map[string]string{"transaction_id": "1-1", "wallet_id": "1", "currency": "USD", "amount": "100.5", "balance": "100.5", "seq": "1"} {
+		if fmt.Sprint(got[name]) != want {
+			t.Errorf("deposit: %s is %v, want %s", name, got[name], want)
+		}
+	}
+	if _, err := time.Parse(timeFormat, fmt.Sprint(got["created_at"])); err != nil {
+		t.Error(err)
+	}
+	// 2. The same key again: the same answer, and the money moved once.
+	again := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":100.5,"idempotency_key":"d1"}`)
+	if again.body != first.body || again.header.Get("Idempotent-Replayed") != "true" || first.header.Get("Idempotent-Replayed") != "" {
+		t.Errorf("replay: %s, first %s", again, first)
+	}
+	// 3. The balance.
+	if a := w.get("/v1/wallets/1/balance"); a.body != `{"wallet_id":1,"currency":"USD","balance":"100.5","seq":1}` {
+		t.Errorf("balance: %s", a)
+	}
+	// 4. A withdrawal.
+	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"30","idempotency_key":"w1"}`).json(t); a["balance"] != "70.5" || a["amount"] != "30" {
+		t.Errorf("withdrawal: %v", a)
+	}
+	// 5. More than there is.
+	if a := w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"w2"}`); a.status != 422 || a.code() != "insufficient_funds" {
+		t.Errorf("overdraft: %s", a)
+	}
+	// 6. A transfer; the predecessor's README sends to_id as a string, its code wants a number.
+	transfer := w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"to_id":"2","amount":"20.25","idempotency_key":"t1"}`)
+	got = transfer.json(t)
+	for name, want := range map[string]string{"transaction_id": "1-3", "from_balance": "50.25", "to_balance": "20.25", "from_seq": "3", "to_seq": "1"} {
+		if fmt.Sprint(got[name]) != want {
+			t.Errorf("transfer: %s is %v, want %s", name, got[name], want)
+		}
+	}
+	if a := w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"to_id":2,"amount":"20.25","idempotency_key":"t1"}`); a.body != transfer.body {
+		t.Errorf("transfer replayed: %s, first %s", a, transfer)
+	}
+	// 7. The history of both.
+	var items []map[string]any
+	json.Unmarshal([]byte(w.get("/v1/wallets/1/history").body), &items)
+	var kinds []string
+	for _, item := range items {
+		kinds = append(kinds, fmt.Sprint(item["kind"], item["amount"]))
+	}
+	if want := []string{"deposit100.5", "withdrawal-30", "transfer_out-20.25"}; !slices.Equal(kinds, want) {
+		t.Errorf("history: %v, want %v", kinds, want)
+	}
+	// 8. A wallet that does not exist.
+	if a := w.post("/v1/wallets/99/withdraw", `{"amount":"1","idempotency_key":"x"}`); a.status != 404 || a.code() != "wallet_not_found" {
+		t.Errorf("unknown wallet: %s", a)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestRefusals causes each refusal that a request can bring about, and finds nothing left behind by any.
+func TestRefusals(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"seed"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"100","currency":"JPY","idempotency_key":"seed"}`)
+	w.mustPost(t, 200, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"seed"}`)
+	before := w.mustCount(t)
+
+	big := `{"amount":"1","idempotency_key":"` + strings.Repeat("k", bodyBytesMax) + `"}`
+	for _, c := range []struct {
+		path, body string
+		status     int
+		code       string
+	}{
+		{"1/deposit", `{"amount":"0","idempotency_key":"k"}`, 400, "amount_not_positive"},
+		{"1/deposit", `{"amount":"0.00","idempotency_key":"k"}`, 400, "amount_not_positive"},
+		{"1/deposit", `{"amount":"-5","idempotency_key":"k"}`, 400, "amount_not_positive"},
+		{"1/deposit", `{"amount":-5,"idempotency_key":"k"}`, 400, "amount_not_positive"},
+		{"1/deposit", `{"amount":"1e3","idempotency_key":"k"}`, 400, "amount_exponent"},
+		{"1/deposit", `{"amount":1E3,"idempotency_key":"k"}`, 400, "amount_exponent"},
+		{"1/deposit", `{"amount":"1e1000000000","idempotency_key":"k"}`, 400, "amount_exponent"},
+		{"1/deposit", `{"amount":"NaN","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"Infinity","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":" 1","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"+1","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"1.","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":".5","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"1,5","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"0x10","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"007","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"١","idempotency_key":"k"}`, 400, "amount_malformed"},
+		{"1/deposit", `{"amount":"123456789012345678901","idempotency_key":"k"}`, 400, "amount_too_large"},
+		{"1/deposit", `{"amount":"1.005","idempotency_key":"k"}`, 422, "amount_scale"},
+		{"1/deposit", `{"amount":"1.0000000000000000001","idempotency_key":"k"}`, 422, "amount_scale"},
+		{"2/deposit", `{"amount":"1.5","idempotency_key":"k"}`, 422, "amount_scale"},
+		{"3/deposit", `{"amount":"1","idempotency_key":"k"}`, 422, "balance_limit"},
+		{"3/transfer", `{"amount":"1","to_id":3,"idempotency_key":"k"}`, 400, "same_wallet"},
+		{"1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"k"}`, 422, "currency_mismatch"},
+		{"1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"k"}`, 422, "balance_limit"},
+		{"1/transfer", `{"amount":"1","idempotency_key":"k"}`, 400, "field_missing"},
+		{"1/transfer", `{"amount":"1","to_id":"x","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"1/transfer", `{"amount":"1","to_id":1.5,"idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"1/transfer", `{"amount":"1","to_id":9223372036854775808,"idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"9/transfer", `{"amount":"1","to_id":10,"idempotency_key":"k"}`, 404, "wallet_not_found"},
+		{"1/transfer", `{"amount":"1000","to_id":10,"idempotency_key":"k"}`, 422, "insufficient_funds"},
+		{"1/withdraw", `{"amount":"100.01","idempotency_key":"k"}`, 422, "insufficient_funds"},
+		{"9/withdraw", `{"amount":"1","idempotency_key":"k"}`, 404, "wallet_not_found"},
+		{"1/deposit", `{"amount":"1","currency":"EUR","idempotency_key":"k"}`, 422, "currency_mismatch"},
+		{"1/deposit", `{"amount":"1","currency":"usd","idempotency_key":"k"}`, 400, "currency_malformed"},
+		{"1/deposit", `{"amount":"1","currency":840,"idempotency_key":"k"}`, 400, "currency_malformed"},
+		{"9/deposit", `{"amount":"1","currency":"QQQ","idempotency_key":"k"}`, 422, "currency_unknown"},
+		{"1/deposit", `{"amount":"2","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
+		{"1/withdraw", `{"amount":"100","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
+		{"1/transfer", `{"amount":"100","to_id":5,"idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
+		{"1/deposit", `{"amount":"100","currency":"EUR","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
+		{"1/deposit", `{"amount":"1"}`, 400, "idempotency_key_missing"},
+		{"1/deposit", `{"amount":"1","idempotency_key":""}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":5}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"ключ"}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"a\nb"}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"` + strings.Repeat("k", 256) + `"}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"idempotency_key":"k"}`, 400, "field_missing"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"k","note":"x"}`, 400, "field_unknown"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"k","to_id":2}`, 400, "field_unknown"},
+		{"1/deposit", `{"Amount":"1","idempotency_key":"k"}`, 400, "field_unknown"},
+		{"1/deposit", `{"amount":"1","amount":"2","idempotency_key":"k"}`, 400, "field_duplicate"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"k"} {}`, 400, "body_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"k"`, 400, "body_malformed"},
+		{"1/deposit", `{"amount":null,"idempotency_key":"k"}`, 400, "body_malformed"},
+		{"1/deposit", `{"amount":{"x":1},"idempotency_key":"k"}`, 400, "body_malformed"},
+		{"1/deposit", `{"amount":["1"],"idempotency_key":"k"}`, 400, "body_malformed"},
+		{"1/deposit", `[]`, 400, "body_malformed"},
+		{"1/deposit", ``, 400, "body_malformed"},
+		{"1/deposit", `amount=1`, 400, "body_malformed"},
+		{"1/deposit", big, 413, "body_too_large"},
+		{"0/deposit", `{"amount":"1","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"-1/deposit", `{"amount":"1","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"01/deposit", `{"amount":"1","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"9223372036854775808/deposit", `{"amount":"1","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"abc/deposit", `{"amount":"1","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"1/steal", `{}`, 404, "route_not_found"},
+	} {
+		a := w.post("/v1/wallets/"+c.path, c.body)
+		if a.status != c.status || a.code() != c.code {
+			t.Errorf("POST %s %.80s: %s, want %d %s", c.path, c.body, a, c.status, c.code)
+			continue
+		}
+		if got := a.header.Get("Content-Type"); got != "application/problem+json" {
+			t.Errorf("POST %s %.80s: content type %s", c.path, c.body, got)
+		}
+		if p := a.json(t); p["error"] != p["detail"] || p["detail"] == "" || p["title"] == "" || p["request_id"] != a.header.Get("X-Request-Id") {
+			t.Errorf("POST %s %.80s: not a whole problem document: %s", c.path, c.body, a)
+		}
+	}
+	for _, c := range []struct {
+		path   string
+		status int
+		code   string
+	}{
+		{"/v1/wallets/9", 404, "wallet_not_found"},
+		{"/v1/wallets/9/balance", 404, "wallet_not_found"},
+		{"/v1/wallets/9/history", 404, "wallet_not_found"},
+		{"/v1/wallets/1/balance?min_seq=2", 409, "seq_not_reached"},
+		{"/v1/wallets/1/balance?min_seq=x", 400, "parameter_malformed"},
+		{"/v1/wallets/1/balance?seq=1", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?limit=0", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?limit=1001", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?limit=5&limit=6", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?since=yesterday", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?order=up", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?cursor=!!", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?cursor=YS4xLjI&order=asc", 400, "parameter_malformed"},
+		{"/v1/wallets/1/history?%zz", 400, "parameter_malformed"},
+		{"/v1/transactions/1-9", 404, "transaction_not_found"},
+		{"/v1/transactions/1", 400, "transaction_id_malformed"},
+		{"/v1/transactions/1-x", 400, "transaction_id_malformed"},
+		{"/v1/wallets/x", 400, "wallet_id_malformed"},
+		{"/nothing", 404, "route_not_found"},
+	} {
+		if a := w.get(c.path); a.status != c.status || a.code() != c.code {
+			t.Errorf("GET %s: %s, want %d %s", c.path, a, c.status, c.code)
+		}
+	}
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Content-Type", "application/x-www-form-urlencoded"); a.status != 415 || !strings.Contains(a.body, "curl --json") {
+		t.Errorf("form: %s", a)
+	}
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Idempotency-Key", "other"); a.code() != "idempotency_key_conflict" {
+		t.Errorf("two keys: %s", a)
+	}
+	if a := w.get("/v1/wallets/1/deposit"); a.status != 405 || a.header.Get("Allow") != "POST" || a.code() != "method_not_allowed" {
+		t.Errorf("GET of a POST route: %s, Allow %s", a, a.header.Get("Allow"))
+	}
+	if after := w.mustCount(t); after != before {
+		t.Errorf("refusals left something behind: %s, before %s", after, before)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+func (w *wallets) mustCount(tb testing.TB) (counts string) {
+	tb.Helper()
+	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry), (SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return counts
+}
+
+func TestRefusedOperationMaySucceedLaterWithItsKey(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
+	w.mustPost(t, 422, "/v1/wallets/1/withdraw", `{"amount":"2","idempotency_key":"b"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"c"}`)
+	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"2","idempotency_key":"b"}`).json(t); a["balance"] != "0" {
+		t.Errorf("retry after topping up: %v", a)
+	}
+}
+
+// TestKeyOfPayerAndPayee: a transfer carries the payer's key to the payee's entry, where the payee may use it as well.
+func TestKeyOfPayerAndPayee(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"10","idempotency_key":"same"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"10","idempotency_key":"same"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"t"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"t"}`)
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+func TestKeyFromHeaderOrBody(t *testing.T) {
+	w := start(t, testEnv(t))
+	first := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1"}`, "Idempotency-Key", `a "b" \c`)
+	for _, header := range []string{`a "b" \c`, `"a \"b\" \\c"`} {
+		if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1"}`, "Idempotency-Key", header); a.body != first.body {
+			t.Errorf("header %s: %s", header, a)
+		}
+	}
+	if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a \"b\" \\c"}`, "Idempotency-Key", `a "b" \c`); a.body != first.body {
+		t.Errorf("header and body: %s", a)
+	}
+	// The event and the history carry it as JSON.
+	var items []struct {
+		Key string `json:"idempotency_key"`
+	}
+	if err := json.Unmarshal([]byte(w.get("/v1/wallets/1/history").body), &items); err != nil || len(items) != 1 || items[0].Key != `a "b" \c` {
+		t.Errorf("history: %v %v", items, err)
+	}
+}
+
+func TestCreateWallet(t *testing.T) {
+	w := start(t, testEnv(t))
+	a := w.mustPost(t, 201, "/v1/wallets", `{"id":7,"currency":"BTC"}`)
+	if got := a.json(t); fmt.Sprint(got["wallet_id"]) != "7" || got["currency"] != "BTC" || got["balance"] != "0" || a.header.Get("Location") != "/v1/wallets/7" {
+		t.Errorf("created: %s", a)
+	}
+	if a := w.post("/v1/wallets", `{"id":7,"currency":"BTC"}`); a.status != 409 || a.code() != "wallet_exists" {
+		t.Errorf("again without a key: %s", a)
+	}
+	if a := w.mustPost(t, 400, "/v1/wallets", `{"currency":"EUR"}`); a.code() != "idempotency_key_missing" {
+		t.Errorf("neither id nor key: %s", a)
+	}
+	chosen := w.mustPost(t, 201, "/v1/wallets", `{"currency":"EUR","idempotency_key":"c"}`)
+	again := w.mustPost(t, 201, "/v1/wallets", `{"currency":"EUR","idempotency_key":"c"}`)
+	if chosen.body != again.body || again.header.Get("Idempotent-Replayed") != "true" {
+		t.Errorf("replay: %s, first %s", again, chosen)
+	}
+	if a := w.mustPost(t, 422, "/v1/wallets", `{"currency":"USD","idempotency_key":"c"}`); a.code() != "idempotency_key_reused" {
+		t.Errorf("key reused: %s", a)
+	}
+	w.mustPost(t, 201, "/v1/wallets", `{"id":8,"idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets", `{"id":8,"idempotency_key":"d"}`)
+	w.mustPost(t, 422, "/v1/wallets", `{"id":9,"idempotency_key":"d"}`)
+	w.mustPost(t, 200, "/v1/wallets/7/deposit", `{"amount":"0.00000001","idempotency_key":"x"}`)
+	if a := w.get("/v1/wallets/7"); a.json(t)["balance"] != "0.00000001" {
+		t.Errorf("a satoshi: %s", a)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestTransferOpensWallet: the payee is made in the transfer's currency, which is the payer's.
+func TestTransferOpensWallet(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","currency":"EUR","idempotency_key":"a"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"2","to_id":2,"idempotency_key":"b"}`)
+	if a := w.get("/v1/wallets/2").json(t); a["currency"] != "EUR" || a["balance"] != "2" {
+		t.Errorf("payee: %v", a)
+	}
+}
+
+// TestSameKeyPostsOnce is the predecessor's own load line, hey -n 1000 -c 50 with one key, against two replicas at once: every
+// answer is a 200 with the same bytes, and the money moves once.
+func TestSameKeyPostsOnce(t *testing.T) {
+	env := testEnv(t)
+	replicas := []*wallets{start(t, env), start(t, env)}
+	bodies := make([]string, 1000)
+	var clients sync.WaitGroup
+	next := make(chan int, len(bodies))
+	for i := range bodies {
+		next <- i
+	}
+	close(next)
+	for range 50 {
+		clients.Go(func() {
+			for i := range next {
+				bodies[i] = replicas[i%2].post("/v1/wallets/1/deposit", `{"amount":"10.50","idempotency_key":"storm"}`).String()
+			}
+		})
+	}
+	clients.Wait()
+	slices.Sort(bodies)
+	if distinct := slices.Compact(bodies); len(distinct) != 1 || !strings.HasPrefix(distinct[0], "200 ") {
+		t.Errorf("%d different answers: %.500s", len(distinct), distinct)
+	}
+	if a := replicas[0].get("/v1/wallets/1").json(t); a["balance"] != "10.5" || fmt.Sprint(a["seq"]) != "1" {
+		t.Errorf("wallet: %v", a)
+	}
+	checkLedger(t, env["DATABASE_URL"])
+}
+
+func TestHistory(t *testing.T) {
+	w := start(t, testEnv(t))
+	for i := range 25 {
+		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, i))
+	}
+	type item struct {
+		Seq       int64     `json:"seq"`
+		CreatedAt time.Time `json:"created_at"`
+	}
+	page := func(path string) (seqs []int64, items []item, next string) {
+		t.Helper()
+		a := w.get(path)
+		if err := json.Unmarshal([]byte(a.body), &items); err != nil {
+			t.Fatalf("GET %s: %s", path, a)
+		}
+		for _, i := range items {
+			seqs = append(seqs, i.Seq)
+		}
+		if link := regexp.MustCompile(`^<([^>]+)>; rel="next"$`).FindStringSubmatch(a.header.Get("Link")); link != nil {
+			next = link[1]
+		}
+		return seqs, items, next
+	}
+	span := func(from, to int64) (seqs []int64) {
+		step := int64(1)
+		if to < from {
+			step = -1
+		}
+		for s := from; s != to+step; s += step {
+			seqs = append(seqs, s)
+		}
+		return seqs
+	}
+	_, all, _ := page("/v1/wallets/1/history")
+	if len(all) != 25 {
+		t.Fatalf("%d items, want 25", len(all))
+	}
+	at := func(i int) string { return url.QueryEscape(all[i].CreatedAt.Format(time.RFC3339Nano)) }
+	for _, c := range []struct {
+		path string
+		want []int64
+	}{
+		{"?limit=3", span(1, 3)},
+		{"?limit=3&order=desc", span(25, 23)},
+		{"?since=" + at(10), span(11, 25)},
+		{"?until=" + at(10), span(1, 10)},
+		{"?since=" + at(5) + "&until=" + at(8), span(6, 8)},
+		{"?since=" + at(5) + "&until=" + at(8) + "&order=desc", span(8, 6)},
+		{"?since=2099-01-01T00:00:00Z", nil},
+		{"?until=2001-01-01T00:00:00Z", nil},
+	} {
+		if got, _, _ := page("/v1/wallets/1/history" + c.path); !slices.Equal(got, c.want) {
+			t.Errorf("history%s: %v, want %v", c.path, got, c.want)
+		}
+	}
+	if a := w.get("/v1/wallets/1/history?since=2099-01-01T00:00:00Z"); a.body != "[]" {
+		t.Errorf("nothing: %s", a)
+	}
+	for _, c := range []struct {
+		order string
+		want  []int64
+	}{{"asc", span(1, 27)}, {"desc", span(27, 1)}} {
+		var seqs []int64
+		next := "/v1/wallets/1/history?limit=10&order=" + c.order
+		for next != "" {
+			var got []int64
+			got, _, next = page(next)
+			seqs = append(seqs, got...)
+			// Writes go on while a client pages: ascending, they come at the end; descending, they are newer than the first page.
+			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"late1"}`)
+			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"late2"}`)
+			if c.order == "desc" {
+				w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"late3"}`)
+			}
+		}
+		if !slices.Equal(seqs, c.want) {
+			t.Errorf("pages %s: %v, want %v", c.order, seqs, c.want)
+		}
+	}
+}
+
+func TestTransactionByID(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
+	sent := w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"2","to_id":2,"idempotency_key":"b"}`)
+	want := strings.TrimSuffix(sent.body, "}") + `,"kind":"transfer","idempotency_key":"b"}`
+	if a := w.get("/v1/transactions/1-2"); a.body != want {
+		t.Errorf("transaction: %s, want %s", a, want)
+	}
+}
+
+// TestReadsSeeWhatWasAnswered: a read sent after a write's answer sees its effect, from either replica, with the cache on.
+func TestReadsSeeWhatWasAnswered(t *testing.T) {
+	env := testEnv(t)
+	a, b := start(t, env), start(t, env)
+	for i := range 100 {
+		w, r := a, b
+		if i%2 == 0 {
+			w, r = b, a
+		}
+		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, i))
+		want := fmt.Sprintf(`{"wallet_id":1,"currency":"USD","balance":"%d","seq":%d}`, i+1, i+1)
+		if got := r.get("/v1/wallets/1/balance"); got.body != want {
+			t.Fatalf("balance: %s, want %s", got, want)
+		}
+		if got := r.get("/v1/wallets/1/balance?min_seq="+fmt.Sprint(i+1), "Cache-Control", "no-cache"); got.body != want {
+			t.Fatalf("fresh balance: %s, want %s", got, want)
+		}
+	}
+}
+
+func TestStartingAndStopping(t *testing.T) {
+	w := start(t, testEnv(t))
+	if a := w.get("/healthz"); a.status != 200 {
+		t.Errorf("healthz: %s", a)
+	}
+	w.api.draining.Store(true)
+	if a := w.get("/readyz"); a.status != 503 || a.header.Get("Retry-After") == "" {
+		t.Errorf("readyz while draining: %s", a)
+	}
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`) // open requests are still served
+}
+
+func TestPanicIsABare500(t *testing.T) {
+	s := &server{requestTimeout: time.Second}
+	h := s.serve("other", func(*http.Request) (*reply, error) { panic("secret") })
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))
+	if recorder.Code != 500 || strings.Contains(recorder.Body.String(), "secret") || !strings.Contains(recorder.Body.String(), recorder.Header().Get("X-Request-Id")) {
+		t.Errorf("%d %s", recorder.Code, recorder.Body)
+	}
+}
+
+// TestEveryProblemIsDocumentedOnce: each code that the code refuses with is in the table, and each in the table is used.
+func TestEveryProblemIsDocumentedOnce(t *testing.T) {
+	used := make(map[string]bool)
+	for _, file := range []string{"main.go", "wallet.go", "cdc.go", "cache.go", "outbox.go"} {
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range regexp.MustCompile(`refuse\("([a-z_]+)"`).FindAllStringSubmatch(string(source), -1) {
+			used[match[1]] = true
+		}
+	}
+	for code := range used {
+		if _, known := problems[code]; !known {
+			t.Errorf("%s is refused with, but has no status", code)
+		}
+	}
+	for code := range problems {
+		if !used[code] {
+			t.Errorf("%s has a status, but nothing is refused with it", code)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configuration and start
+// ---------------------------------------------------------------------------------------------------------------------
+
+func TestConfigurationRefusals(t *testing.T) {
+	good := map[string]string{"DATABASE_URL": "postgres://localhost/wallet"}
+	for name, bad := range map[string]string{
+		"DATABASE_URL": "mysql://x", "WRITERS": "0", "WRITE_BATCH_MAX": "many", "REQUEST_TIMEOUT": "5", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
+		"KAFKA_BROKERS": "broker", "KAFKA_TOPIC": "a b", "REPLICATION_SLOT": "A-B", "REDIS_URL": "localhost:6379", "KAFKA_TLS": "perhaps",
+		"KAFKA_SASL_MECHANISM": "GSSAPI", "KAFKA_PARTITIONS": "0", "CACHE_TTL": "0s",
+	} {
+		env := map[string]string{"DATABASE_URL": good["DATABASE_URL"], name: bad}
+		if _, err := readConfig(func(n string) string { return env[n] }); err == nil || !strings.HasPrefix(err.Error(), "set "+name+" to ") {
+			t.Errorf("%s=%s: %v", name, bad, err)
+		}
+	}
+	if _, err := readConfig(func(string) string { return "" }); err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
+		t.Errorf("nothing set: %v", err)
+	}
+	if cfg, err := readConfig(func(n string) string { return good[n] }); err != nil || cfg.migrateURL != cfg.databaseURL || cfg.kafkaTopic != "wallet.events" || cfg.kafkaRetention >= 0 {
+		t.Errorf("defaults: %+v %v", cfg, err)
+	}
+	if _, err := readConfig(func(n string) string { return map[string]string{"DATABASE_URL": "secret-password"}[n] }); strings.Contains(fmt.Sprint(err), "secret-password") {
+		t.Errorf("the sentence shows a secret: %v", err)
+	}
+}
+
+var walletBinary = sync.OnceValues(func() (string, error) {
+	binary := filepath.Join(testFolder, "wallet")
+	args := []string{"build", "-o", binary}
+	if raceEnabled {
+		args = append(args, "-race")
+	}
+	out, err := exec.Command("go", append(args, ".")...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build the service: %w\n%s", err, out)
+	}
+	return binary, nil
+})
+
+// walletCommand is the service as a process of its own.
+func walletCommand(tb testing.TB, env map[string]string, args ...string) *exec.Cmd {
+	tb.Helper()
+	binary, err := walletBinary()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cmd := exec.Command(binary, args...)
+	cmd.Env = os.Environ()
+	for name, value := range env {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	return cmd
+}
+
+// TestBadConfigurationExits2 runs the program: one sentence, exit 2.
+func TestBadConfigurationExits2(t *testing.T) {
+	out, err := walletCommand(t, map[string]string{"DATABASE_URL": "nonsense"}).CombinedOutput()
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 {
+		t.Errorf("%v: %s", err, out)
+	}
+	help, err := walletCommand(t, nil, "-h").CombinedOutput()
+	if err != nil {
+		t.Errorf("-h: %v", err)
+	}
+	for _, s := range new(config).settings() {
+		if !strings.Contains(string(help), s.name) {
+			t.Errorf("-h does not name %s", s.name)
+		}
+	}
+}
+
+// TestForeignTablesAreRefused: the predecessor has a table wallet too.
+func TestForeignTablesAreRefused(t *testing.T) {
+	env := testEnv(t)
+	if _, err := connect(t, env["DATABASE_URL"]).Exec(context.Background(), `CREATE TABLE wallet (id int)`); err != nil {
+		t.Fatal(err)
+	}
+	out, err := walletCommand(t, env).CombinedOutput()
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || !strings.Contains(string(out), "not ours (wallet)") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestReplicasMigrateTogether: whichever comes first applies the schema, and running it again changes nothing.
+func TestReplicasMigrateTogether(t *testing.T) {
+	env := testEnv(t)
+	cfg, err := readConfig(func(n string) string { return env[n] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var replicas sync.WaitGroup
+	for range 5 {
+		replicas.Go(func() {
+			if err := migrate(context.Background(), cfg); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	replicas.Wait()
+	conn := connect(t, env["DATABASE_URL"])
+	if _, err := conn.Exec(context.Background(), `DELETE FROM wallet_schema`); err != nil { // so that it is applied once more
+		t.Fatal(err)
+	}
+	if err := migrate(context.Background(), cfg); err != nil {
+		t.Error(err)
+	}
+	if _, err := conn.Exec(context.Background(), `INSERT INTO wallet_schema VALUES (99)`); err != nil {
+		t.Fatal(err)
+	}
+	start(t, env) // a newer schema is fine to serve on
+}
