@@ -1,0 +1,670 @@
+// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them by itself.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// movement is one acknowledged operation, as a client remembers it.
+type movement struct {
+	path, key, body string // of the request
+	answer          string
+}
+
+// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations acknowledged. A client
+// repeats a request with the same key until it is answered with something final, as clients are told to.
+func moveAtRandom(tb testing.TB, clients, each, walletCount int, replica func() *wallets) (acknowledged []movement) {
+	tb.Helper()
+	var mu sync.Mutex
+	var running sync.WaitGroup
+	for c := range clients {
+		running.Go(func() {
+			dice := rand.New(rand.NewPCG(uint64(c), 42))
+			for i := range each {
+				id, to := 1+dice.IntN(walletCount), 1+dice.IntN(walletCount)
+				m := movement{key: fmt.Sprintf("c%d-%d", c, i)}
+				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
+				switch dice.IntN(4) {
+				case 0:
+					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+				case 1:
+					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/withdraw", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+				default:
+					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
+				}
+				deadline := time.Now().Add(60 * time.Second)
+				for {
+					a := replica().post(m.path, m.body)
+					if a.status == 200 {
+						m.answer = a.body
+						mu.Lock()
+						acknowledged = append(acknowledged, m)
+						mu.Unlock()
+						break
+					}
+					if a.status == 404 || a.status == 422 || a.status == 400 {
+						break
+					}
+					if a.status != 0 && a.status != 503 {
+						tb.Errorf("POST %s %s: %s", m.path, m.body, a)
+						break
+					}
+					if time.Now().After(deadline) {
+						tb.Errorf("never answered: POST %s %s: %s", m.path, m.body, a)
+						break
+					}
+					time.Sleep(20 * time.Millisecond)
+				}
+			}
+		})
+	}
+	running.Wait()
+	return acknowledged
+}
+
+// checkAcknowledged sends each acknowledged request once more: the same bytes, and nothing moves.
+func checkAcknowledged(tb testing.TB, w *wallets, acknowledged []movement) {
+	tb.Helper()
+	before := w.mustCount(tb)
+	for _, m := range acknowledged {
+		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer || a.header.Get("Idempotent-Replayed") != "true" {
+			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
+		}
+	}
+	if after := w.mustCount(tb); after != before {
+		tb.Errorf("replays moved money: %s, before %s", after, before)
+	}
+}
+
+// TestRandomMovesKeepEveryInvariant: three replicas, few wallets, much contention.
+func TestRandomMovesKeepEveryInvariant(t *testing.T) {
+	env := testEnv(t)
+	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 24, 60, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	if len(acknowledged) < 400 {
+		t.Fatalf("only %d operations were accepted", len(acknowledged))
+	}
+	checkLedger(t, env["DATABASE_URL"])
+	checkAcknowledged(t, replicas[0], acknowledged)
+	var entries int
+	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
+	if err != nil || entries != len(acknowledged) {
+		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
+	}
+}
+
+// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers each.
+func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
+	env := testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=3")
+	replicas := []*wallets{start(t, env), start(t, env)}
+	for id := 1; id <= 2; id++ {
+		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1000","idempotency_key":"seed"}`)
+	}
+	var running sync.WaitGroup
+	for c := range 16 {
+		running.Go(func() {
+			for i := range 25 {
+				body := fmt.Sprintf(`{"amount":"1","to_id":%d,"idempotency_key":"%d-%d"}`, 2-c%2, c, i)
+				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2), body); a.status != 200 {
+					t.Errorf("transfer: %s", a)
+				}
+			}
+		})
+	}
+	running.Wait()
+	if n := replicas[0].ledger.reruns.Load() + replicas[1].ledger.reruns.Load(); n > 0 {
+		t.Errorf("%d batches had to run again", n)
+	}
+	checkLedger(t, env["DATABASE_URL"])
+}
+
+// TestMissingWalletsAreMadeOnce: many clients of two replicas open the same wallets at once.
+func TestMissingWalletsAreMadeOnce(t *testing.T) {
+	env := testEnv(t)
+	replicas := []*wallets{start(t, env), start(t, env)}
+	var running sync.WaitGroup
+	for c := range 20 {
+		running.Go(func() {
+			for i := range 20 {
+				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i), fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
+					t.Errorf("deposit: %s", a)
+				}
+			}
+		})
+	}
+	running.Wait()
+	if got, want := replicas[0].mustCount(t), "20 400 400 400"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	checkLedger(t, env["DATABASE_URL"])
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Faults of Postgres
+// ---------------------------------------------------------------------------------------------------------------------
+
+// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a conversation.
+type cutter struct {
+	listener net.Listener
+	target   string
+	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and before the answer returns.
+	cut  atomic.Pointer[func(message []byte) (before, after bool)]
+	cuts atomic.Int64
+}
+
+func newCutter(tb testing.TB, databaseURL string) (c *cutter, throughIt string) {
+	tb.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	c = &cutter{listener: newListener(tb), target: u.Host}
+	u.Host = c.listener.Addr().String()
+	tb.Cleanup(func() { c.listener.Close() })
+	go func() {
+		for {
+			client, err := c.listener.Accept()
+			if err != nil {
+				return
+			}
+			go c.carry(client)
+		}
+	}()
+	return c, u.String()
+}
+
+func (c *cutter) carry(client net.Conn) {
+	defer client.Close()
+	server, err := net.Dial("tcp", c.target)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	var mute atomic.Bool // the server's answers are swallowed
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1<<16)
+		for {
+			n, err := server.Read(buf)
+			if mute.Load() || err != nil {
+				client.Close()
+				return
+			}
+			client.Write(buf[:n])
+		}
+	}()
+	buf := make([]byte, 1<<20)
+	for {
+		n, err := client.Read(buf)
+		if err != nil {
+			server.Close()
+			<-done
+			return
+		}
+		before, after := false, false
+		if cut := c.cut.Load(); cut != nil {
+			before, after = (*cut)(buf[:n])
+		}
+		if before {
+			c.cuts.Add(1)
+			return
+		}
+		if after {
+			c.cuts.Add(1)
+			mute.Store(true)
+		}
+		server.Write(buf[:n])
+		if after {
+			io.Copy(io.Discard, io.LimitReader(client, 0))
+			<-done // the server did its work and answered; nobody hears it
+			return
+		}
+	}
+}
+
+// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel as parameters.
+func commitMessage(marker string) func([]byte) bool {
+	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
+}
+
+// TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once after it was done. Either way
+// the operation is applied once, and its client gets its answer.
+func TestLostConnectionAtCommit(t *testing.T) {
+	for _, when := range []string{"failed", "succeeded but reported as failed"} {
+		t.Run(when, func(t *testing.T) {
+			env := testEnv(t)
+			direct := env["DATABASE_URL"]
+			proxy, through := newCutter(t, direct)
+			env["DATABASE_URL"] = through
+			w := start(t, env)
+			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"seed"}`)
+
+			isCommit := commitMessage("marker-of-this-test")
+			var messages atomic.Int64
+			cut := func(message []byte) (before, after bool) {
+				// The key is in both round trips: in the first it is looked up, in the second written.
+				if !isCommit(message) || messages.Add(1) != 2 {
+					return false, false
+				}
+				return when == "failed", when != "failed"
+			}
+			proxy.cut.Store(&cut)
+			a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			if a.json(t)["balance"] != "90" || proxy.cuts.Load() != 1 || w.ledger.reruns.Load() != 1 {
+				t.Errorf("%s after %d cuts and %d reruns", a, proxy.cuts.Load(), w.ledger.reruns.Load())
+			}
+			if replayed := a.header.Get("Idempotent-Replayed") == "true"; replayed != (when != "failed") {
+				t.Errorf("replayed: %v", replayed)
+			}
+			if got := w.get("/v1/wallets/1").json(t); fmt.Sprint(got["seq"]) != "2" {
+				t.Errorf("wallet: %v", got)
+			}
+			checkLedger(t, direct)
+		})
+	}
+}
+
+// TestPostgresCrashes: immediate stop under load, and start: every acknowledged operation is there, once.
+func TestPostgresCrashes(t *testing.T) {
+	s, err := startServers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.stop()
+	env := testEnv(t, "DATABASE_URL="+s.database(t))
+	replicas := []*wallets{start(t, env), start(t, env)}
+	stop := make(chan struct{})
+	var crashing sync.WaitGroup
+	crashing.Go(func() {
+		for range 2 {
+			select {
+			case <-stop:
+				return
+			case <-time.After(300 * time.Millisecond):
+			}
+			s.command(t, "stop postgres immediate")
+			time.Sleep(200 * time.Millisecond)
+			s.command(t, "start postgres")
+		}
+	})
+	acknowledged := moveAtRandom(t, 8, 150, 20, func() *wallets { return replicas[rand.IntN(2)] })
+	close(stop)
+	crashing.Wait()
+	eventually(t, 10*time.Second, "ready again", func() bool { return replicas[0].get("/readyz").status == 200 })
+	if replicas[0].ledger.reruns.Load()+replicas[1].ledger.reruns.Load() == 0 {
+		t.Error("no batch met a crash")
+	}
+	checkLedger(t, env["DATABASE_URL"])
+	checkAcknowledged(t, replicas[0], acknowledged)
+}
+
+// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again when it is back.
+func TestPostgresAway(t *testing.T) {
+	s, err := startServers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.stop()
+	w := start(t, testEnv(t, "DATABASE_URL="+s.database(t), "REDIS_URL=", "REQUEST_TIMEOUT=1s"))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
+	s.command(t, "stop postgres fast")
+	if a := w.get("/readyz"); a.status != 503 {
+		t.Errorf("readyz: %s", a)
+	}
+	if a := w.get("/v1/wallets/1/balance"); a.status != 503 || a.header.Get("Retry-After") == "" {
+		t.Errorf("balance: %s", a)
+	}
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`); a.status != 503 || a.header.Get("Retry-After") == "" || a.code() != "unavailable" {
+		t.Errorf("deposit: %s", a)
+	}
+	if a := w.get("/healthz"); a.status != 200 {
+		t.Errorf("healthz: %s", a)
+	}
+	s.command(t, "start postgres")
+	eventually(t, 10*time.Second, "ready again", func() bool { return w.get("/readyz").status == 200 })
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
+}
+
+// TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are answered.
+func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
+	w := start(t, testEnv(t, "WRITERS=1"))
+	for id := 1; id <= 4; id++ {
+		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
+	}
+	conn := connect(t, w.env["DATABASE_URL"])
+	tx, err := conn.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	statuses := make([]int, 5)
+	var clients sync.WaitGroup
+	for id := 1; id <= 4; id++ {
+		clients.Go(func() {
+			statuses[id] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"b"}`).status
+		})
+	}
+	clients.Wait()
+	if statuses[1] != 503 || statuses[2] != 200 || statuses[3] != 200 || statuses[4] != 200 {
+		t.Errorf("statuses %v, want 503 for wallet 1 only", statuses[1:])
+	}
+	tx.Rollback(context.Background())
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestBadNeighbour: one operation that the database refuses fails alone.
+func TestBadNeighbour(t *testing.T) {
+	w := start(t, testEnv(t, "WRITERS=1"))
+	conn := connect(t, w.env["DATABASE_URL"])
+	if _, err := conn.Exec(context.Background(), `ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
+		t.Fatal(err)
+	}
+	// Hold the writer, so that the next operations come in one batch.
+	tx, _ := conn.Begin(context.Background())
+	tx.Exec(context.Background(), `LOCK TABLE wallet IN EXCLUSIVE MODE`)
+	answers := make([]answer, 20)
+	var clients sync.WaitGroup
+	for i := range answers {
+		clients.Go(func() {
+			key := fmt.Sprint("good", i)
+			if i == 13 {
+				key = "bad"
+			}
+			answers[i] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%3), fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key))
+		})
+	}
+	time.Sleep(300 * time.Millisecond)
+	tx.Rollback(context.Background())
+	clients.Wait()
+	for i, a := range answers {
+		if i == 13 && (a.status != 500 || a.code() != "internal" || strings.Contains(a.body, "of_this_test")) {
+			t.Errorf("the bad one: %s", a)
+		}
+		if i != 13 && a.status != 200 {
+			t.Errorf("a good one: %s", a)
+		}
+	}
+	if w.ledger.splits.Load() == 0 {
+		t.Error("no batch was split: the test did not bring the operations together")
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestStalledWriterIsThrownOut: a writer that stops between its two round trips holds its locks for 2 s at the most.
+func TestStalledWriterIsThrownOut(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
+	conn, err := w.writes.Acquire(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	if _, err := conn.Exec(context.Background(), `BEGIN`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR NO KEY UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) // waits, runs again, succeeds
+	if _, err := conn.Exec(context.Background(), `COMMIT`); err == nil {
+		t.Error("the stalled transaction could still commit")
+	}
+}
+
+// TestFullQueueIsRefused: bounded, with Retry-After, and nothing done.
+func TestFullQueueIsRefused(t *testing.T) {
+	l := newLedger(&config{queueOpsMax: 1, writers: 1, batchOpsMax: 1}, nil, nil, nil)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer cancel()
+	go l.do(ctx, &operation{})
+	eventually(t, time.Second, "queued", func() bool { return len(l.queue) == 1 })
+	if err := l.do(ctx, &operation{}); !errors.Is(err, errOverloaded) {
+		t.Errorf("%v, want errOverloaded", err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the database enforces by itself
+// ---------------------------------------------------------------------------------------------------------------------
+
+// TestLeastPrivilege: three roles, and what each of them cannot do.
+func TestLeastPrivilege(t *testing.T) {
+	env := testEnv(t)
+	admin := connect(t, env["DATABASE_URL"])
+	suffix := fmt.Sprintf("%d_%d", time.Now().UnixNano(), names.Add(1))
+	role := func(kind string) string { return kind + "_" + suffix }
+	u, _ := url.Parse(env["DATABASE_URL"])
+	as := func(name string) string {
+		v := *u
+		v.User = url.User(name)
+		return v.String()
+	}
+	for _, statement := range []string{
+		"CREATE ROLE " + role("owner") + " LOGIN", "CREATE ROLE " + role("service") + " LOGIN", "CREATE ROLE " + role("relay") + " LOGIN REPLICATION",
+		"ALTER DATABASE " + strings.Trim(u.Path, "/") + " OWNER TO " + role("owner"),
+	} {
+		if _, err := admin.Exec(context.Background(), statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	env["DATABASE_URL"], env["MIGRATE_URL"], env["REPLICATION_URL"] = as(role("service")), as(role("owner")), as(role("relay"))
+	w := start(t, env)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"2","to_id":2,"idempotency_key":"b"}`)
+	if a := w.get("/v1/wallets/1/history"); a.status != 200 {
+		t.Errorf("history: %s", a)
+	}
+	if err := makeOutboxPartitions(context.Background(), w.reads); err != nil {
+		t.Error(err)
+	}
+	refused := func(name, code, statement string) {
+		t.Helper()
+		var pgErr *pgconn.PgError
+		if _, err := connect(t, as(name)).Exec(context.Background(), statement); !errors.As(err, &pgErr) || pgErr.Code != code {
+			t.Errorf("as %s: %s: %v, want SQLSTATE %s", name, statement, err, code)
+		}
+	}
+	for _, statement := range []string{
+		`UPDATE entry SET amount = 1`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE wallet SET id = 5`,
+		`UPDATE currency SET scale = 5`, `INSERT INTO currency VALUES ('XYZ', 2)`, `DELETE FROM outbox`, `UPDATE outbox SET payload = ''`, `CREATE TABLE t ()`,
+		`ALTER TABLE entry DISABLE TRIGGER ALL`, `DROP TABLE entry`, `DROP PUBLICATION wallet_outbox`, `INSERT INTO wallet_schema VALUES (2)`,
+		`SELECT pg_create_logical_replication_slot('x', 'pgoutput')`,
+	} {
+		refused(role("service"), "42501", statement)
+	}
+	for _, statement := range []string{`SELECT * FROM entry`, `INSERT INTO wallet (id, created_at, currency) VALUES (9, now(), 'USD')`, `SELECT outbox_make_partitions('1 day')`} {
+		refused(role("relay"), "42501", statement)
+	}
+	for _, statement := range []string{`UPDATE entry SET amount = amount`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE currency SET scale = 1`} {
+		refused(role("owner"), "23001", statement) // by trigger: not even the owner, unawares
+	}
+	checkLedger(t, u.String())
+}
+
+// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by itself, by its name.
+func TestConstraintsStateTheRules(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
+	conn := connect(t, w.env["DATABASE_URL"])
+	insert := func(values string) string {
+		return `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key) VALUES (` + values + `)`
+	}
+	for _, c := range []struct{ constraint, statement string }{
+		{"balance_not_negative", `UPDATE wallet SET balance = -0.01`},
+		{"balance_at_most_20_digits", `UPDATE wallet SET balance = 1e20`},
+		{"wallet_without_entries_is_empty", `UPDATE wallet SET seq = 0`},
+		{"wallet_id_positive", `INSERT INTO wallet (id, created_at, currency) VALUES (0, now(), 'USD')`},
+		{"wallet_currency_known", `INSERT INTO wallet (id, created_at, currency) VALUES (2, now(), 'QQQ')`},
+		{"entry_wallet_exists", insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
+		{"entry_pkey", insert(`1, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
+		{"idempotency_key_posts_once", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'a'`)},
+		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'deposit', -1, 4, 'k'`)},
+		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'withdrawal', 1, 6, 'k'`)},
+		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'deposit', 0, 5, 'k'`)},
+		{"amount_at_most_18_decimals", insert(`1, 2, NULL, NULL, now(), 'deposit', 1e-19, 5, 'k'`)},
+		{"entry_balance_not_negative", insert(`1, 2, NULL, NULL, now(), 'withdrawal', -6, -1, 'k'`)},
+		{"balance_before_not_negative", insert(`1, 2, NULL, NULL, now(), 'deposit', 6, 5, 'k'`)},
+		{"transfer_has_counterparty", insert(`1, 2, NULL, NULL, now(), 'transfer_out', -1, 4, 'k'`)},
+		{"transfer_has_counterparty", insert(`1, 2, 2, 1, now(), 'deposit', 1, 6, 'k'`)},
+		{"counterparty_is_another", insert(`1, 2, 1, 1, now(), 'transfer_out', -1, 4, 'k'`)},
+		{"idempotency_key_1_to_255", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, ''`)},
+		{"currency_scale_in_range", `INSERT INTO currency VALUES ('ABC', 19)`},
+	} {
+		var pgErr *pgconn.PgError
+		if _, err := conn.Exec(context.Background(), c.statement); !errors.As(err, &pgErr) || pgErr.ConstraintName != c.constraint {
+			t.Errorf("%s: %v, want %s", c.statement, err, c.constraint)
+		}
+	}
+}
+
+// TestNoSequentialScanOnARequestPath: every statement of a request finds its rows by an index, also in a database that is new and
+// was never analysed.
+func TestNoSequentialScanOnARequestPath(t *testing.T) {
+	w := start(t, testEnv(t))
+	for name, query := range map[string]string{
+		"lockWallets": lockWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
+		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectEntries + "DESC LIMIT $4",
+		// seq_since's body, which EXPLAIN of a call does not show
+		"selectRange": `SELECT e.seq, e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = ($2 + $3) / 2`,
+	} {
+		conn, err := w.reads.Acquire(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		nulls := "(" + strings.TrimSuffix(strings.Repeat("NULL, ", len(slicesOfParameters(query))), ", ") + ")"
+		plan := ""
+		err = pgx.BeginFunc(context.Background(), conn, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(context.Background(), "PREPARE of_this_test AS "+query); err != nil {
+				return err
+			}
+			defer tx.Exec(context.Background(), "DEALLOCATE of_this_test")
+			rows, _ := tx.Query(context.Background(), "EXPLAIN EXECUTE of_this_test "+nulls, pgx.QueryExecModeSimpleProtocol)
+			lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+			plan = strings.Join(lines, "\n")
+			return err
+		})
+		conn.Release()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") || strings.Contains(plan, "JIT") {
+			t.Errorf("%s:\n%s", name, plan)
+		}
+		if index := regexp.MustCompile(`Index (Only )?Scan.*\n\s+(Filter|Index Cond)`); !index.MatchString(plan) || !strings.Contains(plan, "Index Cond") {
+			t.Errorf("%s reads a whole index:\n%s", name, plan)
+		}
+	}
+}
+
+func slicesOfParameters(query string) map[string]bool {
+	found := make(map[string]bool)
+	for _, p := range regexp.MustCompile(`\$\d+`).FindAllString(query, -1) {
+		found[p] = true
+	}
+	return found
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parsers
+// ---------------------------------------------------------------------------------------------------------------------
+
+func FuzzAmount(f *testing.F) {
+	for _, seed := range []string{"10.50", "0", "-1", "1e9", "NaN", "99999999999999999999.999999999999999999", "1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		a, err := parseAmount(s)
+		if err != nil {
+			var no *refusal
+			if !errors.As(err, &no) || problems[no.code].status == 0 {
+				t.Fatalf("%q: not a refusal with a status: %v", s, err)
+			}
+			return
+		}
+		whole, fraction, _ := strings.Cut(s, ".")
+		if len(whole) > wholeDigitsMax || len(fraction) > decimalsMax || int(a.decimals) != len(fraction) || !a.IsPositive() {
+			t.Fatalf("%q was taken as %s with %d decimals", s, a, a.decimals)
+		}
+		// What was taken is exactly what was written.
+		if back := a.StringFixed(a.decimals); back != s {
+			t.Fatalf("%q came back as %q", s, back)
+		}
+	})
+}
+
+func FuzzBody(f *testing.F) {
+	for _, seed := range []string{`{"amount":"1","idempotency_key":"k"}`, `{"amount":1.50}`, `{}`, `{"amount":{}}`, `[`, `{"a":1,"a":2}`, `{"amount":1}x`, "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		found, err := parseFields(body, "amount", "currency", "idempotency_key", "to_id")
+		if err != nil {
+			var no *refusal
+			if !errors.As(err, &no) || problems[no.code].status != 400 {
+				t.Fatalf("%q: not a 400: %v", body, err)
+			}
+			return
+		}
+		for name, v := range found {
+			if !bytes.Contains(body, []byte(name[:1])) && !bytes.Contains(body, []byte(`\u`)) {
+				t.Fatalf("%q: field %s from nowhere", body, name)
+			}
+			if !v.quoted && !bytes.Contains(body, []byte(v.text)) {
+				t.Fatalf("%q: the number %s is not the text that was sent", body, v.text)
+			}
+		}
+	})
+}
+
+func FuzzKeyHeader(f *testing.F) {
+	for _, seed := range []string{`k`, `"k"`, `"a\"b"`, `"a`, `a"b`, `""`, `"\x"`, "a\nb", strings.Repeat("k", 256)} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, header string) {
+		key, err := parseKeyHeader(header)
+		if err != nil {
+			return
+		}
+		if _, err := parseKey(key); err != nil {
+			t.Fatalf("%q gave the key %q: %v", header, key, err)
+		}
+		quoted := `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(key) + `"`
+		if again, err := parseKeyHeader(quoted); err != nil || again != key {
+			t.Fatalf("%q: quoted as %s it is %q, %v", key, quoted, again, err)
+		}
+	})
+}
+
+func FuzzCursor(f *testing.F) {
+	for _, p := range []page{{from: 1, to: 5}, {from: 3, to: 1<<63 - 1, descending: true}} {
+		f.Add(p.cursor())
+	}
+	f.Add("!!")
+	f.Fuzz(func(t *testing.T, s string) {
+		p, err := parseCursor(s)
+		if err == nil && (p.from < 1 || p.to < 1 || p.cursor() != s) {
+			t.Fatalf("%q was taken as %+v", s, p)
+		}
+	})
+}
