@@ -310,7 +310,7 @@ func openPool(cfg *config, connections int, name string, balances *cache) (*pgxp
 		"plan_cache_mode":  "force_generic_plan",
 		"jit":              "off",
 		// A stalled writer holds row locks that stall every replica; each of these makes its batch run again.
-		"lock_timeout":                        "1s",
+		"lock_timeout":                        "500ms",
 		"statement_timeout":                   "4s",
 		"idle_in_transaction_session_timeout": "2s",
 		"tcp_user_timeout":                    "5s",

@@ -71,6 +71,7 @@ type wallet struct {
 
 	creationKey string
 	exists      bool // in the database
+	busy        bool // it exists, but somebody else holds its lock
 	changed     bool // by this batch
 }
 
@@ -112,6 +113,8 @@ func refuse(code, format string, args ...any) *refusal {
 
 var (
 	errOverloaded = refuse("overloaded", "Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
+	// errLocked puts an operation off: a wallet of its is locked by somebody who is not one of our writers, or a stalled one.
+	errLocked = errors.New("the wallet is locked by somebody else")
 	// errUnavailable does not say that nothing happened: the commit's outcome may be unknown.
 	errUnavailable = refuse("unavailable", "The ledger did not confirm in time. Send the same request with the same key again: if it had been applied, it is not applied twice.")
 )
@@ -308,8 +311,9 @@ func (l *ledger) post(batch []*operation) {
 		return
 	}
 	started := time.Now()
+	lock := lockWallets
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		err := l.tryPost(batch)
+		err := l.tryPost(batch, lock)
 		if err == nil {
 			l.batches.Add(1)
 			l.operations.Add(int64(len(batch)))
@@ -329,6 +333,15 @@ func (l *ledger) post(batch []*operation) {
 		case rerun && time.Since(started)+pause < l.rerunBudget:
 			slog.Warn("batch is run again", "operations", len(batch), "error", err)
 			l.reruns.Add(1)
+			switch sqlState(err) {
+			case "55P03": // lock_timeout: a wallet that somebody holds must not hold up the others
+				lock = lockFreeWallets
+				continue
+			case "23514": // no partition of the outbox for this hour (recovery lets no other of this state through)
+				if err := makeOutboxPartitions(context.Background(), l.reads); err != nil {
+					slog.Error("the outbox lacks this hour's partition", "error", err)
+				}
+			}
 			time.Sleep(pause/2 + rand.N(pause/2))
 		default:
 			slog.Error("batch failed", "operations", len(batch), "error", err)
@@ -350,15 +363,14 @@ func recovery(err error) (rerun, split bool) {
 		return true, false // a lost connection, a timeout: the outcome is unknown
 	}
 	switch {
-	case pgErr.Code == "55P03": // lock_timeout: somebody holds one of these wallets
-		return true, true
 	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" || pgErr.ConstraintName == "wallet_creation_key_once"):
 		return true, false // another writer made the wallet first: this time we lock it
 	case pgErr.Code == "23514" && strings.HasPrefix(pgErr.Message, "no partition"):
-		return true, false // an outbox without its hour: the keeper makes it
+		return true, false // an outbox without this hour's partition
 	}
 	switch pgErr.Code[:2] {
 	case "08", // connection exception
+		"55", // lock_timeout
 		"25", // idle_in_transaction_session_timeout; read-only after a failover
 		"40", // serialization failure, deadlock
 		"53", // out of connections, disk, memory
@@ -367,6 +379,15 @@ func recovery(err error) (rerun, split bool) {
 		return true, false
 	}
 	return false, true
+}
+
+// putOff queues an operation again after a pause, unless its client gives up before.
+func (l *ledger) putOff(op *operation) {
+	select {
+	case <-time.After(100 * time.Millisecond):
+		l.queue <- op
+	case <-op.ctx.Done():
+	}
 }
 
 // announce tells the cache and then the clients. The cache comes first, so that a read sent after the answer finds it there.
@@ -389,6 +410,10 @@ func (l *ledger) announce(batch []*operation) {
 		l.cache.put(heads)
 	}
 	for _, op := range batch {
+		if op.err == errLocked {
+			go l.putOff(op)
+			continue
+		}
 		close(op.done)
 	}
 }
@@ -403,6 +428,10 @@ const (
 	lockWallets = `
 SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
+
+	// After a lock_timeout: those that can be had at once, and then which others there are.
+	lockFreeWallets = lockWallets + ` SKIP LOCKED`
+	findWallets     = `SELECT id FROM wallet WHERE id = ANY ($1::bigint[])`
 
 	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders wrote is seen. So is a
 	// wallet that was missing a moment ago; what is new to it fails on the wallet's id, and the batch runs again.
@@ -434,7 +463,8 @@ FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::timestam
 )
 
 // tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something unknown, happened.
-func (l *ledger) tryPost(batch []*operation) error {
+// lock is lockWallets or lockFreeWallets.
+func (l *ledger) tryPost(batch []*operation, lock string) error {
 	// The server's own timeouts (openPool) are shorter: this one is for a network that swallows everything.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -444,7 +474,7 @@ func (l *ledger) tryPost(batch []*operation) error {
 	}
 	defer conn.Release() // a connection still inside a transaction is closed by the pool
 
-	p, err := l.read(ctx, conn, batch)
+	p, err := l.read(ctx, conn, batch, lock)
 	if err != nil {
 		return err
 	}
@@ -473,7 +503,7 @@ type movementKey struct {
 }
 
 // read is the first round trip: lock, then look up the keys.
-func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation) (*posting, error) {
+func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation, lock string) (*posting, error) {
 	p := &posting{
 		scales:          *l.scales.Load(),
 		defaultCurrency: l.defaultCurrency,
@@ -507,7 +537,10 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 
 	var b pgx.Batch
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED`)
-	b.Queue(lockWallets, ids).Query(p.scanWallets)
+	b.Queue(lock, ids).Query(p.scanWallets)
+	if lock == lockFreeWallets {
+		b.Queue(findWallets, ids).Query(p.scanBusy)
+	}
 	b.Queue(`SELECT clock_timestamp()`).QueryRow(func(row pgx.Row) error { return row.Scan(&p.now) })
 	if len(keys) > 0 {
 		b.Queue(findKeys, keyWallets, keys).Query(p.scanKeys)
@@ -531,6 +564,17 @@ func (p *posting) scanWallets(rows pgx.Rows) error {
 		found.Balance, err = decimal.NewFromString(balance)
 		p.wallets[w.ID] = &found
 		return err
+	})
+	return err
+}
+
+// scanBusy marks the wallets that exist but were not locked.
+func (p *posting) scanBusy(rows pgx.Rows) error {
+	var id int64
+	_, err := pgx.ForEachRow(rows, []any{&id}, func() error {
+		w := p.wallets[id]
+		w.busy = !w.exists
+		return nil
 	})
 	return err
 }
@@ -597,6 +641,9 @@ func (p *posting) decide(op *operation) error {
 	}
 
 	from := p.wallets[op.walletID]
+	if from.busy || op.toID != 0 && p.wallets[op.toID].busy {
+		return errLocked
+	}
 	opens := op.kind == kindDeposit // may make its wallet
 	if from.Currency == "" && !opens {
 		return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", op.walletID)
@@ -679,6 +726,9 @@ func (p *posting) create(op *operation) error {
 		return nil
 	}
 	w := p.wallets[op.walletID]
+	if w.busy {
+		return errLocked
+	}
 	if _, known := p.scales[currency]; !known {
 		return refuse("currency_unknown", "Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
 	}
