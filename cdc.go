@@ -623,9 +623,7 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 		if err := m.Decode(data[1:]); err != nil {
 			return false, err
 		}
-		if l.relations[m.RelationID], err = newOutboxColumns(&m); err != nil {
-			return false, err
-		}
+		l.relations[m.RelationID] = newOutboxColumns(&m)
 	}
 	return false, nil
 }
@@ -645,7 +643,7 @@ func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker)
 	}
 	columns := l.relations[binary.BigEndian.Uint32(data)]
 	if columns == nil {
-		return false, errors.New("insert into an unknown relation")
+		return false, relayRefusal(fmt.Sprintf("publication %s holds more than the outbox: remove the other tables from it", publication))
 	}
 	e, err := columns.decode(data[5:])
 	if err != nil {
@@ -730,15 +728,16 @@ type outboxColumns struct {
 	walletID, seq, payload, traceparent int
 }
 
-func newOutboxColumns(m *pglogrepl.RelationMessage) (*outboxColumns, error) {
+// newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come under the root's name.
+func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
 	at := func(name string) int {
 		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool { return c.Name == name })
 	}
 	c := &outboxColumns{at("aggregate_id"), at("seq"), at("payload"), at("traceparent")}
 	if m.RelationName != "outbox" || min(c.walletID, c.seq, c.payload, c.traceparent) < 0 {
-		return nil, relayRefusal(fmt.Sprintf("publication %s holds table %s.%s, which is not the outbox: remove it", publication, m.Namespace, m.RelationName))
+		return nil
 	}
-	return c, nil
+	return c
 }
 
 // decode reads a row's TupleData. It copies what it keeps: data is the connection's buffer.
@@ -1237,7 +1236,6 @@ func kafkaConfig(cfg *config) (*sarama.Config, error) {
 	conf.Net.MaxOpenRequests = 1   // with more, a retry could reorder
 	conf.Net.DialTimeout, conf.Net.ReadTimeout, conf.Net.WriteTimeout = 3*time.Second, 8*time.Second, 8*time.Second
 	conf.Metadata.AllowAutoTopicCreation = false
-	conf.Metadata.Full = false
 	conf.Consumer.IsolationLevel = sarama.ReadCommitted
 	p := &conf.Producer
 	p.RequiredAcks, p.Idempotent = sarama.WaitForAll, true
@@ -1329,7 +1327,14 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		if err != nil {
 			return fmt.Errorf("topic %s: %w", t.name, err)
 		}
-		actual, err := admin.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: t.name, ConfigNames: t.checked})
+		var actual []sarama.ConfigEntry
+		for range 20 { // brokers hear of a new topic a moment later
+			actual, err = admin.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: t.name, ConfigNames: t.checked})
+			if !errors.Is(err, sarama.ErrUnknownTopicOrPartition) {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 		if err != nil {
 			return fmt.Errorf("settings of topic %s: %w", t.name, err)
 		}
