@@ -297,6 +297,9 @@ func newPostgres(ctx context.Context, procs *processes, choice, data string, por
 	if err != nil {
 		return nil, err
 	}
+	if home != data {
+		say("%s is out of reach for the user nobody: the cluster is in %s", data, home)
+	}
 	version, err := exec.CommandContext(ctx, filepath.Join(p.bin, "postgres"), "--version").Output()
 	if err != nil {
 		return nil, err

@@ -148,7 +148,7 @@ func (p *processes) run(ctx context.Context, name string, cmd *exec.Cmd) error {
 		return context.Cause(ctx)
 	case <-c.done:
 		if c.err != nil {
-			return c.failure()
+			return c.failure("failed")
 		}
 		return nil
 	}
@@ -260,7 +260,7 @@ func (c *child) alive() bool {
 }
 
 // failure describes an end that nobody asked for, with the end of the log.
-func (c *child) failure() error {
+func (c *child) failure(verb string) error {
 	const lines = 15
 	how := "exit status 0"
 	if c.err != nil {
@@ -271,7 +271,7 @@ func (c *child) failure() error {
 	if len(all) > lines {
 		all = all[len(all)-lines:]
 	}
-	return fmt.Errorf("%s ended by itself (%s); the end of %s:\n    %s", c.name, how, c.log, strings.Join(all, "\n    "))
+	return fmt.Errorf("%s %s (%s); the end of %s:\n    %s", c.name, verb, how, c.log, strings.Join(all, "\n    "))
 }
 
 // tree lists the process and all its descendants. Postgres gives each of its processes a session of its own, so

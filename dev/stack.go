@@ -309,10 +309,10 @@ func (s *stack) up(ctx context.Context, server *server) error {
 	go func() { ready <- server.ready(ctx) }()
 	select {
 	case <-c.done:
-		return c.failure()
+		return c.failure("ended by itself")
 	case err := <-ready:
 		if err != nil && !c.alive() {
-			return c.failure()
+			return c.failure("ended by itself")
 		}
 		if err != nil {
 			return err
@@ -369,7 +369,7 @@ func (s *stack) run(ctx context.Context, lines <-chan string) error {
 		case <-ctx.Done():
 			return s.stopping(ctx)
 		case c := <-s.died:
-			return c.failure()
+			return c.failure("ended by itself")
 		case line := <-lines:
 			answer := map[string]any{}
 			if err := s.obey(ctx, strings.Fields(line)); err != nil {
