@@ -751,6 +751,9 @@ func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
 
 // decode reads a row's TupleData. It copies what it keeps: data is the connection's buffer.
 func (c *outboxColumns) decode(data []byte) (e event, err error) {
+	if len(data) < 2 {
+		return e, errors.New("outbox row ends early")
+	}
 	n := int(binary.BigEndian.Uint16(data))
 	data = data[2:]
 	for i := range n {

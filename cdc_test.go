@@ -1,0 +1,923 @@
+// The relay's tests: its parts by themselves, then each fault that one process can stage, on the shared servers.
+// cdc_chaos_test.go kills real processes.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha1"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"math/rand/v2"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/IBM/sarama"
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/shopspring/decimal"
+)
+
+// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the checkpoint's end.
+func TestCheckpointCoversWholeTransactions(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		p      position
+		commit pglogrepl.LSN
+		want   int64
+	}{
+		{"before", position{end: 100}, 99, -1},
+		{"begins exactly where the checkpoint ends", position{end: 100}, 100, 0},
+		{"after", position{end: 100}, 101, 0},
+		{"published in part", position{end: 100, commit: 140, rows: 7}, 140, 7},
+		{"before one published in part", position{end: 100, commit: 140, rows: 7}, 99, -1},
+		{"after one published in part", position{end: 100, commit: 140, rows: 7}, 141, 0},
+	} {
+		if got := c.p.covered(c.commit); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+	}
+}
+
+func TestTimelineSwitch(t *testing.T) {
+	history, err := parseTimelineHistory([]byte("1\t0/3000060\tno recovery target specified\n\n2\t1/A0\tbefore 2026-01-02\n"))
+	if err != nil || len(history) != 2 || history[1] != 0x3000060 || history[2] != 0x1000000A0 {
+		t.Fatalf("%v, %v", history, err)
+	}
+	if _, err := parseTimelineHistory([]byte("1\tnonsense\n")); err == nil {
+		t.Error("nonsense was read as a timeline history")
+	}
+	for _, c := range []struct{ from, want position }{
+		{position{end: 90}, position{end: 90}},
+		{position{end: 100}, position{end: 100}},
+		{position{end: 110}, position{end: 100}},
+		{position{end: 90, commit: 95, rows: 3}, position{end: 90, commit: 95, rows: 3}},
+		{position{end: 90, commit: 100, rows: 3}, position{end: 90}}, // that commit is on the other timeline
+	} {
+		if got := switchTimeline(c.from, 100); got != c.want {
+			t.Errorf("%v: %v, want %v", c.from, got, c.want)
+		}
+	}
+}
+
+// TestSCRAM: the examples of RFC 5802 section 5 and RFC 7677 section 3.
+func TestSCRAM(t *testing.T) {
+	for _, c := range []struct {
+		hash                        func() hash.Hash
+		nonce, serverFirst, p, last string
+	}{
+		{sha1.New, "fyko+d2lbbFgONRv9qkxdawL", "r=fyko+d2lbbFgONRv9qkxdawL3rfcNHYJY1ZVvWVs7j,s=QSXCR+Q6sek8bf92,i=4096", "v0X8v3Bz2T0CJGbJQyF0X+HI4Ts=", "v=rmF9pqV8S7suAoZWja4dJRkFsKQ="},
+		{sha256.New, "rOprNGfwEbeRWgbNEkqO", "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096", "dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=", "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="},
+	} {
+		s := &scram{hash: c.hash, nonce: c.nonce}
+		s.Begin("user", "pencil", "")
+		first, err := s.Step("")
+		if err != nil || first != "n,,n=user,r="+c.nonce {
+			t.Fatalf("%q, %v", first, err)
+		}
+		nonce, _, _ := strings.Cut(strings.TrimPrefix(c.serverFirst, "r="), ",")
+		final, err := s.Step(c.serverFirst)
+		if err != nil || final != "c=biws,r="+nonce+",p="+c.p || s.Done() {
+			t.Fatalf("%q, %v", final, err)
+		}
+		if _, err := s.Step(c.last); err != nil || !s.Done() {
+			t.Fatal(err)
+		}
+		impostor := &scram{hash: c.hash, nonce: c.nonce}
+		impostor.Begin("user", "pencil", "")
+		impostor.Step("")
+		impostor.Step(c.serverFirst)
+		if _, err := impostor.Step("v=AAAA"); err == nil {
+			t.Error("a server that does not know the password was believed")
+		}
+		foreign := &scram{hash: c.hash, nonce: "another"}
+		foreign.Begin("user", "pencil", "")
+		foreign.Step("")
+		if _, err := foreign.Step(c.serverFirst); err == nil {
+			t.Error("a nonce that is not ours was accepted")
+		}
+	}
+}
+
+func outboxRow(values ...string) []byte {
+	row := binary.BigEndian.AppendUint16(nil, uint16(len(values)))
+	for _, v := range values {
+		if v == "" {
+			row = append(row, 'n')
+			continue
+		}
+		row = binary.BigEndian.AppendUint32(append(row, 't'), uint32(len(v)))
+		row = append(row, v...)
+	}
+	return row
+}
+
+func TestOutboxRow(t *testing.T) {
+	c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
+	row := outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "")
+	e, err := c.decode(row)
+	if err != nil || e.walletID != 7 || e.seq != 3 || string(e.payload) != "{}" || e.traceparent != "" {
+		t.Errorf("%+v, %v", e, err)
+	}
+	clear(row)
+	if string(e.payload) != "{}" {
+		t.Error("the event is in the connection's buffer")
+	}
+	for _, row := range [][]byte{outboxRow("", "7", "3", "", "", ""), outboxRow("", "x", "3", "", "", "{}"), outboxRow(), row[:1], outboxRow("", "7", "3", "", "", "{}")[:20]} {
+		if e, err := c.decode(row); err == nil {
+			t.Errorf("%q was read as %+v", row, e)
+		}
+	}
+}
+
+func FuzzOutboxRow(f *testing.F) {
+	f.Add(outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "t"))
+	f.Fuzz(func(t *testing.T, row []byte) {
+		c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
+		c.decode(row)
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// On servers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// bench is a service that writes, with no relay, and relays to start and stop beside it.
+type bench struct {
+	*wallets
+	cfg  *config
+	conn *pgx.Conn
+	keys int
+}
+
+func newBench(t *testing.T, more ...string) *bench {
+	t.Helper()
+	env := testEnv(t, append([]string{"REDIS_URL=", "KAFKA_PARTITIONS=3"}, more...)...)
+	b := &bench{wallets: start(t, env)}
+	b.cfg = b.config(t, "")
+	b.conn = connect(t, env["DATABASE_URL"])
+	t.Cleanup(func() { // a slot left behind would keep the shared cluster's WAL
+		eventually(t, 10*time.Second, "slot dropped", func() bool {
+			_, err := b.conn.Exec(context.Background(), `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot)
+			return err == nil
+		})
+	})
+	return b
+}
+
+func (b *bench) config(t *testing.T, databaseURL string) *config {
+	env := map[string]string{"KAFKA_BROKERS": stack(t).KafkaBrokers}
+	for name, value := range b.env {
+		if _, set := env[name]; !set {
+			env[name] = value
+		}
+	}
+	if databaseURL != "" {
+		env["DATABASE_URL"] = databaseURL
+	}
+	cfg, err := readConfig(func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// relaying is a relay that runs.
+type relaying struct {
+	*relay
+	stop func()
+}
+
+func startRelay(t *testing.T, cfg *config) *relaying {
+	t.Helper()
+	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &relaying{relay: newRelay(cfg, db, nil)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.run(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	stopped := false
+	r.stop = func() {
+		if !stopped {
+			stopped = true
+			cancel()
+			<-done
+			db.Close()
+		}
+	}
+	t.Cleanup(r.stop)
+	return r
+}
+
+func (r *relaying) await(t *testing.T, state string) {
+	t.Helper()
+	eventually(t, 30*time.Second, "relay "+state, func() bool { return r.state.Load() == state })
+}
+
+// deposit makes n entries, over a few wallets.
+func (b *bench) deposit(t *testing.T, n int) {
+	t.Helper()
+	for range n {
+		b.keys++
+		b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+b.keys%5), fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, b.keys))
+	}
+}
+
+// insertByHand writes n entries of one wallet, outbox rows included, in the given transaction.
+func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
+	t.Helper()
+	ctx := context.Background()
+	var at time.Time
+	if err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance) VALUES ($1, $2, now(), now(), 'USD', $2) RETURNING entry_at`, walletID, n).Scan(&at); err != nil {
+		t.Fatal(err)
+	}
+	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0), CreatedAt: at}
+	next := func() *entry {
+		e.Seq++
+		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
+		return &e
+	}
+	_, err := tx.CopyFrom(ctx, pgx.Identifier{"entry"}, []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
+		e := next()
+		return []any{e.WalletID, e.Seq, e.CreatedAt, e.Kind, 1, e.Seq, e.Key}, nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Seq = 0
+	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, []string{"aggregate_id", "seq", "event_type", "payload"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
+		e := next()
+		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own consumer.
+func checkStream(t *testing.T, cfg *config) {
+	t.Helper()
+	var said bytes.Buffer
+	findings, err := runAudit(context.Background(), cfg, &said)
+	if err != nil || findings != 0 {
+		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
+	}
+	conn := connect(t, cfg.databaseURL)
+	var want int
+	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
+		t.Fatal(err)
+	}
+	seqs := make(map[string]int64)
+	got := 0
+	for m := range consume(t, cfg, want) {
+		got++
+		id := string(m.Key)
+		seqs[id]++
+		if want := id + "-" + strconv.FormatInt(seqs[id], 10); string(m.Headers[1].Value) != want {
+			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
+		}
+	}
+	if got != want {
+		t.Errorf("%d events for %d entries", got, want)
+	}
+}
+
+// consume yields the committed events: at least want of them, unless none comes for some seconds, and any that follow at once.
+func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
+	return func(yield func(*sarama.ConsumerMessage) bool) {
+		conf := sarama.NewConfig()
+		conf.Consumer.IsolationLevel = sarama.ReadCommitted
+		consumer, err := sarama.NewConsumer(cfg.kafkaBrokers, conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer consumer.Close()
+		partitions, err := consumer.Partitions(cfg.kafkaTopic)
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages := make(chan *sarama.ConsumerMessage)
+		stop := make(chan struct{})
+		defer close(stop)
+		for _, p := range partitions {
+			pc, err := consumer.ConsumePartition(cfg.kafkaTopic, p, sarama.OffsetOldest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				for m := range pc.Messages() {
+					select {
+					case messages <- m:
+					case <-stop:
+					}
+				}
+			}()
+			defer pc.AsyncClose()
+		}
+		for got := 0; ; got++ {
+			patience := 5 * time.Second
+			if got >= want {
+				patience = 500 * time.Millisecond
+			}
+			select {
+			case m := <-messages:
+				if !yield(m) {
+					return
+				}
+			case <-time.After(patience):
+				return
+			}
+		}
+	}
+}
+
+func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
+	t.Helper()
+	r := relay{cfg: b.cfg}
+	s, err := r.readSlot(context.Background(), b.conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.confirmed
+}
+
+func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
+	t.Helper()
+	k, err := openKafka(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close()
+	c, err := k.lastCheckpoint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
+	t.Helper()
+	p, err := c.position()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.end
+}
+
+// TestRelayPublishesEachEntryOnceInOrder: also what was written before the relay was ever switched on.
+func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
+	b := newBench(t)
+	b.deposit(t, 7)
+	r := startRelay(t, b.cfg)
+	moveAtRandom(t, 8, 25, 9, func() *wallets { return b.wallets })
+	checkStream(t, b.cfg)
+	if r.recoveries.Load() != 1 || r.takeovers.Load() != 1 {
+		t.Errorf("%d recoveries, %d takeovers", r.recoveries.Load(), r.takeovers.Load())
+	}
+	var metrics bytes.Buffer
+	r.writeMetrics(&metrics)
+	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1", "wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
+		if !strings.Contains(metrics.String(), want+"\n") {
+			t.Errorf("metrics lack %s:\n%s", want, metrics.String())
+		}
+	}
+}
+
+// TestRelayResumes: stopped again and again under load, by its end or by its connection's.
+func TestRelayResumes(t *testing.T) {
+	b := newBench(t)
+	stop := make(chan struct{})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for i := 0; ; i++ {
+			r := startRelay(t, b.cfg)
+			select {
+			case <-time.After(time.Duration(300+rand.IntN(1200)) * time.Millisecond):
+			case <-stop:
+				return
+			}
+			if i%2 == 0 {
+				connect(t, b.cfg.databaseURL).Exec(context.Background(), `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot)
+				time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+			}
+			r.stop()
+		}
+	}()
+	for end := time.Now().Add(8 * time.Second); time.Now().Before(end); {
+		moveAtRandom(t, 4, 10, 9, func() *wallets { return b.wallets })
+		b.deposit(t, 1)
+	}
+	close(stop)
+	<-stopped
+	checkStream(t, b.cfg)
+}
+
+// TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a silent relay, nothing is
+// confirmed; then everything is there once.
+func TestRelayConfirmsOnlyPublished(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	b.deposit(t, 3)
+	checkStream(t, b.cfg)
+	r.await(t, "leader")
+	stack(t).command(t, "pause kafka")
+	resumed := false
+	resume := func() {
+		if !resumed {
+			resumed = true
+			stack(t).command(t, "resume kafka")
+		}
+	}
+	defer resume()
+	var before pglogrepl.LSN
+	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
+		t.Fatal(err)
+	}
+	b.deposit(t, 20)
+	for end := time.Now().Add(walSenderTimeout + 2*time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if confirmed := b.slot(t); confirmed > before {
+			t.Fatalf("confirmed %v, but nothing after %v was published", confirmed, before)
+		}
+	}
+	if restarts := r.restarts.Load(); restarts != 0 {
+		t.Errorf("a slow Kafka cost the slot: %d restarts", restarts)
+	}
+	resume()
+	checkStream(t, b.cfg)
+}
+
+type lsnText pglogrepl.LSN
+
+func (l *lsnText) Scan(v any) error { return (*pglogrepl.LSN)(l).Scan(v) }
+
+// TestLeaderWithoutKafkaGivesUp: and then another leads, or the same one later.
+func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	r.await(t, "leader")
+	stack(t).command(t, "pause kafka")
+	b.deposit(t, 1)
+	began := time.Now()
+	active := true
+	for active && time.Since(began) < 20*time.Second {
+		if err := b.conn.QueryRow(context.Background(), `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&active); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	stack(t).command(t, "resume kafka")
+	if active {
+		t.Error("a leader without Kafka keeps the slot")
+	}
+	t.Logf("slot free after %v", time.Since(began).Round(100*time.Millisecond))
+	checkStream(t, b.cfg)
+}
+
+// TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit exactly at its end, and is not
+// to be taken for published.
+func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
+	b := newBench(t)
+	ctx := context.Background()
+	exact := 0
+	for i := 0; i < 6 && exact < 2; i++ {
+		r := startRelay(t, b.cfg)
+		r.await(t, "leader")
+		tx, err := connect(t, b.cfg.databaseURL).Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		insertByHand(t, tx, int64(1000+i), 2)
+		// Another transaction, without an outbox row; the idle checkpoint follows it.
+		if _, err := b.conn.Exec(ctx, `CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
+			t.Fatal(err)
+		}
+		var end pglogrepl.LSN
+		if err := b.conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 20*time.Second, "idle checkpoint", func() bool { return lastCheckpointOf(t, b.cfg).end(t) >= end })
+		r.stop()
+		at := lastCheckpointOf(t, b.cfg).end(t)
+		if err := tx.Commit(ctx); err != nil {
+			t.Fatal(err)
+		}
+		r = startRelay(t, b.cfg)
+		checkStream(t, b.cfg)
+		r.stop()
+		for m := range consume(t, b.cfg, 2*(i+1)) {
+			if string(m.Headers[6].Key) == "ce_commitlsn" && string(m.Headers[6].Value) == at.String() {
+				exact++
+				break
+			}
+		}
+	}
+	if exact == 0 {
+		t.Error("no transaction began where the checkpoint ended: this test has proven nothing")
+	}
+}
+
+// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and the checkpoint is never behind what is confirmed.
+func TestIdleCheckpointMoves(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	r.await(t, "leader")
+	b.deposit(t, 1)
+	if _, err := b.conn.Exec(context.Background(), `CREATE TABLE other AS SELECT generate_series(1, 10000)`); err != nil {
+		t.Fatal(err)
+	}
+	var end pglogrepl.LSN
+	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool {
+		confirmed := b.slot(t)
+		if at := lastCheckpointOf(t, b.cfg).end(t); at < confirmed {
+			t.Fatalf("confirmed %v before the checkpoint %v moved", confirmed, at)
+		}
+		return confirmed >= end
+	})
+}
+
+// TestStandby: it leaves a healthy leader alone, and takes over within seconds.
+func TestStandby(t *testing.T) {
+	b := newBench(t)
+	leader := startRelay(t, b.cfg)
+	leader.await(t, "leader")
+	standby := startRelay(t, b.cfg)
+	standby.await(t, "standby")
+	moveAtRandom(t, 4, 50, 9, func() *wallets { return b.wallets })
+	if n := leader.restarts.Load(); n != 0 {
+		t.Errorf("the standby disturbed the leader: %d restarts", n)
+	}
+	leader.stop()
+	began := time.Now()
+	standby.await(t, "leader")
+	t.Logf("takeover from a leader that stopped: %v", time.Since(began).Round(time.Millisecond))
+	b.deposit(t, 5)
+	checkStream(t, b.cfg)
+}
+
+// TestRecoveryFillsTheGap: the slot dropped, or made anew, while no relay ran.
+func TestRecoveryFillsTheGap(t *testing.T) {
+	for name, sql := range map[string]string{
+		"dropped":   `SELECT pg_drop_replication_slot($1)`,
+		"made anew": `SELECT pg_drop_replication_slot($1), pg_create_logical_replication_slot($1, 'pgoutput')`,
+		"moved":     `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			r := startRelay(t, b.cfg)
+			b.deposit(t, 10)
+			checkStream(t, b.cfg)
+			r.stop()
+			b.deposit(t, 10)
+			if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
+				t.Fatal(err)
+			}
+			b.deposit(t, 10)
+			r = startRelay(t, b.cfg)
+			other := startRelay(t, b.cfg) // two that want to recover
+			b.deposit(t, 10)
+			checkStream(t, b.cfg)
+			if n := r.recoveries.Load() + other.recoveries.Load(); n != 1 {
+				t.Errorf("%d recoveries", n)
+			}
+		})
+	}
+}
+
+// TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by recovery.
+func TestHugeTransaction(t *testing.T) {
+	const n = 60_000
+	for _, name := range []string{"streamed", "recovered"} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			r := startRelay(t, b.cfg)
+			r.await(t, "leader")
+			b.deposit(t, 3)
+			if name == "recovered" {
+				r.stop()
+				if _, err := b.conn.Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, b.cfg.replicationSlot); err != nil {
+					t.Fatal(err)
+				}
+			}
+			tx, err := b.conn.Begin(context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			insertByHand(t, tx, 77, n)
+			if err := tx.Commit(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			interrupted := 0
+			for range 3 {
+				r.stop()
+				r = startRelay(t, b.cfg)
+				eventually(t, 30*time.Second, "some of it published", func() bool { runtime.Gosched(); return r.events.Load() > 0 })
+				if r.events.Load() < n {
+					interrupted++
+				}
+			}
+			if interrupted == 0 {
+				t.Error("it was never interrupted: this test has proven nothing")
+			}
+			b.deposit(t, 3)
+			checkStream(t, b.cfg)
+		})
+	}
+}
+
+// TestAnotherDatabase: it is refused, until it is adopted. Here, a copy that went on.
+func TestAnotherDatabase(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	b.deposit(t, 10)
+	checkStream(t, b.cfg)
+	r.stop()
+	b.deposit(t, 5)
+	b.end()
+	b.conn.Close(context.Background())
+
+	admin := connect(t, stack(t).DatabaseURL)
+	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
+	eventually(t, 10*time.Second, "copied", func() bool {
+		_, err := admin.Exec(context.Background(), "CREATE DATABASE "+name+"_copy TEMPLATE "+name)
+		return err == nil
+	})
+	original := b.cfg
+	b.env["DATABASE_URL"] = strings.Replace(original.databaseURL, "/"+name+"?", "/"+name+"_copy?", 1)
+	b.env["REPLICATION_SLOT"] = original.replicationSlot + "c"
+	b.wallets = start(t, b.env)
+	b.cfg = b.config(t, "")
+	b.conn = connect(t, original.databaseURL) // the cleanup's
+	t.Cleanup(func() {
+		connect(t, b.cfg.databaseURL).Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, original.replicationSlot+"c")
+	})
+	refused := startRelay(t, b.cfg)
+	refused.await(t, "refused")
+	var slots int
+	if err := admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
+		t.Errorf("a refused relay left %d slots, %v", slots, err)
+	}
+	refused.stop()
+	b.deposit(t, 5)
+	if err := adopt(context.Background(), b.cfg); err != nil {
+		t.Fatal(err)
+	}
+	startRelay(t, b.cfg)
+	b.deposit(t, 5)
+	checkStream(t, b.cfg)
+	former := startRelay(t, original)
+	former.await(t, "refused")
+	former.stop()
+	b.cfg = original
+}
+
+// TestPartitionsAreFinal: a partition more would move wallets to other partitions.
+func TestPartitionsAreFinal(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	b.deposit(t, 5)
+	checkStream(t, b.cfg)
+	r.stop()
+	admin := clusterAdmin(t, b.cfg)
+	if err := admin.CreatePartitions(b.cfg.kafkaTopic, 4, nil, false); err != nil {
+		t.Fatal(err)
+	}
+	r = startRelay(t, b.cfg)
+	r.await(t, "refused")
+}
+
+func clusterAdmin(t *testing.T, cfg *config) sarama.ClusterAdmin {
+	t.Helper()
+	conf := sarama.NewConfig()
+	conf.Version = sarama.V2_8_0_0
+	admin, err := sarama.NewClusterAdmin(cfg.kafkaBrokers, conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { admin.Close() })
+	return admin
+}
+
+// TestWrongTopicSettingsAreRefused: a compacted topic would lose events.
+func TestWrongTopicSettingsAreRefused(t *testing.T) {
+	for topic, settings := range map[string]map[string]string{
+		"events":      {"cleanup.policy": "compact"},
+		"checkpoints": {"cleanup.policy": "delete"},
+		"short":       {"retention.ms": "3600000"},
+	} {
+		b := newBench(t)
+		name := map[string]string{"events": b.cfg.kafkaTopic, "checkpoints": b.cfg.kafkaCheckpointTopic, "short": b.cfg.kafkaTopic}[topic]
+		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1, ConfigEntries: make(map[string]*string)}
+		for key, value := range settings {
+			detail.ConfigEntries[key] = &value
+		}
+		if err := clusterAdmin(t, b.cfg).CreateTopic(name, &detail, false); err != nil {
+			t.Fatal(err)
+		}
+		r := startRelay(t, b.cfg)
+		r.await(t, "refused")
+		r.stop()
+	}
+}
+
+// TestTruncatedTopic: a gap that cannot be filled exactly is refused; an audit compares what is left.
+func TestTruncatedTopic(t *testing.T) {
+	b := newBench(t)
+	r := startRelay(t, b.cfg)
+	b.deposit(t, 20)
+	checkStream(t, b.cfg)
+	admin := clusterAdmin(t, b.cfg)
+	if err := admin.DeleteRecords(b.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
+		t.Fatal(err)
+	}
+	b.deposit(t, 20)
+	var said bytes.Buffer
+	if findings, err := runAudit(context.Background(), b.cfg, &said); err != nil || findings != 0 || !strings.Contains(said.String(), "head has been deleted") {
+		t.Errorf("%d findings, %v\n%s", findings, err, said.String())
+	}
+	r.stop()
+	if _, err := b.conn.Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, b.cfg.replicationSlot); err != nil {
+		t.Fatal(err)
+	}
+	r = startRelay(t, b.cfg)
+	r.await(t, "refused")
+}
+
+// TestAuditFinds: what must not be, staged.
+func TestAuditFinds(t *testing.T) {
+	ctx := context.Background()
+	for name, c := range map[string]struct {
+		stage func(t *testing.T, b *bench)
+		want  string
+	}{
+		"repeated": {func(t *testing.T, b *bench) { forge(t, b, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
+		"gap":      {func(t *testing.T, b *bench) { forge(t, b, "1", "1-9", `{}`) }, "those between are missing"},
+		"invented": {func(t *testing.T, b *bench) { forge(t, b, "99", "99-1", `{}`) }, "event 99-1 is in the topic, but the ledger ends at number 0"},
+		"foreign":  {func(t *testing.T, b *bench) { forge(t, b, "1", "2-2", `{}`) }, "not an event of this service"},
+		"differing": {func(t *testing.T, b *bench) {
+			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
+		}, "at least one differs"},
+		"missing": {func(t *testing.T, b *bench) {
+			b.mustExec(t, `INSERT INTO entry SELECT wallet_id, seq + 1, null, null, created_at, kind, amount, balance + amount, 'x' FROM entry WHERE wallet_id = 1 AND seq = (SELECT max(seq) FROM entry WHERE wallet_id = 1);
+				UPDATE wallet SET seq = seq + 1, balance = (SELECT balance FROM entry WHERE wallet_id = 1 ORDER BY seq DESC LIMIT 1) WHERE id = 1`)
+		}, "not in the topic"},
+		"balance": {func(t *testing.T, b *bench) { b.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`) }, "wallet 2: its balance or time is not its last entry's"},
+		"leg": {func(t *testing.T, b *bench) {
+			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
+		}, "the other leg"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			r := startRelay(t, b.cfg)
+			b.deposit(t, 10)
+			b.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
+			checkStream(t, b.cfg)
+			r.stop()
+			c.stage(t, b)
+			var said bytes.Buffer
+			findings, err := runAudit(ctx, b.cfg, &said)
+			if err != nil || findings == 0 || !strings.Contains(said.String(), c.want) {
+				t.Errorf("%d findings, %v\n%s", findings, err, said.String())
+			}
+		})
+	}
+}
+
+func (b *bench) mustExec(t *testing.T, sql string) {
+	t.Helper()
+	if _, err := b.conn.Exec(context.Background(), sql); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// forge adds a record to the events topic, as no relay would.
+func forge(t *testing.T, b *bench, key, id, value string) {
+	t.Helper()
+	conf := sarama.NewConfig()
+	conf.Version = sarama.V2_8_0_0
+	conf.Producer.Return.Successes = true
+	conf.Producer.Partitioner = sarama.NewMurmur2Partitioner
+	producer, err := sarama.NewSyncProducer(b.cfg.kafkaBrokers, conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer producer.Close()
+	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: b.cfg.kafkaTopic, Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
+		Headers: []sarama.RecordHeader{{Key: []byte("ce_id"), Value: []byte(id)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLastCheckpointIsFoundBackwards: behind markers and aborted transactions, without reading the topic.
+func TestLastCheckpointIsFoundBackwards(t *testing.T) {
+	b := newBench(t)
+	k, err := openKafka(b.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close()
+	if c, err := k.lastCheckpoint(); c != nil || err != nil {
+		t.Fatalf("%v, %v in an empty topic", c, err)
+	}
+	producer, err := k.newProducer("test-"+b.cfg.replicationSlot, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for range producer.Errors() {
+		}
+	}()
+	write := func(events int64, commit bool) {
+		if err := producer.BeginTxn(); err != nil {
+			t.Fatal(err)
+		}
+		producer.Input() <- &sarama.ProducerMessage{Topic: b.cfg.kafkaCheckpointTopic, Key: sarama.StringEncoder("checkpoint"), Value: sarama.StringEncoder(fmt.Sprintf(`{"events":%d}`, events))}
+		<-producer.Successes()
+		if err := map[bool]func() error{true: producer.CommitTxn, false: producer.AbortTxn}[commit](); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range int64(30) {
+		write(i, true)
+	}
+	for range 100 {
+		write(1000, false)
+	}
+	c, err := k.lastCheckpoint()
+	if err != nil || c == nil || c.Events != 29 {
+		t.Errorf("%+v, %v", c, err)
+	}
+	// A successor fences it.
+	next, err := k.newProducer("test-"+b.cfg.replicationSlot, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	if err := producer.BeginTxn(); err != nil {
+		t.Fatal(err)
+	}
+	producer.Input() <- &sarama.ProducerMessage{Topic: b.cfg.kafkaCheckpointTopic, Value: sarama.StringEncoder(`{"events":2000}`)}
+	select {
+	case <-producer.Successes():
+		if err := producer.CommitTxn(); err == nil {
+			t.Error("a fenced producer has committed")
+		}
+	case <-time.After(5 * time.Second):
+		// the error went to Errors
+	}
+	if c, err := k.lastCheckpoint(); err != nil || c == nil || c.Events != 29 {
+		t.Errorf("%+v, %v after a fenced producer", c, err)
+	}
+}
+
+// TestUnreachableKafka: the relay says so and goes on trying, and ends when told to.
+func TestUnreachableKafka(t *testing.T) {
+	b := newBench(t)
+	cfg := *b.cfg
+	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
+	r := startRelay(t, &cfg)
+	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
+	if s, err := (&relay{cfg: &cfg}).readSlot(context.Background(), b.conn); err != nil || s.exists {
+		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
+	}
+	began := time.Now()
+	r.stop()
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+}
+
+// TestWithinDiscards: an answer that comes too late is closed, not leaked.
+func TestWithinDiscards(t *testing.T) {
+	late := make(chan int, 1)
+	_, err := within(context.Background(), 10*time.Millisecond, func() (int, error) { time.Sleep(50 * time.Millisecond); return 7, nil }, func(n int) { late <- n })
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if n := <-late; n != 7 {
+		t.Error(n)
+	}
+	if n, err := within(context.Background(), time.Second, func() (int, error) { return 8, nil }, nil); n != 8 || err != nil {
+		t.Error(n, err)
+	}
+}
