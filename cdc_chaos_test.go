@@ -1,0 +1,655 @@
+// The loop that kills: the service as real processes on real Apache Kafka and Postgres, under random load from clients that
+// retry until acknowledged, while every part is killed, frozen, cut off or replaced, again and again. After it, ledger and topic
+// must hold every acknowledged movement exactly once.
+//
+//	WALLET_TEST_KAFKA=apache go test -run TestChaos -v -timeout 60m -chaos 30m .
+//
+// By default each fault comes once. -chaos.seed repeats an order (though not its timing), -chaos.only runs only the faults it names.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+var (
+	chaosFor  = flag.Duration("chaos", 0, "how long the loop that kills goes on; 0: each fault once")
+	chaosSeed = flag.Uint64("chaos.seed", uint64(time.Now().UnixNano()), "the order of the faults")
+	chaosOnly = flag.String("chaos.only", "", "faults to run, comma-separated; default: all")
+)
+
+// proxy is one replica's way to one server. It can break a connection in the middle of a message, and turn into a hole that
+// takes everything and gives nothing.
+type proxy struct {
+	listener net.Listener
+	target   string
+	frames   func(frame []byte) // of the server's answers, to rewrite in place; nil: bytes are carried as they come
+
+	mu     sync.Mutex
+	opened chan struct{} // closed unless the proxy is a hole
+	half   atomic.Bool   // carry half of the next piece, then cut
+	cuts   atomic.Int64
+}
+
+func newProxy(tb testing.TB, target string) *proxy {
+	p := &proxy{listener: newListener(tb), target: target, opened: make(chan struct{})}
+	close(p.opened)
+	tb.Cleanup(func() { p.listener.Close() })
+	return p
+}
+
+func (p *proxy) serve() {
+	for {
+		client, err := p.listener.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			server, err := net.Dial("tcp", p.target)
+			if err != nil {
+				client.Close()
+				return
+			}
+			go p.carry(server, client, false)
+			p.carry(client, server, p.frames != nil)
+		}()
+	}
+}
+
+// carry copies one direction until something ends it, and then ends both.
+func (p *proxy) carry(to, from net.Conn, framed bool) {
+	defer to.Close()
+	defer from.Close()
+	buf := make([]byte, 64<<10)
+	for {
+		n := 0
+		if framed {
+			if _, err := io.ReadFull(from, buf[:4]); err != nil {
+				return
+			}
+			n = 4 + int(binary.BigEndian.Uint32(buf))
+			buf = slices.Grow(buf[:4], n)[:max(n, len(buf))]
+			if _, err := io.ReadFull(from, buf[4:n]); err != nil {
+				return
+			}
+			p.frames(buf[4:n])
+		} else {
+			var err error
+			if n, err = from.Read(buf); err != nil {
+				return
+			}
+		}
+		p.mu.Lock()
+		opened := p.opened
+		p.mu.Unlock()
+		<-opened
+		if n > 8 && p.half.CompareAndSwap(true, false) {
+			p.cuts.Add(1)
+			to.Write(buf[:n/2])
+			return
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// hole swallows everything until the returned function is called.
+func (p *proxy) hole() (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	hole := make(chan struct{})
+	p.opened = hole
+	return func() { close(hole) }
+}
+
+// replica is the service as a process, with ways to Postgres and Kafka of its own.
+type replica struct {
+	env      map[string]string
+	url      string
+	operate  string
+	log      string
+	cmd      *exec.Cmd
+	exited   chan struct{}
+	postgres *proxy // the relay's replication connection only
+	kafka    []*proxy
+}
+
+func newReplica(tb testing.TB, env map[string]string, name string) *replica {
+	r := &replica{env: map[string]string{}, log: filepath.Join(testFolder, "chaos-"+name+".log")}
+	for k, v := range env {
+		r.env[k] = v
+	}
+	listener := newListener(tb)
+	operate := newListener(tb)
+	r.env["LISTEN_ADDR"], r.url = listener.Addr().String(), "http://"+listener.Addr().String()
+	r.env["OPERATE_ADDR"], r.operate = operate.Addr().String(), "http://"+operate.Addr().String()
+	listener.Close()
+	operate.Close()
+	if brokers := env["KAFKA_BROKERS"]; brokers != "" {
+		u, err := url.Parse(env["DATABASE_URL"])
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if !strings.Contains(u.Host, ",") {
+			r.postgres = newProxy(tb, u.Host)
+			go r.postgres.serve()
+			u.Host = r.postgres.listener.Addr().String()
+			r.env["REPLICATION_URL"] = u.String()
+		}
+		// Brokers tell their addresses in their answers: a port there is replaced by the proxy's.
+		var from, to [][]byte
+		var addresses []string
+		for broker := range strings.SplitSeq(brokers, ",") {
+			p := newProxy(tb, broker)
+			r.kafka = append(r.kafka, p)
+			addresses = append(addresses, p.listener.Addr().String())
+			from, to = append(from, advertised(broker)), append(to, advertised(p.listener.Addr().String()))
+		}
+		for _, p := range r.kafka {
+			p.frames = func(frame []byte) {
+				for i := range from {
+					for at := 0; ; {
+						next := bytes.Index(frame[at:], from[i])
+						if next < 0 {
+							break
+						}
+						at += next
+						copy(frame[at:], to[i])
+					}
+				}
+			}
+			go p.serve()
+		}
+		r.env["KAFKA_BROKERS"] = strings.Join(addresses, ",")
+	}
+	return r
+}
+
+// advertised is how an address stands in Kafka's answers.
+func advertised(address string) []byte {
+	host, port, _ := net.SplitHostPort(address)
+	n, _ := strconv.Atoi(port)
+	return binary.BigEndian.AppendUint32([]byte(host), uint32(n))
+}
+
+func (r *replica) start(tb testing.TB) {
+	tb.Helper()
+	log, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer log.Close()
+	r.cmd = walletCommand(tb, r.env)
+	r.cmd.Stderr, r.cmd.Stdout = log, log
+	if err := r.cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	exited := make(chan struct{})
+	r.exited = exited
+	cmd := r.cmd
+	go func() { cmd.Wait(); close(exited) }()
+	tb.Cleanup(func() { cmd.Process.Kill(); <-exited })
+}
+
+func (r *replica) kill() {
+	r.cmd.Process.Kill()
+	<-r.exited
+}
+
+var chaosClient = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+
+func (r *replica) leads() bool {
+	client := http.Client{Timeout: time.Second, Transport: chaosClient.Transport}
+	response, err := client.Get(r.operate + "/metrics")
+	if err != nil {
+		return false
+	}
+	defer response.Body.Close()
+	body, _ := io.ReadAll(response.Body)
+	return bytes.Contains(body, []byte(`wallet_relay_state{state="leader"} 1`))
+}
+
+// load is clients that move money until told to stop, and what they were told was done.
+type load struct {
+	urls    []string
+	stop    atomic.Bool
+	running sync.WaitGroup
+
+	mu           sync.Mutex
+	acknowledged map[string]bool // "<wallet> <key>"
+	refused      int
+	slowest      time.Duration
+}
+
+func startLoad(urls []string, clients int) *load {
+	l := &load{urls: urls, acknowledged: make(map[string]bool)}
+	run := rand.Uint64()
+	for c := range clients {
+		l.running.Go(func() {
+			for i := 0; !l.stop.Load(); i++ {
+				l.move(fmt.Sprintf("%x-%d-%d", run, c, i))
+				time.Sleep(time.Duration(rand.IntN(8)) * time.Millisecond)
+			}
+		})
+	}
+	return l
+}
+
+// move is one movement, sent again with its key until it is answered with something final.
+func (l *load) move(key string) {
+	id, to := 1+rand.IntN(40), 1+rand.IntN(40)
+	path, body := fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":"%d.%02d","idempotency_key":%q}`, rand.IntN(50), 1+rand.IntN(99), key)
+	if rand.IntN(2) == 0 {
+		path, body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":"%d.%02d","to_id":%d,"idempotency_key":%q}`, rand.IntN(20), 1+rand.IntN(99), to, key)
+	}
+	began := time.Now()
+	for {
+		response, err := chaosClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json", strings.NewReader(body))
+		status := 0
+		if err == nil {
+			io.Copy(io.Discard, response.Body)
+			response.Body.Close()
+			status = response.StatusCode
+		}
+		if status >= 200 && status < 500 && status != 429 {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			if status == 200 {
+				l.acknowledged[fmt.Sprintf("%d %s", id, key)] = true
+			} else {
+				l.refused++
+			}
+			l.slowest = max(l.slowest, time.Since(began))
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func (l *load) end() {
+	l.stop.Store(true)
+	l.running.Wait()
+}
+
+// check: every acknowledged movement is in the ledger (the database's constraints keep it from being there twice).
+func (l *load) check(t *testing.T, databaseURL string) {
+	t.Helper()
+	rows, _ := connect(t, databaseURL).Query(context.Background(), `SELECT wallet_id, idempotency_key FROM entry WHERE kind <> 'transfer_in'`)
+	posted := make(map[string]bool)
+	var id int64
+	var key string
+	if _, err := pgx.ForEachRow(rows, []any{&id, &key}, func() error { posted[fmt.Sprintf("%d %s", id, key)] = true; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	lost := 0
+	for movement := range l.acknowledged {
+		if !posted[movement] {
+			lost++
+			t.Logf("acknowledged, but not in the ledger: %s", movement)
+		}
+	}
+	if lost > 0 {
+		t.Errorf("%d of %d acknowledged movements are lost", lost, len(l.acknowledged))
+	}
+}
+
+// chaos is one run.
+type chaos struct {
+	t        *testing.T
+	servers  *servers
+	env      map[string]string
+	cfg      *config
+	replicas []*replica // those with a relay
+	writer   *replica   // one without
+	load     *load
+	took     map[string][]time.Duration // of takeovers, by fault
+	fromHere int64
+}
+
+func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
+	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
+		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker does not survive being killed")
+	}
+	s, err := startServers(flags...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	c := &chaos{t: t, servers: s, took: make(map[string][]time.Duration), env: map[string]string{
+		"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s"}}
+	for _, setting := range settings {
+		name, value, _ := strings.Cut(setting, "=")
+		c.env[name] = value
+	}
+	return c.begin()
+}
+
+// begin starts three replicas and the load.
+func (c *chaos) begin() *chaos {
+	var err error
+	if c.cfg, err = readConfig(func(name string) string { return c.env[name] }); err != nil {
+		c.t.Fatal(err)
+	}
+	without := make(map[string]string)
+	for name, value := range c.env {
+		without[name] = value
+	}
+	delete(without, "KAFKA_BROKERS")
+	c.writer = newReplica(c.t, without, "writer")
+	c.writer.start(c.t)
+	urls := []string{c.writer.url}
+	for i := range 2 {
+		r := newReplica(c.t, c.env, fmt.Sprint("relay", i))
+		r.start(c.t)
+		c.replicas = append(c.replicas, r)
+		urls = append(urls, r.url)
+	}
+	c.load = startLoad(urls, 8)
+	c.leader(nil)
+	return c
+}
+
+// leader waits until some replica other than not leads.
+func (c *chaos) leader(not *replica) *replica {
+	c.t.Helper()
+	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		for _, r := range c.replicas {
+			if r != not && r.leads() {
+				return r
+			}
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatal("nobody leads after 90 s")
+		}
+	}
+}
+
+func (c *chaos) command(line string) { c.servers.command(c.t, line) }
+
+func (c *chaos) takeover(fault string, from *replica, began time.Time) *replica {
+	next := c.leader(from)
+	c.took[fault] = append(c.took[fault], time.Since(began))
+	return next
+}
+
+func pause(most time.Duration) { time.Sleep(time.Duration(rand.Int64N(int64(most)))) }
+
+// stopRelays runs fn while writes go on and no relay runs.
+func (c *chaos) stopRelays(fn func(conn *pgx.Conn)) {
+	for _, r := range c.replicas {
+		r.kill()
+	}
+	conn := connect(c.t, c.env["DATABASE_URL"])
+	eventually(c.t, 20*time.Second, "slot free", func() bool {
+		s, err := (&relay{cfg: c.cfg}).readSlot(context.Background(), conn)
+		return err == nil && !s.active
+	})
+	pause(2 * time.Second)
+	fn(conn)
+	pause(2 * time.Second)
+	for _, r := range c.replicas {
+		r.start(c.t)
+	}
+}
+
+func (c *chaos) exec(conn *pgx.Conn, sql string, args ...any) {
+	c.t.Helper()
+	if _, err := conn.Exec(context.Background(), sql, args...); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// fault is something that goes wrong, and is over when it returns, but for what follows from it.
+type fault struct {
+	name string
+	do   func(c *chaos)
+}
+
+var faults = []fault{
+	{"kill the leader", func(c *chaos) {
+		r := c.leader(nil)
+		r.kill()
+		c.takeover("kill the leader", r, time.Now())
+		r.start(c.t)
+	}},
+	{"freeze the leader until another leads", func(c *chaos) {
+		r := c.leader(nil)
+		r.cmd.Process.Signal(syscall.SIGSTOP)
+		c.takeover("freeze the leader until another leads", r, time.Now())
+		pause(3 * time.Second)
+		r.cmd.Process.Signal(syscall.SIGCONT)
+	}},
+	{"freeze and thaw the leader", func(c *chaos) {
+		r := c.leader(nil)
+		for range 5 {
+			r.cmd.Process.Signal(syscall.SIGSTOP)
+			pause(1500 * time.Millisecond)
+			r.cmd.Process.Signal(syscall.SIGCONT)
+			pause(300 * time.Millisecond)
+		}
+	}},
+	{"crash Postgres", func(c *chaos) {
+		c.command("stop postgres immediate")
+		pause(2 * time.Second)
+		c.command("start postgres")
+	}},
+	{"kill Postgres", func(c *chaos) {
+		c.command("kill postgres")
+		c.command("start postgres")
+	}},
+	{"stop Postgres", func(c *chaos) {
+		c.command("stop postgres")
+		c.command("start postgres")
+	}},
+	{"kill the broker", func(c *chaos) {
+		c.command("kill kafka")
+		pause(4 * time.Second)
+		c.command("start kafka")
+	}},
+	{"freeze the broker for longer than wal_sender_timeout", func(c *chaos) {
+		c.command("pause kafka")
+		time.Sleep(walSenderTimeout + 2*time.Second)
+		c.command("resume kafka")
+	}},
+	{"freeze the broker until the leader gives up", func(c *chaos) {
+		c.command("pause kafka")
+		time.Sleep(kafkaPatience + 5*time.Second)
+		c.command("resume kafka")
+	}},
+	{"cut the leader's replication connection in a message", func(c *chaos) {
+		for range 3 {
+			c.leader(nil).postgres.half.Store(true)
+			pause(2 * time.Second)
+		}
+	}},
+	{"cut the leader's Kafka connections in a message", func(c *chaos) {
+		for range 5 {
+			c.leader(nil).kafka[0].half.Store(true)
+			pause(time.Second)
+		}
+	}},
+	{"cut the leader off from Kafka", func(c *chaos) {
+		r := c.leader(nil)
+		end := r.kafka[0].hole()
+		c.takeover("cut the leader off from Kafka", r, time.Now())
+		pause(2 * time.Second)
+		end()
+	}},
+	{"cut the leader off from Postgres", func(c *chaos) {
+		r := c.leader(nil)
+		end := r.postgres.hole()
+		c.takeover("cut the leader off from Postgres", r, time.Now())
+		pause(2 * time.Second)
+		end()
+	}},
+	{"kill Redis", func(c *chaos) {
+		c.command("kill redis")
+		pause(time.Second)
+		c.command("start redis")
+	}},
+	{"drop the slot", func(c *chaos) {
+		c.stopRelays(func(conn *pgx.Conn) { c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot) })
+	}},
+	{"invalidate the slot", func(c *chaos) {
+		c.stopRelays(func(conn *pgx.Conn) {
+			c.exec(conn, `ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'`)
+			c.exec(conn, `SELECT pg_reload_conf()`)
+			eventually(c.t, 60*time.Second, "slot lost", func() bool {
+				c.exec(conn, `CREATE TABLE IF NOT EXISTS filler (t text); INSERT INTO filler SELECT repeat('x', 100) FROM generate_series(1, 20000); TRUNCATE filler; SELECT pg_switch_wal(); CHECKPOINT`)
+				s, err := (&relay{cfg: c.cfg}).readSlot(context.Background(), conn)
+				return err == nil && s.lost
+			})
+			c.exec(conn, `ALTER SYSTEM RESET max_slot_wal_keep_size`)
+			c.exec(conn, `SELECT pg_reload_conf()`)
+		})
+	}},
+	{"hold an outbox transaction across an idle checkpoint and a kill", func(c *chaos) {
+		ctx := context.Background()
+		conn := connect(c.t, c.env["DATABASE_URL"])
+		c.exec(conn, `SET idle_in_transaction_session_timeout = 0`)
+		tx, err := conn.Begin(ctx)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		c.fromHere++
+		insertByHand(c.t, tx, 1_000_000+c.fromHere, 3)
+		time.Sleep(idleInterval + 2*time.Second)
+		r := c.leader(nil)
+		committed := make(chan error)
+		go func() { pause(100 * time.Millisecond); committed <- tx.Commit(ctx) }()
+		pause(100 * time.Millisecond)
+		r.kill()
+		if err := <-committed; err != nil {
+			c.t.Fatal(err)
+		}
+		r.start(c.t)
+	}},
+	{"a huge transaction, and a kill in it", func(c *chaos) {
+		n := 100_000
+		if *chaosFor > 0 && c.fromHere < 100_000 {
+			n, c.fromHere = 1_000_000, c.fromHere+100_000 // once in a long run
+		}
+		conn := connect(c.t, c.env["DATABASE_URL"])
+		c.exec(conn, `SET statement_timeout = 0`)
+		tx, err := conn.Begin(context.Background())
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		c.fromHere++
+		insertByHand(c.t, tx, 1_000_000+c.fromHere, n)
+		if err := tx.Commit(context.Background()); err != nil {
+			c.t.Fatal(err)
+		}
+		pause(2 * time.Second)
+		r := c.leader(nil)
+		r.kill()
+		r.start(c.t)
+	}},
+}
+
+// audit compares ledger and topic beside the load.
+func (c *chaos) audit() {
+	c.t.Helper()
+	var said bytes.Buffer
+	began := time.Now()
+	findings, err := runAudit(context.Background(), c.cfg, &said)
+	if err != nil || findings > 0 {
+		c.t.Fatalf("audit: %d findings, %v\n%s", findings, err, said.String())
+	}
+	c.t.Logf("audit in %v: %s", time.Since(began).Round(100*time.Millisecond), strings.TrimSpace(said.String()))
+}
+
+// finish ends the load and checks everything.
+func (c *chaos) finish() {
+	c.load.end()
+	c.leader(nil)
+	c.load.check(c.t, c.env["DATABASE_URL"])
+	checkLedger(c.t, c.env["DATABASE_URL"])
+	checkStream(c.t, c.cfg)
+	c.audit()
+	c.t.Logf("%d movements acknowledged, %d refused, the slowest took %v", len(c.load.acknowledged), c.load.refused, c.load.slowest.Round(time.Millisecond))
+	for fault, took := range c.took {
+		slices.Sort(took)
+		c.t.Logf("takeover, %s: %d times, median %v, at most %v", fault, len(took), took[len(took)/2].Round(10*time.Millisecond), took[len(took)-1].Round(10*time.Millisecond))
+	}
+	if c.t.Failed() {
+		for _, r := range c.replicas {
+			c.t.Logf("log of a replica: %s", r.log)
+		}
+	}
+}
+
+func TestChaos(t *testing.T) {
+	c := newChaos(t, nil)
+	dice := rand.New(rand.NewPCG(*chaosSeed, 0))
+	t.Logf("-chaos.seed %d", *chaosSeed)
+	todo := slices.Clone(faults)
+	if *chaosOnly != "" {
+		only := strings.Split(*chaosOnly, ",")
+		todo = slices.DeleteFunc(todo, func(f fault) bool { return !slices.Contains(only, f.name) })
+	}
+	done := 0
+	for end := time.Now().Add(*chaosFor); ; {
+		dice.Shuffle(len(todo), func(i, j int) { todo[i], todo[j] = todo[j], todo[i] })
+		for _, f := range todo {
+			began := time.Now()
+			f.do(c)
+			c.leader(nil)
+			t.Logf("%s: leading again after %v", f.name, time.Since(began).Round(10*time.Millisecond))
+			if done++; done%9 == 0 {
+				c.audit()
+			}
+			if t.Failed() {
+				t.Fatal("stopped at the first finding")
+			}
+		}
+		if time.Now().After(end) {
+			break
+		}
+	}
+	t.Logf("%d faults", done)
+	c.finish()
+}
+
+// TestChaosThreeBrokers: replication 3, two in sync demanded; each broker killed in turn.
+func TestChaosThreeBrokers(t *testing.T) {
+	c := newChaos(t, []string{"-brokers", "3"}, "KAFKA_REPLICATION=3")
+	for round := range max(1, int(*chaosFor/(10*time.Minute))) {
+		for i := range 3 {
+			name := fmt.Sprint("kafka", i+1)
+			began := time.Now()
+			c.command("kill " + name)
+			time.Sleep(6 * time.Second)
+			before := lastCheckpointOf(t, c.cfg).Events
+			eventually(t, 60*time.Second, "publishing with two brokers", func() bool { return lastCheckpointOf(t, c.cfg).Events > before })
+			c.command("start " + name)
+			c.leader(nil)
+			t.Logf("round %d, %s: %v", round+1, name, time.Since(began).Round(10*time.Millisecond))
+			pause(3 * time.Second)
+		}
+	}
+	c.finish()
+}
