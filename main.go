@@ -3,6 +3,7 @@
 //
 //	wallet            serve; configuration comes from the environment (-h lists it)
 //	wallet -migrate   apply the schema as the owner (MIGRATE_URL), then exit
+//	wallet -new-key   make an API key for a client: name and scopes, as in checkout:read+write
 //	wallet -audit     compare ledger and topic, then exit: 0 clean, 1 findings
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
 //
@@ -15,19 +16,26 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
 	_ "embed"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	mathrand "math/rand/v2"
 	"mime"
 	"net"
 	"net/http"
+	"net/http/pprof"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
@@ -50,9 +58,10 @@ func main() {
 	migrateOnly := flags.Bool("migrate", false, "apply the schema as the owner (MIGRATE_URL), then exit")
 	auditOnly := flags.Bool("audit", false, "compare ledger and topic, then exit: 0 clean, 1 findings")
 	adoptOnly := flags.Bool("adopt", false, "let the relay go on in another database (a restore, an upgrade), then exit")
+	makeKey := flags.String("new-key", "", "make an API key for a client and its scopes, as in `checkout:read+write`, then exit")
 	version := flags.Bool("version", false, "print the version, then exit")
 	flags.Usage = func() {
-		fmt.Fprintln(flags.Output(), "Usage: wallet [-migrate | -audit | -adopt | -version]")
+		fmt.Fprintln(flags.Output(), "Usage: wallet [-migrate | -audit | -adopt | -new-key NAME:SCOPES | -version]")
 		fmt.Fprintln(flags.Output())
 		flags.PrintDefaults()
 		fmt.Fprintln(flags.Output(), "\nEnvironment:")
@@ -69,6 +78,13 @@ func main() {
 	}
 	if *version {
 		fmt.Println(buildVersion())
+		return
+	}
+	if *makeKey != "" {
+		if err := newKey(*makeKey, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "wallet:", err)
+			os.Exit(2)
+		}
 		return
 	}
 	cfg, err := readConfig(os.Getenv)
@@ -129,6 +145,7 @@ type service struct {
 	ledger        *ledger
 	relay         *relay // nil without Kafka
 	api           *server
+	certificate   *certificate // nil without TLS
 }
 
 // newService wires a service. It connects to nothing yet.
@@ -154,35 +171,43 @@ func newService(cfg *config) (*service, error) {
 	} else {
 		slog.Warn("NO KAFKA_BROKERS: THIS SERVICE RUNS WITHOUT A RELAY, NO EVENT LEAVES THE DATABASE")
 	}
-	s.api = newServer(cfg, s.ledger, s.relay)
+	keys, err := newKeyring(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkListen(cfg, keys); err != nil {
+		return nil, err
+	}
+	if cfg.tlsCert != "" || cfg.tlsKey != "" {
+		s.certificate = &certificate{certFile: cfg.tlsCert, keyFile: cfg.tlsKey}
+		if err := s.certificate.load(); err != nil {
+			return nil, err
+		}
+	}
+	s.api = newServer(cfg, s.ledger, s.relay, keys)
 	return s, nil
 }
 
 // run serves until ctx ends or a part fails. It listens at once (alive, not ready), waits for the servers it needs, and stops in
-// the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation.
+// the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation; operators can look on to the end.
 func (s *service) run(ctx context.Context, listener net.Listener) error {
 	defer s.reads.Close()
 	defer s.writes.Close()
 
 	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops them all.
 	failed := make(chan error, 1)
-	web, keeping, writing, relaying := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
-	httpServer := &http.Server{
-		Handler:           s.api,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      10*time.Second + s.cfg.requestTimeout,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
-	}
-	web.run(func(context.Context) error {
-		if err := httpServer.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			return err
+	web, keeping, writing, relaying, operating := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
+	public := s.listen(web, limitConnections(listener, s.cfg.connectionsMax), s.api.public, 10*time.Second+s.cfg.requestTimeout)
+	slog.Info("listening", "address", listener.Addr().String(), "tls", s.certificate != nil, "version", buildVersion())
+	if s.cfg.operateAddr != "" {
+		operators, err := net.Listen("tcp", s.cfg.operateAddr)
+		if err != nil {
+			return fmt.Errorf("set OPERATE_ADDR to an address that can be listened on: %w", err)
 		}
-		return nil
-	})
-	slog.Info("listening", "address", listener.Addr().String(), "version", buildVersion())
+		server := s.listen(operating, limitConnections(operators, 100), s.api.operator, 5*time.Minute)
+		operating.run(func(ctx context.Context) error { <-ctx.Done(); return server.Close() })
+		slog.Info("listening for operators", "address", operators.Addr().String())
+	}
 	keeping.run(func(ctx context.Context) error {
 		if err := waitFor(ctx, "Postgres", s.prepare); err != nil {
 			return err
@@ -193,6 +218,18 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		}
 		if s.relay != nil {
 			relaying.run(s.relay.run)
+		}
+		if s.cfg.apiKeysFile != "" {
+			keeping.run(func(ctx context.Context) error {
+				watchFiles(ctx, 5*time.Second, s.api.keys.load, s.cfg.apiKeysFile)
+				return nil
+			})
+		}
+		if s.certificate != nil {
+			keeping.run(func(ctx context.Context) error {
+				watchFiles(ctx, 5*time.Second, s.certificate.load, s.cfg.tlsCert, s.cfg.tlsKey)
+				return nil
+			})
 		}
 		s.api.started.Store(true)
 		slog.Info("ready")
@@ -212,16 +249,42 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	}
 	deadline, cancel := context.WithTimeout(context.Background(), s.cfg.shutdownTimeout)
 	defer cancel()
-	if shutdownErr := httpServer.Shutdown(deadline); shutdownErr != nil {
+	if shutdownErr := public.Shutdown(deadline); shutdownErr != nil {
 		slog.Warn("requests were still open at the deadline", "error", shutdownErr)
 	}
-	for _, g := range []*group{web, keeping, writing, relaying} {
+	for _, g := range []*group{web, keeping, writing, relaying, operating} {
 		if !g.stop(deadline) {
 			return fmt.Errorf("not everything stopped within SHUTDOWN_TIMEOUT (%v)", s.cfg.shutdownTimeout)
 		}
 	}
 	slog.Info("stopped")
 	return err
+}
+
+// listen serves a handler on a listener. The timeouts let no slow client hold anything for long.
+func (s *service) listen(g *group, listener net.Listener, handler http.Handler, writeTimeout time.Duration) *http.Server {
+	server := &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
+	}
+	g.run(func(context.Context) (err error) {
+		if s.certificate != nil {
+			server.TLSConfig = s.certificate.config()
+			err = server.ServeTLS(listener, "", "")
+		} else {
+			err = server.Serve(listener)
+		}
+		if errors.Is(err, http.ErrServerClosed) {
+			return nil
+		}
+		return err
+	})
+	return server
 }
 
 // group runs parts that stop together.
@@ -459,27 +522,68 @@ func logHandler(cfg *config, w io.Writer) slog.Handler {
 // Routes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// route is one operation of the API. handle's error becomes a problem document.
+// route is one operation of the API: what runs, who may, and what the OpenAPI document says of it.
 type route struct {
 	method, path string
-	handle       func(*http.Request) (*reply, error)
+	scope        scope
+	handle       func(*http.Request) (*reply, error) // its error becomes a problem document
+
+	summary  string
+	fields   []string // of the body
+	query    []string
+	answers  string // schema of the answer
+	refusals string // codes, space-separated, besides those that every route has
 }
 
 func (s *server) routes() []route {
 	return []route{
-		{"POST", "/v1/wallets", s.createWallet},
-		{"GET", "/v1/wallets/{id}", s.getWallet},
-		{"GET", "/v1/wallets/{id}/balance", s.getBalance},
-		{"GET", "/v1/wallets/{id}/history", s.getHistory},
-		{"POST", "/v1/wallets/{id}/deposit", s.deposit},
-		{"POST", "/v1/wallets/{id}/withdraw", s.withdraw},
-		{"POST", "/v1/wallets/{id}/transfer", s.transfer},
-		{"GET", "/v1/transactions/{id}", s.getTransaction},
-		{"GET", "/healthz", s.healthz},
-		{"GET", "/readyz", s.readyz},
-		{"GET", "/metrics", s.metrics},
+		{"POST", "/v1/wallets", scopeWrite, s.createWallet, "Create a wallet", creationFields, nil, "Wallet",
+			bodyRefusals + " wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing wallet_exists"},
+		{"GET", "/v1/wallets/{id}", scopeRead, s.getWallet, "Read a wallet", nil, nil, "Wallet", "wallet_id_malformed wallet_not_found"},
+		{"GET", "/v1/wallets/{id}/balance", scopeRead, s.getBalance, "Read a balance, from the cache unless Cache-Control says no-cache", nil, balanceQuery, "Balance",
+			"wallet_id_malformed parameter_malformed wallet_not_found seq_not_reached"},
+		{"GET", "/v1/wallets/{id}/history", scopeRead, s.getHistory, "Read a wallet's entries, a page at a time", nil, historyQuery, "History",
+			"wallet_id_malformed parameter_malformed wallet_not_found"},
+		{"POST", "/v1/wallets/{id}/deposit", scopeWrite, s.deposit, "Deposit; creates the wallet if need be", movementFields, nil, "Receipt",
+			movementRefusals + " currency_unknown balance_limit"},
+		{"POST", "/v1/wallets/{id}/withdraw", scopeWrite, s.withdraw, "Withdraw", movementFields, nil, "Receipt",
+			movementRefusals + " wallet_not_found insufficient_funds"},
+		{"POST", "/v1/wallets/{id}/transfer", scopeWrite, s.transfer, "Transfer to another wallet; creates it if need be", transferFields, nil, "TransferReceipt",
+			movementRefusals + " wallet_not_found insufficient_funds same_wallet balance_limit"},
+		{"GET", "/v1/transactions/{id}", scopeRead, s.getTransaction, "Read a movement of money by its id", nil, nil, "Transaction",
+			"transaction_id_malformed transaction_not_found"},
+		{"GET", "/openapi.json", scopeNone, s.getOpenAPI, "This document", nil, nil, "Document", ""},
+		{"GET", "/healthz", scopeNone, s.healthz, "Is the process alive?", nil, nil, "Status", ""},
+		{"GET", "/readyz", scopeNone, s.readyz, "Can it serve?", nil, nil, "Status", ""},
 	}
 }
+
+// operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
+func (s *server) operatorRoutes() []route {
+	return []route{
+		{method: "GET", path: "/metrics", scope: scopeOperate, handle: s.metrics},
+		{method: "GET", path: "/healthz", scope: scopeNone, handle: s.healthz},
+		{method: "GET", path: "/readyz", scope: scopeNone, handle: s.readyz},
+	}
+}
+
+// The fields of each body and the parameters of each query: anything else is refused.
+var (
+	creationFields = []string{"id", "currency", "idempotency_key"}
+	movementFields = []string{"amount", "currency", "idempotency_key"}
+	transferFields = append([]string{"to_id"}, movementFields...)
+	balanceQuery   = []string{"min_seq"}
+	historyQuery   = []string{"limit", "since", "until", "order", "cursor"}
+)
+
+const (
+	bodyRefusals = "body_malformed body_too_large content_type_unsupported field_unknown field_duplicate idempotency_key_malformed idempotency_key_conflict " +
+		"idempotency_key_reused"
+	movementRefusals = bodyRefusals + " wallet_id_malformed field_missing idempotency_key_missing amount_malformed amount_exponent amount_not_positive " +
+		"amount_too_large amount_scale currency_malformed currency_mismatch"
+	// commonRefusals may come from any route that is not open to all.
+	commonRefusals = "unauthenticated forbidden rate_limited overloaded starting unavailable internal"
+)
 
 // problems is every refusal there is: its stable code, its status and its title.
 var problems = map[string]struct {
@@ -516,6 +620,9 @@ var problems = map[string]struct {
 	"insufficient_funds":        {422, "Insufficient funds"},
 	"balance_limit":             {422, "The balance would become too large"},
 	"idempotency_key_reused":    {422, "The key was used for another operation"},
+	"unauthenticated":           {401, "No valid API key"},
+	"forbidden":                 {403, "The API key's scopes do not include this"},
+	"rate_limited":              {429, "Too many requests"},
 	"internal":                  {500, "A fault of ours"},
 	"overloaded":                {503, "Too busy"},
 	"unavailable":               {503, "Not available"},
@@ -525,7 +632,7 @@ var problems = map[string]struct {
 const bodyBytesMax = 4 << 10
 
 func (s *server) createWallet(r *http.Request) (*reply, error) {
-	body, err := readFields(r, "id", "currency", "idempotency_key")
+	body, err := readFields(r, creationFields...)
 	if err != nil {
 		return nil, err
 	}
@@ -572,9 +679,9 @@ func (s *server) move(r *http.Request, kind string) (*reply, error) {
 	if op.walletID, err = parseWalletID(r.PathValue("id")); err != nil {
 		return nil, err
 	}
-	allowed := []string{"amount", "currency", "idempotency_key"}
+	allowed := movementFields
 	if kind == kindTransferOut {
-		allowed = append(allowed, "to_id")
+		allowed = transferFields
 	}
 	body, err := readFields(r, allowed...)
 	if err != nil {
@@ -631,7 +738,7 @@ func (s *server) getBalance(r *http.Request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	query, err := readQuery(r, "min_seq")
+	query, err := readQuery(r, balanceQuery...)
 	if err != nil {
 		return nil, err
 	}
@@ -661,7 +768,7 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	query, err := readQuery(r, "limit", "since", "until", "order", "cursor")
+	query, err := readQuery(r, historyQuery...)
 	if err != nil {
 		return nil, err
 	}
@@ -1080,42 +1187,70 @@ func traceparent(h http.Header) string {
 // What stands around every route
 // ---------------------------------------------------------------------------------------------------------------------
 
-// server is the HTTP side. Its ServeHTTP is the whole handler: tests use it through httptest.
+// server is the HTTP side. Its ServeHTTP is the whole public handler, operator the other one: tests use them through httptest.
 type server struct {
 	ledger         *ledger
 	relay          *relay // nil without Kafka
+	keys           *keyring
+	limits         *limiter // nil: no limit
+	proxies        []netip.Prefix
 	requestTimeout time.Duration
-	mux            *http.ServeMux
+	requestsMax    int64
+	public         *http.ServeMux
+	operator       *http.ServeMux
+	document       []byte // OpenAPI
 
 	started  atomic.Bool // the servers we need have been there once
 	draining atomic.Bool
+	requests atomic.Int64 // being served
 
-	statistics sync.Map // "route status" -> *histogram of seconds
+	statistics sync.Map // labels -> *histogram of seconds
 }
 
-func newServer(cfg *config, l *ledger, r *relay) *server {
-	s := &server{ledger: l, relay: r, requestTimeout: cfg.requestTimeout, mux: http.NewServeMux()}
+func newServer(cfg *config, l *ledger, r *relay, keys *keyring) *server {
+	s := &server{ledger: l, relay: r, keys: keys, proxies: cfg.trustedProxies, requestTimeout: cfg.requestTimeout, requestsMax: int64(cfg.requestsMax)}
+	if cfg.rateLimit > 0 {
+		s.limits = newLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
+	}
+	s.document = openAPI(s.routes())
+	s.public = s.mux(s.routes())
+	s.operator = s.mux(s.operatorRoutes())
+	for path, profile := range map[string]http.HandlerFunc{"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol, "trace": pprof.Trace} {
+		s.operator.HandleFunc("GET /debug/pprof/"+path, func(w http.ResponseWriter, r *http.Request) {
+			if _, err := s.keys.admit(r, scopeOperate); err != nil {
+				s.serve(route{path: "/debug/pprof/", handle: func(*http.Request) (*reply, error) { return nil, err }}).ServeHTTP(w, r)
+				return
+			}
+			profile(w, r)
+		})
+	}
+	return s
+}
+
+// mux serves routes, and answers what is none of them.
+func (s *server) mux(routes []route) *http.ServeMux {
+	mux := http.NewServeMux()
 	methods := make(map[string][]string)
-	for _, route := range s.routes() {
-		methods[route.path] = append(methods[route.path], route.method)
-		s.mux.Handle(route.method+" "+route.path, s.serve(route.path, route.handle))
+	for _, r := range routes {
+		methods[r.path] = append(methods[r.path], r.method)
+		mux.Handle(r.method+" "+r.path, s.serve(r))
 	}
 	for path, allowed := range methods {
 		if slices.Contains(allowed, "GET") {
 			allowed = append(allowed, "HEAD")
 		}
 		allow := strings.Join(allowed, ", ")
-		s.mux.Handle(path, s.serve(path, func(r *http.Request) (*reply, error) {
-			return &reply{header: map[string]string{"Allow": allow}}, refuse("method_not_allowed", "%s takes %s.", r.URL.Path, allow)
-		}))
+		mux.Handle(path, s.serve(route{path: path, handle: func(r *http.Request) (*reply, error) {
+			return &reply{header: map[string]string{"Allow": allow}}, refuse("method_not_allowed", "%.100q takes %s.", r.URL.Path, allow)
+		}}))
 	}
-	s.mux.Handle("/", s.serve("other", func(r *http.Request) (*reply, error) {
-		return nil, refuse("route_not_found", "There is no %.100q here. The README lists the routes.", r.URL.Path)
-	}))
-	return s
+	mux.Handle("/", s.serve(route{path: "other", handle: func(r *http.Request) (*reply, error) {
+		return nil, refuse("route_not_found", "There is no %.100q here. /openapi.json lists the routes.", r.URL.Path)
+	}}))
+	return mux
 }
 
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.public.ServeHTTP(w, r) }
 
 type requestIDKey struct{}
 
@@ -1125,7 +1260,7 @@ func requestID(ctx context.Context) string {
 }
 
 // serve wraps a route's handle: request id, deadline, the problem document of an error or a panic, one log line, statistics.
-func (s *server) serve(path string, handle func(*http.Request) (*reply, error)) http.Handler {
+func (s *server) serve(route route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		started := time.Now()
 		id := r.Header.Get("X-Request-Id")
@@ -1134,13 +1269,17 @@ func (s *server) serve(path string, handle func(*http.Request) (*reply, error)) 
 		}
 		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), requestIDKey{}, id), s.requestTimeout)
 		defer cancel()
-
-		answer, err := s.guard(handle, path, r.WithContext(ctx))
 		h := w.Header()
 		h.Set("X-Request-Id", id)
 		h.Set("Content-Type", "application/json")
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
+		if len(r.TransferEncoding) > 0 {
+			// It may have had a Content-Length too, which Go does not tell: what follows could be a smuggled request (RFC 9112, 6.1).
+			h.Set("Connection", "close")
+		}
+
+		answer, client, err := s.admitAndHandle(route, r.WithContext(ctx), h)
 		if answer != nil {
 			for name, value := range answer.header {
 				h.Set(name, value)
@@ -1152,8 +1291,11 @@ func (s *server) serve(path string, handle func(*http.Request) (*reply, error)) 
 		if err != nil {
 			p := problemOf(ctx, err)
 			status, code = p.Status, p.Code
-			if status == http.StatusServiceUnavailable {
+			switch status {
+			case http.StatusServiceUnavailable:
 				h.Set("Retry-After", "1")
+			case http.StatusUnauthorized:
+				h.Set("WWW-Authenticate", "Bearer")
 			}
 			h.Set("Content-Type", "application/problem+json")
 			body, _ = json.Marshal(p)
@@ -1169,23 +1311,43 @@ func (s *server) serve(path string, handle func(*http.Request) (*reply, error)) 
 			w.Write(body)
 		}
 		took := time.Since(started)
-		s.observe(path, r.Method, status, took)
-		slog.LogAttrs(ctx, accessLevel(path, status), "request", slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
-			slog.String("code", code), slog.Float64("seconds", took.Seconds()), slog.String("request_id", id), slog.String("trace", traceparent(r.Header)))
+		s.observe(route.path, r.Method, status, took)
+		slog.LogAttrs(ctx, accessLevel(route.path, status), "request", slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
+			slog.String("code", code), slog.String("client", client), slog.Float64("seconds", took.Seconds()), slog.String("request_id", id),
+			slog.String("trace", traceparent(r.Header)))
 	})
 }
 
-// guard keeps a panic of one request from ending the others, and requests away until we have started.
-func (s *server) guard(handle func(*http.Request) (*reply, error), path string, r *http.Request) (answer *reply, err error) {
+// admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then whether we have started. A panic of one
+// request does not end the others.
+func (s *server) admitAndHandle(route route, r *http.Request, h http.Header) (answer *reply, client string, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
 			answer, err = nil, fmt.Errorf("panic: %v\n%s", fault, debug.Stack())
 		}
 	}()
-	if strings.HasPrefix(path, "/v1/") && !s.started.Load() {
-		return nil, refuse("starting", "The service is waiting for its database.")
+	defer s.requests.Add(-1)
+	if s.requests.Add(1) > s.requestsMax && route.scope != scopeNone {
+		return nil, "", errOverloaded
 	}
-	return handle(r)
+	client, err = s.keys.admit(r, route.scope)
+	if client == "" {
+		client = clientAddress(r, s.proxies)
+	}
+	if s.limits != nil && (route.scope != scopeNone || err != nil) {
+		if wait := s.limits.take(client, h); wait > 0 {
+			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. Try again after the time in Retry-After.", s.limits.rate)
+		}
+	}
+	if err != nil {
+		return nil, client, err
+	}
+	if strings.HasPrefix(route.path, "/v1/") && !s.started.Load() {
+		return nil, client, refuse("starting", "The service is waiting for its database.")
+	}
+	answer, err = route.handle(r)
+	return answer, client, err
 }
 
 // accessLevel keeps probes and scrapes out of the log.
@@ -1194,6 +1356,302 @@ func accessLevel(path string, status int) slog.Level {
 		return slog.LevelDebug
 	}
 	return slog.LevelInfo
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Who may, and how much
+// ---------------------------------------------------------------------------------------------------------------------
+
+// scope is what a key may do: a set of bits.
+type scope uint8
+
+const (
+	scopeNone scope = 0 // open to all
+	scopeRead scope = 1 << (iota - 1)
+	scopeWrite
+	scopeOperate
+)
+
+var scopeNames = map[string]scope{"read": scopeRead, "write": scopeWrite, "operate": scopeOperate}
+
+// apiKey is one client's key. We keep only its SHA-256: a key is 26 random characters (newKey), so no dictionary finds it.
+type apiKey struct {
+	name   string // in the log
+	scopes scope
+	hash   [sha256.Size]byte
+}
+
+// keyring holds the keys in force. Without any, everybody may do everything: then the service listens on loopback only (checkListen).
+type keyring struct {
+	file string
+	env  string
+	keys atomic.Pointer[[]apiKey]
+}
+
+// newKeyring reads API_KEYS and API_KEYS_FILE together.
+func newKeyring(cfg *config) (*keyring, error) {
+	k := &keyring{env: cfg.apiKeys, file: cfg.apiKeysFile}
+	return k, k.load()
+}
+
+// load reads the keys, at start and whenever the file changes; on an error the keys in force stay so.
+func (k *keyring) load() error {
+	text := k.env
+	if k.file != "" {
+		content, err := os.ReadFile(k.file)
+		if err != nil {
+			return fmt.Errorf("set API_KEYS_FILE to a file that can be read: %w", err)
+		}
+		text += "\n" + string(content)
+	}
+	keys, err := parseKeys(text)
+	if err == nil && k.file != "" && len(keys) == 0 {
+		err = fmt.Errorf("put a line NAME:SCOPES:HASH into API_KEYS_FILE (wallet -new-key makes one): an empty file would open the service to everybody")
+	}
+	if err == nil {
+		k.keys.Store(&keys)
+	}
+	return err
+}
+
+// parseKeys reads lines "name:scopes:hash", scopes joined by +, hash the key's SHA-256 in hex; # begins a comment.
+func parseKeys(text string) (keys []apiKey, err error) {
+	for line := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == '\n' || r == ',' }) {
+		line, _, _ = strings.Cut(line, "#")
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		parts := strings.Split(line, ":")
+		var key apiKey
+		hash := []byte{}
+		if len(parts) == 3 {
+			key.name = parts[0]
+			hash, err = hex.DecodeString(parts[2])
+			for name := range strings.SplitSeq(parts[1], "+") {
+				if scopeNames[name] == 0 {
+					err = errors.New("unknown scope")
+				}
+				key.scopes |= scopeNames[name]
+			}
+		}
+		if err != nil || len(hash) != sha256.Size || key.name == "" {
+			return nil, fmt.Errorf("write each API key as NAME:SCOPES:HASH, scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it (key %d is not so)", len(keys)+1)
+		}
+		copy(key.hash[:], hash)
+		keys = append(keys, key)
+	}
+	return keys, nil
+}
+
+// newKey prints a new key and the line that admits it.
+func newKey(nameAndScopes string, w io.Writer) error {
+	key := rand.Text()
+	line := fmt.Sprintf("%s:%x", nameAndScopes, sha256.Sum256([]byte(key)))
+	if _, err := parseKeys(line); err != nil {
+		return fmt.Errorf("name a client and its scopes, as in -new-key checkout:read+write")
+	}
+	_, err := fmt.Fprintf(w, "for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
+	return err
+}
+
+// admit names the client whose key a request carries. Every key is compared, in constant time.
+func (k *keyring) admit(r *http.Request, needed scope) (client string, err error) {
+	keys := *k.keys.Load()
+	if len(keys) == 0 || needed == scopeNone {
+		return "", nil
+	}
+	token, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	hash := sha256.Sum256([]byte(token))
+	var found *apiKey
+	for i := range keys {
+		if subtle.ConstantTimeCompare(hash[:], keys[i].hash[:]) == 1 {
+			found = &keys[i]
+		}
+	}
+	switch {
+	case !bearer || found == nil:
+		return "", refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
+	case found.scopes&needed == 0:
+		return found.name, refuse("forbidden", "The key of %q does not have the scope that this route needs. Ask the operator for one that has.", found.name)
+	}
+	return found.name, nil
+}
+
+// checkListen refuses an address that others can reach while nobody needs a key, unless the operator vouches for what stands in front.
+func checkListen(cfg *config, k *keyring) error {
+	if len(*k.keys.Load()) > 0 || cfg.authenticatedUpstream {
+		return nil
+	}
+	for name, address := range map[string]string{"LISTEN_ADDR": cfg.listenAddr, "OPERATE_ADDR": cfg.operateAddr} {
+		host, _, err := net.SplitHostPort(address)
+		if ip, notIP := netip.ParseAddr(host); err == nil && address != "" && host != "localhost" && (notIP != nil || !ip.IsLoopback()) {
+			return fmt.Errorf("set API_KEYS or API_KEYS_FILE (wallet -new-key makes a key), or %s to a loopback address: %s can be reached by others, "+
+				"who could all move money; AUTHENTICATED_UPSTREAM=true says that something in front authenticates", name, address)
+		}
+	}
+	return nil
+}
+
+// clientAddress is who sent a request: the peer, or, if that is a proxy of ours, whom it names. An IPv6 client is its /64, which is what
+// one client usually has.
+func clientAddress(r *http.Request, proxies []netip.Prefix) string {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return "unknown"
+	}
+	address := peer.Addr().Unmap()
+	forwarded := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
+	for i := len(forwarded) - 1; i >= 0; i-- {
+		if !slices.ContainsFunc(proxies, func(p netip.Prefix) bool { return p.Contains(address) }) {
+			break
+		}
+		next, err := netip.ParseAddr(strings.TrimSpace(forwarded[i]))
+		if err != nil {
+			break
+		}
+		address = next.Unmap()
+	}
+	if address.Is6() {
+		prefix, _ := address.WithZone("").Prefix(64)
+		return prefix.String()
+	}
+	return address.String()
+}
+
+// limiter is a token bucket per client. Its state is bounded: clientsMax buckets, and one for all whom that leaves out.
+type limiter struct {
+	rate, burst float64 // tokens a second; tokens at most
+
+	mu      sync.Mutex
+	clients map[string]*bucket
+	swept   time.Time
+}
+
+type bucket struct {
+	tokens float64
+	at     time.Time
+}
+
+const clientsMax = 50_000
+
+func newLimiter(rate, burst float64) *limiter {
+	return &limiter{rate: rate, burst: burst, clients: make(map[string]*bucket)}
+}
+
+// take takes a token, or says how long until there is one. The headers are those of draft-ietf-httpapi-ratelimit-headers-10.
+func (l *limiter) take(client string, h http.Header) (wait time.Duration) {
+	now := time.Now()
+	l.mu.Lock()
+	b := l.clients[client]
+	if b == nil {
+		if len(l.clients) >= clientsMax && now.Sub(l.swept) > time.Second {
+			l.swept = now
+			for name, b := range l.clients {
+				if b.tokens+now.Sub(b.at).Seconds()*l.rate >= l.burst {
+					delete(l.clients, name) // full again: as good as new
+				}
+			}
+		}
+		if len(l.clients) >= clientsMax {
+			client = ""
+		}
+		if b = l.clients[client]; b == nil {
+			b = &bucket{l.burst, now}
+			l.clients[client] = b
+		}
+	}
+	b.tokens = min(l.burst, b.tokens+now.Sub(b.at).Seconds()*l.rate)
+	b.at = now
+	if b.tokens >= 1 {
+		b.tokens--
+	} else {
+		wait = time.Duration((1 - b.tokens) / l.rate * float64(time.Second))
+	}
+	left := b.tokens
+	l.mu.Unlock()
+	h.Set("RateLimit-Policy", fmt.Sprintf(`"default";q=%g;w=%g`, l.burst, math.Ceil(l.burst/l.rate)))
+	h.Set("RateLimit", fmt.Sprintf(`"default";r=%d;t=%d`, int(left), int(math.Ceil((l.burst-left)/l.rate))))
+	return wait
+}
+
+// limitedListener accepts at most so many connections at a time; the others wait in the kernel's queue.
+type limitedListener struct {
+	net.Listener
+	slots chan struct{}
+}
+
+func limitConnections(l net.Listener, most int) net.Listener {
+	return &limitedListener{l, make(chan struct{}, most)}
+}
+
+func (l *limitedListener) Accept() (net.Conn, error) {
+	l.slots <- struct{}{}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+type limitedConn struct {
+	net.Conn
+	release func()
+}
+
+func (c *limitedConn) Close() error {
+	defer c.release()
+	return c.Conn.Close()
+}
+
+// certificate is TLS_CERT and TLS_KEY, as last read.
+type certificate struct {
+	certFile, keyFile string
+	current           atomic.Pointer[tls.Certificate]
+}
+
+func (c *certificate) load() error {
+	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	if err != nil {
+		return fmt.Errorf("set TLS_CERT and TLS_KEY to files (PEM) that belong together: %w", err)
+	}
+	c.current.Store(&pair)
+	return nil
+}
+
+func (c *certificate) config() *tls.Config {
+	return &tls.Config{
+		MinVersion:     tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil },
+	}
+}
+
+// watchFiles calls load whenever one of the files has changed: a mounted Secret, a renewed certificate. What cannot be read is logged, and
+// what is in force stays so.
+func watchFiles(ctx context.Context, every time.Duration, load func() error, files ...string) {
+	state := func() (s string) {
+		for _, file := range files {
+			if info, err := os.Stat(file); err == nil {
+				s += fmt.Sprint(info.ModTime().UnixNano(), " ", info.Size(), " ")
+			}
+		}
+		return s
+	}
+	for last := state(); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(every):
+		}
+		if now := state(); now != last {
+			last = now
+			if err := load(); err != nil {
+				slog.Error("changed files are not used", "files", files, "error", err)
+			} else {
+				slog.Info("changed files are in use", "files", files)
+			}
+		}
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1238,6 +1696,18 @@ type config struct {
 	drainDelay      time.Duration
 	shutdownTimeout time.Duration
 
+	apiKeys               string
+	apiKeysFile           string
+	authenticatedUpstream bool
+	rateLimit             int
+	rateBurst             int
+	trustedProxies        []netip.Prefix
+	connectionsMax        int
+	requestsMax           int
+	operateAddr           string
+	tlsCert               string
+	tlsKey                string
+
 	logLevel  slog.Level
 	logFormat string
 }
@@ -1275,10 +1745,21 @@ func (c *config) settings() []setting {
 		{"KAFKA_SASL_PASSWORD", "", "SASL password", text(&c.kafkaSASLPassword)},
 
 		{"LISTEN_ADDR", "127.0.0.1:8080", "address of the HTTP API", text(&c.listenAddr)},
+		{"OPERATE_ADDR", "", "address for operators: /metrics, /debug/pprof/, /healthz, /readyz; empty: none. Such as 127.0.0.1:8081", text(&c.operateAddr)},
+		{"API_KEYS", "", "keys that clients must send, NAME:SCOPES:HASH, comma-separated (wallet -new-key makes one); without any, loopback only", text(&c.apiKeys)},
+		{"API_KEYS_FILE", "", "file with further keys, one a line; read again when it changes", text(&c.apiKeysFile)},
+		{"AUTHENTICATED_UPSTREAM", "false", "true: no key is needed on any address, since something in front authenticates", boolean(&c.authenticatedUpstream)},
+		{"TLS_CERT", "", "file with the certificate (PEM); with it both addresses speak TLS 1.2 or later; read again when it changes", text(&c.tlsCert)},
+		{"TLS_KEY", "", "file with the certificate's key (PEM)", text(&c.tlsKey)},
+		{"RATE_LIMIT", "100", "requests a second of one client (by key, else by address), in the long run; 0: no limit", integer(&c.rateLimit, 0, 1_000_000)},
+		{"RATE_BURST", "200", "requests that a client may send at once", integer(&c.rateBurst, 1, 1_000_000)},
+		{"TRUSTED_PROXIES", "", "address ranges, comma-separated, whose X-Forwarded-For is believed. Such as 10.0.0.0/8", prefixes(&c.trustedProxies)},
+		{"CONNECTIONS_MAX", "10000", "connections at a time; further ones wait", integer(&c.connectionsMax, 1, 1_000_000)},
+		{"REQUESTS_MAX", "5000", "requests at a time; further ones are answered 503", integer(&c.requestsMax, 1, 1_000_000)},
 		{"DEFAULT_CURRENCY", "USD", "currency of a wallet that is made by a deposit or transfer that names none", text(&c.defaultCurrency)},
 		{"WRITERS", "2", "batches at Postgres at the same time", integer(&c.writers, 1, 64)},
 		{"WRITE_BATCH_MAX", "1000", "operations in one batch, at most", integer(&c.batchOpsMax, 1, 10_000)},
-		{"WRITE_QUEUE_MAX", "10000", "operations that wait for a batch, at most; further ones are answered 503", integer(&c.queueOpsMax, 1, 1_000_000)},
+		{"WRITE_QUEUE_MAX", "4000", "operations that wait for a batch, at most; further ones are answered 503", integer(&c.queueOpsMax, 1, 1_000_000)},
 		{"READ_CONNECTIONS", "8", "Postgres connections for reads, at most", integer(&c.readConns, 1, 1000)},
 		{"REQUEST_TIMEOUT", "5s", "how long a request may take in all", duration(&c.requestTimeout, 100*time.Millisecond, time.Minute)},
 		{"DRAIN_DELAY", "0s", "how long to go on serving, not ready, after SIGTERM, so that load balancers look away first", duration(&c.drainDelay, 0, 5*time.Minute)},
@@ -1320,7 +1801,7 @@ func readConfig(getenv func(string) string) (*config, error) {
 
 // redact keeps secrets out of error sentences.
 func redact(name, value string) string {
-	if strings.HasSuffix(name, "_URL") || strings.HasSuffix(name, "_PASSWORD") {
+	if strings.HasSuffix(name, "_URL") || strings.HasPrefix(name, "API_KEYS") || strings.HasSuffix(name, "_PASSWORD") {
 		return "a secret, not shown"
 	}
 	return value
@@ -1388,6 +1869,19 @@ func list(p *[]string) func(string) error {
 	}
 }
 
+func prefixes(p *[]netip.Prefix) func(string) error {
+	return func(v string) error {
+		for item := range strings.SplitSeq(v, ",") {
+			prefix, err := netip.ParsePrefix(strings.TrimSpace(item))
+			if err != nil {
+				return fmt.Errorf("address ranges such as 10.0.0.0/8, comma-separated")
+			}
+			*p = append(*p, prefix)
+		}
+		return nil
+	}
+}
+
 func integer[T int | int16 | int32](p *T, least, most T) func(string) error {
 	return func(v string) error {
 		n, err := strconv.ParseInt(v, 10, 64)
@@ -1428,6 +1922,153 @@ func level(p *slog.Level) func(string) error {
 		}
 		return nil
 	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The API's contract
+// ---------------------------------------------------------------------------------------------------------------------
+
+func (s *server) getOpenAPI(*http.Request) (*reply, error) { return &reply{body: s.document}, nil }
+
+// object is a JSON object.
+type object = map[string]any
+
+// openAPI makes the OpenAPI 3.1 document out of the route table: no route, parameter or refusal stands in it that is not there.
+func openAPI(routes []route) []byte {
+	ref := func(name string) object { return object{"$ref": "#/components/schemas/" + name} }
+	paths := make(object)
+	for _, r := range routes {
+		operation := object{"summary": r.summary, "operationId": strings.ToLower(r.method) + strings.NewReplacer("/", "_", "{", "", "}", "", ".", "_").Replace(r.path)}
+		var parameters []any
+		if strings.Contains(r.path, "{id}") {
+			parameters = append(parameters, object{"name": "id", "in": "path", "required": true, "schema": ref(pathID(r.path))})
+		}
+		for _, name := range r.query {
+			parameters = append(parameters, object{"name": name, "in": "query", "schema": parameterSchemas[name]})
+		}
+		if len(r.fields) > 0 {
+			parameters = append(parameters, object{"name": "Idempotency-Key", "in": "header", "schema": ref("IdempotencyKey"), "description": "In place of the body's idempotency_key; one of them is needed."})
+			properties, required := make(object), []string{}
+			for _, name := range r.fields {
+				properties[name] = fieldSchemas[name]
+				if name == "amount" || name == "to_id" {
+					required = append(required, name)
+				}
+			}
+			operation["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": object{
+				"type": "object", "properties": properties, "required": required, "additionalProperties": false}}}}
+		}
+		if len(parameters) > 0 {
+			operation["parameters"] = parameters
+		}
+		success := "200"
+		if r.method == "POST" && r.path == "/v1/wallets" {
+			success = "201"
+		}
+		answers := object{success: object{"description": "Done.", "content": object{"application/json": object{"schema": ref(r.answers)}}}}
+		codes := make(map[int][]string)
+		for _, code := range strings.Fields(refusalsOf(r)) {
+			codes[problems[code].status] = append(codes[problems[code].status], code)
+		}
+		for status, list := range codes {
+			slices.Sort(list)
+			answers[strconv.Itoa(status)] = object{"description": strings.Join(list, ", "), "content": object{"application/problem+json": object{"schema": object{
+				"allOf": []any{ref("Problem"), object{"properties": object{"code": object{"enum": list}}}}}}}}
+		}
+		operation["responses"] = answers
+		if r.scope == scopeNone {
+			operation["security"] = []any{}
+		}
+		item, _ := paths[r.path].(object)
+		if item == nil {
+			item = make(object)
+			paths[r.path] = item
+		}
+		item[strings.ToLower(r.method)] = operation
+	}
+	document, err := json.MarshalIndent(object{
+		"openapi":  "3.1.0",
+		"info":     object{"title": "wallet", "version": buildVersion(), "description": "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are RFC 9457 problem documents with a stable code."},
+		"paths":    paths,
+		"security": []any{object{"key": []string{}}},
+		"components": object{
+			"schemas":         schemas,
+			"securitySchemes": object{"key": object{"type": "http", "scheme": "bearer"}},
+		},
+	}, "", " ")
+	if err != nil {
+		panic(err)
+	}
+	return document
+}
+
+// refusalsOf is every code that a route may refuse with, by itself or by what stands around it.
+func refusalsOf(r route) string {
+	switch {
+	case r.path == "/readyz":
+		return "starting unavailable"
+	case r.scope == scopeNone:
+		return r.refusals
+	}
+	return r.refusals + " " + commonRefusals
+}
+
+func pathID(path string) string {
+	if strings.HasPrefix(path, "/v1/transactions/") {
+		return "TransactionID"
+	}
+	return "WalletID"
+}
+
+var (
+	textSchema     = object{"type": "string"}
+	amountSchema   = object{"type": "string", "pattern": `^-?[0-9]{1,20}(\.[0-9]{1,18})?$`}
+	timeSchema     = object{"type": "string", "format": "date-time"}
+	seqSchema      = object{"type": "integer", "minimum": 0}
+	walletIDSchema = object{"type": "integer", "minimum": 1, "maximum": math.MaxInt64}
+	currencySchema = object{"type": "string", "pattern": "^[A-Z0-9]{3,10}$"}
+	keySchema      = object{"type": "string", "pattern": "^[ -~]{1,255}$"}
+	walletIDInput  = object{"oneOf": []any{walletIDSchema, object{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
+
+	fieldSchemas = object{
+		"id": walletIDInput, "to_id": walletIDInput, "currency": currencySchema, "idempotency_key": keySchema,
+		"amount": object{"oneOf": []any{object{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`}, object{"type": "number", "exclusiveMinimum": 0}}},
+	}
+	parameterSchemas = object{
+		"min_seq": seqSchema, "limit": object{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit},
+		"since": timeSchema, "until": timeSchema, "order": object{"enum": []string{"asc", "desc"}, "default": "asc"}, "cursor": textSchema,
+	}
+	schemas = object{
+		"WalletID": walletIDSchema, "TransactionID": object{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"}, "IdempotencyKey": keySchema,
+		"Wallet":  record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}),
+		"Balance": record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema}),
+		"Receipt": record(receipt), "TransferReceipt": record(transferReceipt),
+		"Transaction": object{"oneOf": []any{record(with(receipt, transactionExtra)), record(with(transferReceipt, transactionExtra))}},
+		"History": object{"type": "array", "items": with(record(object{
+			"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema, "kind": object{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
+			"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema, "balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema,
+		}), object{"additionalProperties": record(object{"wallet_id": walletIDSchema, "seq": seqSchema})})}, // counterparty, of a transfer
+		"Problem": with(record(object{"type": textSchema, "title": textSchema, "status": object{"type": "integer"}, "code": textSchema, "detail": textSchema, "error": textSchema,
+			"request_id": textSchema}), object{"additionalProperties": true}),
+		"Status": record(object{"status": textSchema}), "Document": object{"type": "object"},
+	}
+	receipt = object{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema, "amount": amountSchema, "balance": amountSchema,
+		"seq": seqSchema, "created_at": timeSchema}
+	transferReceipt = object{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema, "currency": currencySchema, "amount": amountSchema,
+		"from_balance": amountSchema, "to_balance": amountSchema, "from_seq": seqSchema, "to_seq": seqSchema, "created_at": timeSchema}
+	transactionExtra = object{"kind": object{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}}, "idempotency_key": keySchema}
+)
+
+// record is the schema of an object that has all of these members and no others.
+func record(members object) object {
+	names := slices.Sorted(maps.Keys(members))
+	return object{"type": "object", "properties": members, "required": names, "additionalProperties": false}
+}
+
+func with(a, b object) object {
+	both := maps.Clone(a)
+	maps.Copy(both, b)
+	return both
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

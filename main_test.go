@@ -463,8 +463,9 @@ func TestStartingAndStopping(t *testing.T) {
 }
 
 func TestPanicIsABare500(t *testing.T) {
-	s := &server{requestTimeout: time.Second}
-	h := s.serve("other", func(*http.Request) (*reply, error) { panic("secret") })
+	s := newServer(&config{requestTimeout: time.Second, requestsMax: 10}, nil, nil, &keyring{})
+	s.keys.load()
+	h := s.serve(route{path: "other", handle: func(*http.Request) (*reply, error) { panic("secret") }})
 	recorder := httptest.NewRecorder()
 	h.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))
 	if recorder.Code != 500 || strings.Contains(recorder.Body.String(), "secret") || !strings.Contains(recorder.Body.String(), recorder.Header().Get("X-Request-Id")) {

@@ -1,0 +1,805 @@
+// Among strangers: keys, limits, TLS, the contract, and attacks.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func hashed(name, scopes, key string) string {
+	return fmt.Sprintf("%s:%s:%x", name, scopes, sha256.Sum256([]byte(key)))
+}
+
+func TestKeysAndScopes(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	os.WriteFile(file, []byte("# one a line\n"+hashed("writer", "write", "w-key")+" # rotates\n"+hashed("operator", "operate+read", "o-key")+"\n"), 0o600)
+	w := start(t, testEnv(t, "API_KEYS="+hashed("reader", "read", "r-key"), "API_KEYS_FILE="+file))
+	deposit := func(headers ...string) answer {
+		return w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, headers...)
+	}
+	for _, c := range []struct {
+		answer answer
+		status int
+		code   string
+	}{
+		{deposit(), 401, "unauthenticated"},
+		{deposit("Authorization", "Bearer wrong"), 401, "unauthenticated"},
+		{deposit("Authorization", "Bearer "), 401, "unauthenticated"},
+		{deposit("Authorization", "w-key"), 401, "unauthenticated"},
+		{deposit("Authorization", "Basic w-key"), 401, "unauthenticated"},
+		{deposit("Authorization", "Bearer r-key"), 403, "forbidden"},
+		{deposit("Authorization", "Bearer o-key"), 403, "forbidden"},
+		{deposit("Authorization", "Bearer w-key"), 200, ""},
+		{w.get("/v1/wallets/1"), 401, "unauthenticated"},
+		{w.get("/v1/wallets/1", "Authorization", "Bearer w-key"), 403, "forbidden"},
+		{w.get("/v1/wallets/1", "Authorization", "Bearer r-key"), 200, ""},
+		{w.get("/v1/wallets/1", "Authorization", "Bearer o-key"), 200, ""},
+		{w.get("/healthz"), 200, ""},
+		{w.get("/readyz"), 200, ""},
+		{w.get("/openapi.json"), 200, ""},
+	} {
+		if c.answer.status != c.status || c.answer.code() != c.code {
+			t.Errorf("%s, want %d %s", c.answer, c.status, c.code)
+		}
+		if c.status == 401 && c.answer.header.Get("WWW-Authenticate") != "Bearer" {
+			t.Errorf("401 without WWW-Authenticate")
+		}
+	}
+	operator := func(path, key string) int {
+		r := httptest.NewRequest("GET", path, nil)
+		r.Header.Set("Authorization", "Bearer "+key)
+		recorder := httptest.NewRecorder()
+		w.api.operator.ServeHTTP(recorder, r)
+		return recorder.Code
+	}
+	for _, path := range []string{"/metrics", "/debug/pprof/", "/debug/pprof/heap"} {
+		if a, b, c := operator(path, "none"), operator(path, "w-key"), operator(path, "o-key"); a != 401 || b != 403 || c != 200 {
+			t.Errorf("%s: %d without a key, %d with one for writing, %d with the operator's", path, a, b, c)
+		}
+	}
+	if a := w.get("/metrics", "Authorization", "Bearer o-key"); a.status != 404 {
+		t.Errorf("metrics on the public address: %d", a.status)
+	}
+}
+
+// TestKeysRotate: a changed file counts without a restart; a broken one changes nothing.
+func TestKeysRotate(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	write := func(text string) { os.WriteFile(file, []byte(text), 0o600) }
+	write(hashed("old", "read", "old-key"))
+	k, err := newKeyring(&config{apiKeysFile: file})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go watchFiles(ctx, 5*time.Millisecond, k.load, file)
+	admitted := func(key string) bool {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.Header.Set("Authorization", "Bearer "+key)
+		_, err := k.admit(r, scopeRead)
+		return err == nil
+	}
+	if !admitted("old-key") || admitted("new-key") {
+		t.Fatal("the old key is not the only one")
+	}
+	time.Sleep(20 * time.Millisecond)
+	write(hashed("old", "read", "old-key") + "\n" + hashed("new", "read", "new-key"))
+	eventually(t, 5*time.Second, "both keys", func() bool { return admitted("old-key") && admitted("new-key") })
+	write("nonsense")
+	time.Sleep(50 * time.Millisecond)
+	if !admitted("old-key") || !admitted("new-key") {
+		t.Error("a broken file took keys away")
+	}
+	write("")
+	time.Sleep(50 * time.Millisecond)
+	if !admitted("new-key") || admitted("none") {
+		t.Error("an empty file opened the service, or took keys away")
+	}
+	write(hashed("new", "read", "new-key"))
+	eventually(t, 5*time.Second, "the old key gone", func() bool { return !admitted("old-key") && admitted("new-key") })
+}
+
+func TestNewKeyIsAdmitted(t *testing.T) {
+	var out bytes.Buffer
+	if err := newKey("checkout:read+write", &out); err != nil {
+		t.Fatal(err)
+	}
+	key := regexp.MustCompile(`Bearer (\S+)`).FindStringSubmatch(out.String())[1]
+	line := regexp.MustCompile(`(checkout:\S+)`).FindStringSubmatch(out.String())[1]
+	k, err := newKeyring(&config{apiKeys: line})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("Authorization", "Bearer "+key)
+	if client, err := k.admit(r, scopeWrite); err != nil || client != "checkout" {
+		t.Errorf("%q %v", client, err)
+	}
+	if strings.Contains(line, key) {
+		t.Error("the line holds the key itself")
+	}
+	for _, bad := range []string{"", "x", "x:", ":read", "x:admin", "x:read+", "a:b:c"} {
+		if newKey(bad, &out) == nil {
+			t.Errorf("-new-key %q was taken", bad)
+		}
+	}
+}
+
+// TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told that it may.
+func TestWithoutKeysOnlyLoopback(t *testing.T) {
+	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true, "[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false, "example.com:8080": false} {
+		cfg := &config{databaseURL: "postgres://localhost/x", listenAddr: address, readConns: 1, writers: 1}
+		if _, err := newService(cfg); (err == nil) != allowed {
+			t.Errorf("%s without keys: %v", address, err)
+		}
+		cfg.authenticatedUpstream = true
+		if _, err := newService(cfg); err != nil {
+			t.Errorf("%s behind something that authenticates: %v", address, err)
+		}
+		cfg.authenticatedUpstream, cfg.apiKeys = false, hashed("a", "read", "k")
+		if _, err := newService(cfg); err != nil {
+			t.Errorf("%s with a key: %v", address, err)
+		}
+		cfg.apiKeys, cfg.listenAddr, cfg.operateAddr = "", "127.0.0.1:1", address
+		if _, err := newService(cfg); (err == nil) != allowed {
+			t.Errorf("operators on %s without keys: %v", address, err)
+		}
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20", "API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization", "Bearer b-key")
+	var refused int
+	for range 40 {
+		a := w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key")
+		if a.header.Get("RateLimit-Policy") != `"default";q=20;w=2` || a.header.Get("RateLimit") == "" {
+			t.Fatalf("headers: %v", a.header)
+		}
+		if a.status == 429 {
+			refused++
+			if a.code() != "rate_limited" || a.header.Get("Retry-After") != "1" {
+				t.Errorf("%s %v", a, a.header)
+			}
+		}
+	}
+	if refused < 10 || refused > 20 {
+		t.Errorf("%d of 40 requests refused with a burst of 20", refused)
+	}
+	if a := w.get("/v1/wallets/1/balance", "Authorization", "Bearer b-key"); a.status != 200 {
+		t.Errorf("another client: %s", a)
+	}
+	// Guessing keys is limited by address.
+	guesses := 0
+	for range 40 {
+		if w.get("/v1/wallets/1/balance", "Authorization", "Bearer guess").status == 429 {
+			guesses++
+		}
+	}
+	if guesses == 0 {
+		t.Error("keys can be guessed without limit")
+	}
+	if a := w.get("/readyz"); a.status != 200 {
+		t.Errorf("probes are limited: %s", a)
+	}
+	eventually(t, 3*time.Second, "tokens again", func() bool { return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200 })
+}
+
+func TestClientAddress(t *testing.T) {
+	proxies := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+	for _, c := range []struct {
+		peer      string
+		forwarded []string
+		want      string
+	}{
+		{"192.0.2.1:5", nil, "192.0.2.1"},
+		{"192.0.2.1:5", []string{"198.51.100.9"}, "192.0.2.1"}, // not from a proxy of ours: a claim
+		{"10.0.0.1:5", []string{"198.51.100.9"}, "198.51.100.9"},
+		{"10.0.0.1:5", []string{"203.0.113.7, 198.51.100.9"}, "198.51.100.9"}, // what the client claims stands further left
+		{"10.0.0.1:5", []string{"203.0.113.7", "198.51.100.9, 10.0.0.2"}, "198.51.100.9"},
+		{"10.0.0.1:5", []string{"nonsense"}, "10.0.0.1"},
+		{"10.0.0.1:5", nil, "10.0.0.1"},
+		{"[2001:db8::1:2:3]:5", nil, "2001:db8::/64"},
+		{"[::ffff:192.0.2.1]:5", nil, "192.0.2.1"},
+	} {
+		r := &http.Request{RemoteAddr: c.peer, Header: http.Header{"X-Forwarded-For": c.forwarded}}
+		if got := clientAddress(r, proxies); got != c.want {
+			t.Errorf("%s forwarded for %v: %s, want %s", c.peer, c.forwarded, got, c.want)
+		}
+	}
+}
+
+// TestLimiterStateIsBounded: a flood of addresses costs a bounded memory, and the clients it leaves out share one bucket.
+func TestLimiterStateIsBounded(t *testing.T) {
+	l := newLimiter(1, 5)
+	h := make(http.Header)
+	refused := 0
+	for i := range clientsMax + 1000 {
+		if l.take(strconv.Itoa(i), h) > 0 {
+			refused++
+		}
+	}
+	if len(l.clients) > clientsMax+1 || refused < 900 {
+		t.Errorf("%d buckets, %d refused", len(l.clients), refused)
+	}
+}
+
+// makeCertificate writes a self-signed certificate for 127.0.0.1.
+func makeCertificate(tb testing.TB, certFile, keyFile string, serial int64) *x509.Certificate {
+	tb.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "wallet"}, NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	keyDER, _ := x509.MarshalPKCS8PrivateKey(key)
+	os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
+	os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600)
+	cert, _ := x509.ParseCertificate(der)
+	return cert
+}
+
+// TestTLS: 1.2 or later, and a renewed certificate counts without a restart.
+func TestTLS(t *testing.T) {
+	folder := t.TempDir()
+	certFile, keyFile := filepath.Join(folder, "cert"), filepath.Join(folder, "key")
+	makeCertificate(t, certFile, keyFile, 1)
+	cfg := &config{databaseURL: "postgres://127.0.0.1:1/x", listenAddr: "127.0.0.1:0", readConns: 1, writers: 1, requestsMax: 10, connectionsMax: 10,
+		requestTimeout: time.Second, shutdownTimeout: time.Second, tlsCert: certFile, tlsKey: keyFile}
+	s, err := newService(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener := newListener(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { s.run(ctx, listener) })
+	defer running.Wait()
+	defer cancel()
+	serial := func(most uint16) (int64, error) {
+		conn, err := tls.Dial("tcp", listener.Addr().String(), &tls.Config{InsecureSkipVerify: true, MaxVersion: most})
+		if err != nil {
+			return 0, err
+		}
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.Int64(), nil
+	}
+	if n, err := serial(tls.VersionTLS13); err != nil || n != 1 {
+		t.Errorf("serial %d, %v", n, err)
+	}
+	if _, err := serial(tls.VersionTLS11); err == nil {
+		t.Error("TLS 1.1 was spoken")
+	}
+	makeCertificate(t, certFile, keyFile, 2)
+	if err := s.certificate.load(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
+		t.Errorf("renewed: serial %d, %v", n, err)
+	}
+	os.WriteFile(keyFile, []byte("nonsense"), 0o600)
+	if err := s.certificate.load(); err == nil {
+		t.Error("a broken key was loaded")
+	}
+	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
+		t.Errorf("after a broken key: serial %d, %v", n, err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Contract
+// ---------------------------------------------------------------------------------------------------------------------
+
+// contract is the served OpenAPI document, as far as the test reads it.
+type contract struct {
+	OpenAPI string
+	Paths   map[string]map[string]struct {
+		Responses map[string]struct {
+			Description string
+			Content     map[string]struct{ Schema map[string]any }
+		}
+	}
+	Components struct{ Schemas map[string]any }
+}
+
+// conforms checks a JSON value against the part of JSON Schema that our document uses.
+func (c *contract) conforms(schema any, value any) error {
+	s, _ := schema.(map[string]any)
+	if ref, ok := s["$ref"].(string); ok {
+		target, known := c.Components.Schemas[strings.TrimPrefix(ref, "#/components/schemas/")]
+		if !known {
+			return fmt.Errorf("%s leads nowhere", ref)
+		}
+		return c.conforms(target, value)
+	}
+	for _, part := range asList(s["allOf"]) {
+		if err := c.conforms(part, value); err != nil {
+			return err
+		}
+	}
+	if options := asList(s["oneOf"]); options != nil {
+		fitting := 0
+		for _, option := range options {
+			if c.conforms(option, value) == nil {
+				fitting++
+			}
+		}
+		if fitting != 1 {
+			return fmt.Errorf("%v fits %d of oneOf", value, fitting)
+		}
+	}
+	if enum := asList(s["enum"]); enum != nil && !slices.Contains(enum, value) {
+		return fmt.Errorf("%v is none of %v", value, enum)
+	}
+	switch s["type"] {
+	case "string":
+		text, ok := value.(string)
+		if !ok {
+			return fmt.Errorf("%v is no string", value)
+		}
+		if pattern, ok := s["pattern"].(string); ok && !regexp.MustCompile(pattern).MatchString(text) {
+			return fmt.Errorf("%q does not match %s", text, pattern)
+		}
+		if _, err := time.Parse(time.RFC3339, text); s["format"] == "date-time" && err != nil {
+			return err
+		}
+	case "integer":
+		if n, ok := value.(json.Number); !ok || strings.ContainsAny(n.String(), ".eE-") {
+			return fmt.Errorf("%v is no such integer", value)
+		}
+	case "array":
+		list, ok := value.([]any)
+		if !ok {
+			return fmt.Errorf("%v is no array", value)
+		}
+		for _, item := range list {
+			if err := c.conforms(s["items"], item); err != nil {
+				return err
+			}
+		}
+	case "object":
+		members, ok := value.(map[string]any)
+		if !ok {
+			return fmt.Errorf("%v is no object", value)
+		}
+		for _, name := range asList(s["required"]) {
+			if _, there := members[name.(string)]; !there {
+				return fmt.Errorf("lacks %s", name)
+			}
+		}
+	}
+	if properties, ok := s["properties"].(map[string]any); ok {
+		members, _ := value.(map[string]any)
+		for name, member := range members {
+			property, known := properties[name]
+			if !known {
+				property = s["additionalProperties"]
+				if property == false {
+					return fmt.Errorf("%s is not documented", name)
+				}
+			}
+			if err := c.conforms(property, member); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func asList(v any) []any { list, _ := v.([]any); return list }
+
+// TestContract drives every operation and every refusal that the OpenAPI document lists, and finds each answer documented: status, code
+// and shape.
+func TestContract(t *testing.T) {
+	keys := "API_KEYS=" + hashed("all", "read+write", "key") + "," + hashed("operator", "operate", "operator-key")
+	w := start(t, testEnv(t, keys))
+	var c contract
+	decode := func(text string, into any) {
+		t.Helper()
+		decoder := json.NewDecoder(strings.NewReader(text))
+		decoder.UseNumber()
+		if err := decoder.Decode(into); err != nil {
+			t.Fatalf("%v: %s", err, text)
+		}
+	}
+	decode(w.get("/openapi.json").body, &c)
+	if c.OpenAPI != "3.1.0" {
+		t.Errorf("OpenAPI %s", c.OpenAPI)
+	}
+
+	// What is listed and not yet seen: "post /v1/wallets 201", "post /v1/wallets 409 wallet_exists", ...
+	unseen := make(map[string]bool)
+	for path, operations := range c.Paths {
+		for method, operation := range operations {
+			for status, response := range operation.Responses {
+				if status[0] == '2' {
+					unseen[method+" "+path+" "+status] = true
+					continue
+				}
+				for _, code := range strings.Split(response.Description, ", ") {
+					unseen[method+" "+path+" "+status+" "+code] = true
+				}
+			}
+		}
+	}
+	templates := []*regexp.Regexp{regexp.MustCompile(`^(/v1/wallets/)[^/]+(.*)$`), regexp.MustCompile(`^(/v1/transactions/)[^/]+()$`)}
+	check := func(method, target string, a answer) {
+		t.Helper()
+		path, _, _ := strings.Cut(target, "?")
+		for _, template := range templates {
+			path = template.ReplaceAllString(path, "$1{id}$2")
+		}
+		key := fmt.Sprintf("%s %s %d", strings.ToLower(method), path, a.status)
+		kind := "application/json"
+		response := c.Paths[path][strings.ToLower(method)].Responses[strconv.Itoa(a.status)]
+		if a.status >= 400 {
+			key += " " + a.code()
+			kind = "application/problem+json"
+		}
+		delete(unseen, key)
+		var value any
+		decode(a.body, &value)
+		if schema := response.Content[kind].Schema; schema == nil {
+			t.Errorf("%s %s: %s is not documented", method, target, a)
+		} else if err := c.conforms(schema, value); err != nil {
+			t.Errorf("%s %s: %s: %v", method, target, a, err)
+		}
+	}
+	get := func(target string, headers ...string) {
+		t.Helper()
+		check("GET", target, w.get(target, append([]string{"Authorization", "Bearer key"}, headers...)...))
+	}
+	post := func(target, body string, headers ...string) {
+		t.Helper()
+		check("POST", target, w.post(target, body, append([]string{"Authorization", "Bearer key"}, headers...)...))
+	}
+	movements := []string{"/v1/wallets/1/deposit", "/v1/wallets/1/withdraw", "/v1/wallets/1/transfer"}
+	creations := "/v1/wallets"
+	posts := append([]string{creations}, movements...)
+	gets := []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history", "/v1/transactions/1-1"}
+
+	post("/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	post("/v1/wallets/1/withdraw", `{"amount":"1","idempotency_key":"w"}`)
+	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"t"}`)
+	post("/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"d"}`)
+	post(creations, `{"id":4,"currency":"EUR"}`)
+	for _, target := range append(gets, "/v1/transactions/1-3", "/openapi.json", "/healthz", "/readyz") {
+		get(target)
+	}
+	// Bodies. A creation has id where a transfer has to_id.
+	for _, target := range posts {
+		extra, key := "", `"idempotency_key":"k"`
+		if strings.HasSuffix(target, "transfer") {
+			extra = `"to_id":2,`
+		}
+		if target == creations {
+			extra = `"id":9,`
+		} else {
+			extra += `"amount":"1",`
+			post(target, `{`+strings.Replace(extra, `"1"`, `"x"`, 1)+key+`}`)
+			post(target, `{`+strings.Replace(extra, `"1"`, `"1e3"`, 1)+key+`}`)
+			post(target, `{`+strings.Replace(extra, `"1"`, `"-1"`, 1)+key+`}`)
+			post(target, `{`+strings.Replace(extra, `"1"`, `"123456789012345678901"`, 1)+key+`}`)
+			post(target, `{`+strings.Replace(extra, `"1"`, `"0.001"`, 1)+key+`}`)
+			post(target, `{`+key+`}`)
+			post(target, `{`+extra+`"currency":"EUR",`+key+`}`)
+			post(strings.Replace(target, "/1/", "/x/", 1), `{`+extra+key+`}`)
+		}
+		post(target, `{`+extra+key)
+		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", bodyBytesMax)+`"}`)
+		post(target, `{`+extra+key+`}`, "Content-Type", "text/plain")
+		post(target, `{`+extra+`"x":1,`+key+`}`)
+		post(target, `{`+extra+key+`,`+key+`}`)
+		post(target, `{`+extra+`"idempotency_key":""}`)
+		post(target, `{`+extra+key+`}`, "Idempotency-Key", "other")
+		post(target, `{`+extra+`"currency":"usd",`+key+`}`)
+	}
+	post(creations, `{"currency":"EUR","idempotency_key":"c"}`)
+	post(creations, `{"currency":"USD","idempotency_key":"c"}`)
+	post(creations, `{"currency":"USD"}`)
+	post(creations, `{"id":"x","currency":"USD"}`)
+	post(creations, `{"id":4,"currency":"EUR"}`)
+	post(creations, `{"id":9,"currency":"QQQ"}`)
+	post("/v1/wallets/9/deposit", `{"amount":"1","currency":"QQQ","idempotency_key":"k"}`)
+	for i, target := range movements {
+		extra := [3]string{"", "", `"to_id":2,`}[i]
+		post(target, `{`+extra+`"amount":"1"}`)
+		post(target, `{`+extra+`"amount":"2","idempotency_key":"`+[3]string{"d", "w", "t"}[i]+`"}`)
+		if i > 0 {
+			post(target, `{`+extra+`"amount":"10000","idempotency_key":"k"}`)
+			post(strings.Replace(target, "/1/", "/99/", 1), `{`+extra+`"amount":"1","idempotency_key":"k"}`)
+		}
+	}
+	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":1,"idempotency_key":"k"}`)
+	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"k"}`)
+	post("/v1/wallets/3/deposit", `{"amount":"1","idempotency_key":"k"}`)
+	for _, target := range gets {
+		for _, replacement := range []string{"x", "99"} {
+			if strings.Contains(target, "transactions") {
+				replacement += map[string]string{"x": "", "99": "-1"}[replacement]
+				get("/v1/transactions/" + replacement)
+			} else {
+				get(strings.Replace(target, "/1", "/"+replacement, 1))
+			}
+		}
+	}
+	get("/v1/wallets/1/balance?min_seq=99")
+	get("/v1/wallets/1/balance?x=1")
+	get("/v1/wallets/1/history?order=up")
+
+	// What any route may answer. Each is caused on its own.
+	everywhere := func(headers ...string) {
+		t.Helper()
+		for _, target := range gets {
+			get(target, headers...)
+		}
+		for _, target := range posts {
+			body := `{"amount":"1","idempotency_key":"` + fmt.Sprint(time.Now().UnixNano()) + `"}`
+			if strings.HasSuffix(target, "transfer") {
+				body = strings.Replace(body, "{", `{"to_id":2,`, 1)
+			}
+			if target == creations {
+				body = `{"id":7}`
+			}
+			post(target, body, headers...)
+		}
+	}
+	everywhere("Authorization", "Bearer wrong")
+	everywhere("Authorization", "Bearer operator-key")
+	w.api.limits = newLimiter(0.001, 0)
+	everywhere()
+	w.api.limits = nil
+	w.api.requestsMax = 0
+	everywhere()
+	w.api.requestsMax = 1000
+	w.api.started.Store(false)
+	everywhere()
+	get("/readyz")
+	w.api.started.Store(true)
+	admin := connect(t, w.env["DATABASE_URL"])
+	for _, statement := range []string{`ALTER TABLE entry RENAME TO entry_gone`, `ALTER TABLE wallet RENAME TO wallet_gone`} {
+		if _, err := admin.Exec(context.Background(), statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	everywhere("Cache-Control", "no-cache") // 500s
+	for _, statement := range []string{`ALTER TABLE entry_gone RENAME TO entry`, `ALTER TABLE wallet_gone RENAME TO wallet`} {
+		if _, err := admin.Exec(context.Background(), statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.api.requestTimeout = time.Microsecond // 503, unavailable
+	everywhere("Cache-Control", "no-cache")
+	get("/readyz")
+	w.api.requestTimeout = time.Second
+
+	for key := range unseen {
+		t.Errorf("documented but not caused: %s", key)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Under attack
+// ---------------------------------------------------------------------------------------------------------------------
+
+// TestBombs: texts that would cost a careless parser much cost little.
+func TestBombs(t *testing.T) {
+	w := start(t, testEnv(t))
+	began := time.Now()
+	for _, body := range []string{
+		`{"amount":"1e1000000000","idempotency_key":"k"}`, `{"amount":1e1000000000,"idempotency_key":"k"}`, `{"amount":1e-1000000000,"idempotency_key":"k"}`,
+		`{"amount":"` + strings.Repeat("9", 4000) + `","idempotency_key":"k"}`, `{"amount":0.` + strings.Repeat("1", 4000) + `,"idempotency_key":"k"}`,
+		strings.Repeat("[", 4000), strings.Repeat(`{"amount":`, 400), `{"` + strings.Repeat("a", 4000) + `":1}`, strings.Repeat(" ", 4000),
+		`{"amount":"\u0031"` + strings.Repeat(" ", 3000) + `,"idempotency_key":""}`, "\xff\xfe{", "\x00",
+	} {
+		if a := w.post("/v1/wallets/1/deposit", body); a.status < 400 || a.status >= 500 {
+			t.Errorf("%.60q: %s", body, a)
+		}
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("a dozen bombs took %v", took)
+	}
+}
+
+// raw sends bytes and returns the status of each response on the connection.
+func raw(tb testing.TB, address, request string) (statuses []int) {
+	tb.Helper()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(2 * time.Second))
+	fmt.Fprint(conn, request)
+	reader := bufio.NewReader(conn)
+	for {
+		response, err := http.ReadResponse(reader, nil)
+		if err != nil {
+			return statuses
+		}
+		response.Body.Close()
+		statuses = append(statuses, response.StatusCode)
+	}
+}
+
+// TestSmuggling: requests that two servers could cut apart differently are not served.
+func TestSmuggling(t *testing.T) {
+	w := start(t, testEnv(t))
+	address := w.http.Listener.Addr().String()
+	hidden := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 36\r\n\r\n" + `{"amount":"1","idempotency_key":"s"}`
+	for name, request := range map[string]string{
+		"both lengths":        "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden,
+		"two lengths":         "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd" + hidden,
+		"a length with a +":   "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: +4\r\n\r\nabcd" + hidden,
+		"an obscured chunked": "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + hidden,
+		"a folded header":     "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
+		"no host":             "POST /v1/wallets/1/deposit HTTP/1.1\r\n\r\n" + hidden,
+		"two hosts":           "GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + hidden,
+		"a bare LF in a name": "GET /healthz HTTP/1.1\r\nHost: x\r\nX\n: y\r\n\r\n" + hidden,
+	} {
+		for _, status := range raw(t, address, request) {
+			if status < 400 && name != "a folded header" {
+				t.Errorf("%s: %d", name, status)
+			}
+		}
+	}
+	if a := w.get("/v1/wallets/1"); a.status != 404 {
+		t.Errorf("a hidden request was served: %s", a)
+	}
+}
+
+// TestPathTricks: a path means one thing only.
+func TestPathTricks(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
+	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance", "/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance", "/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
+		a := raw(t, w.http.Listener.Addr().String(), "GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		if len(a) != 1 || a[0] < 300 {
+			t.Errorf("%s: %v", path, a)
+		}
+	}
+	long := raw(t, w.http.Listener.Addr().String(), "GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
+	if len(long) > 0 && long[0] != 431 {
+		t.Errorf("2 MiB of headers: %v", long)
+	}
+}
+
+// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for them.
+func TestSlowClientsHoldNothing(t *testing.T) {
+	env := testEnv(t)
+	cfg, err := readConfig(func(n string) string { return env[n] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newService(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener := newListener(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { s.run(ctx, listener) })
+	defer running.Wait()
+	defer cancel()
+	w := &wallets{service: s, http: &httptest.Server{URL: "http://" + listener.Addr().String()}, env: env}
+	eventually(t, 20*time.Second, "ready", func() bool { return w.get("/readyz").status == 200 })
+
+	var cut atomic.Int64
+	var slow sync.WaitGroup
+	for i := range 200 {
+		conn, err := net.Dial("tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		slow.Go(func() {
+			defer conn.Close()
+			text := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX-Slow: "
+			if i%2 == 0 { // the head is there, the body drips
+				text = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+			}
+			fmt.Fprint(conn, text)
+			for range 30 {
+				time.Sleep(500 * time.Millisecond)
+				if _, err := conn.Write([]byte(" ")); err != nil {
+					cut.Add(1)
+					return
+				}
+			}
+		})
+	}
+	for i := range 50 {
+		began := time.Now()
+		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i))
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("a deposit took %v beside slow clients", took)
+		}
+	}
+	slow.Wait()
+	if cut.Load() != 200 {
+		t.Errorf("%d of 200 slow clients were cut off within 15 s", cut.Load())
+	}
+}
+
+// TestFlood: with far more requests than can be served, the surplus is refused early, what is accepted stays quick, and memory stays bounded.
+func TestFlood(t *testing.T) {
+	w := start(t, testEnv(t, "WRITE_QUEUE_MAX=50", "WRITE_BATCH_MAX=20", "REQUESTS_MAX=150"))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"seed"}`)
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Timeout: 10 * time.Second}
+	var served, refused, other atomic.Int64
+	var mu sync.Mutex
+	var took []time.Duration
+	var clients sync.WaitGroup
+	for c := range 400 {
+		clients.Go(func() {
+			for i := range 15 {
+				body := fmt.Sprintf(`{"amount":"1","idempotency_key":"%d-%d"}`, c, i)
+				began := time.Now()
+				response, err := client.Post(w.http.URL+fmt.Sprintf("/v1/wallets/%d/deposit", 1+c%50), "application/json", strings.NewReader(body))
+				if err != nil {
+					other.Add(1)
+					continue
+				}
+				response.Body.Close()
+				switch response.StatusCode {
+				case 200:
+					served.Add(1)
+					mu.Lock()
+					took = append(took, time.Since(began))
+					mu.Unlock()
+				case 503:
+					refused.Add(1)
+					if response.Header.Get("Retry-After") == "" {
+						t.Error("503 without Retry-After")
+					}
+				default:
+					other.Add(1)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	slices.Sort(took)
+	if served.Load() < 100 || refused.Load() < 100 || other.Load() > 0 {
+		t.Fatalf("%d served, %d refused, %d others", served.Load(), refused.Load(), other.Load())
+	}
+	t.Logf("%d served (median %v, p99 %v), %d refused, heap %d MB", served.Load(), took[len(took)/2], took[len(took)*99/100], refused.Load(), memory.HeapAlloc>>20)
+	if p99 := took[len(took)*99/100]; p99 > 3*time.Second {
+		t.Errorf("what was accepted took up to %v", p99)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
