@@ -252,9 +252,11 @@ func (r *running) events(args ...string) []string {
 	ctx, cancel := context.WithTimeout(r.t.Context(), 30*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, append([]string{"events", "-data", r.data}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		r.t.Fatalf("events %v: %v", args, err)
+		r.t.Fatalf("events %v: %v after %s%s", args, err, out, &stderr)
 	}
 	return strings.Split(strings.TrimSpace(string(out)), "\n")
 }

@@ -24,15 +24,16 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"golang.org/x/sync/errgroup"
 )
 
 // broker is one process that speaks Kafka's protocol.
 type broker struct {
-	procs *processes
-	name  string
-	node  int32
-	port  int
-	start func() (*child, error)
+	name string
+	node int32
+	port int
+	data string
+	last *child // its process, or the one it had
 }
 
 func (b *broker) address() string { return fmt.Sprintf("127.0.0.1:%d", b.port) }
@@ -72,19 +73,21 @@ func (b *broker) inSync(cluster *kmsg.MetadataResponse) bool {
 }
 
 // newEmbedded is the one broker that kfake is.
-func newEmbedded(procs *processes, data string, port int) (*broker, error) {
+func newEmbedded(procs *processes, data string, port int) (*server, string, error) {
 	if _, err := os.Stat(runningMarker(data)); err == nil {
-		return nil, fmt.Errorf("the embedded Kafka in %s was not stopped in order and may hide events: start with -fresh (which wipes all data), or take -kafka apache, which survives that", data)
+		return nil, "", fmt.Errorf("the embedded Kafka in %s was not stopped in order and may hide events: start with -fresh (which wipes all data), or take -kafka apache, which survives that", data)
 	}
-	b := &broker{procs: procs, name: "kafka", port: port}
-	b.start = func() (*child, error) {
+	b := &broker{name: "kafka", port: port}
+	s := &server{name: b.name, ready: b.ready}
+	s.noKill = "the embedded Kafka does not survive SIGKILL (it may hide events afterwards): start with -kafka apache to kill it"
+	s.start = func(context.Context) (*child, error) {
 		cmd, err := self("_kfake", fmt.Sprint(port), data)
 		if err != nil {
 			return nil, err
 		}
-		return procs.start("kafka", cmd, 0)
+		return procs.start(b.name, cmd, 0)
 	}
-	return b, os.MkdirAll(data, 0o755)
+	return s, b.address(), os.MkdirAll(data, 0o755)
 }
 
 // runningMarker is a file beside kfake's data, there from its start to its orderly end.
@@ -117,76 +120,175 @@ const apacheVersion = "4.3.0"
 // defaultJava suits tests: it compiles quickly rather than well, and stays small. A benchmark passes its own.
 const defaultJava = "-Xmx192m -XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
-// newApache makes count brokers of one KRaft cluster, each of them also a controller, and fetches Kafka if need be.
-func newApache(ctx context.Context, procs *processes, data string, count int, javaOptions string, ports func() int, say func(string, ...any)) ([]*broker, error) {
-	java, err := exec.LookPath("java")
+// apache is a cluster: one controller and brokers, each a process of its own.
+//
+// Roles are apart for the sake of transactions. A process that is both comes back from SIGKILL as leader of all it led,
+// by its old registration, until that expires and leaves no leader for a moment. If the markers of a commit that was
+// acknowledged before the kill are still to be written then, Kafka 4.3 takes the leaderless partition for a deleted one
+// ("likely deleted already and hence can be skipped"): the commit counts as complete, yet read_committed consumers never
+// get past it, until the same producer writes to that partition again. A broker that starts after its old registration
+// expired, at a controller that lived on, is never in that place.
+type apache struct {
+	procs   *processes
+	java    func(dir string, args ...string) *exec.Cmd
+	quorum  string // the controller's address
+	size    int
+	started chan struct{} // closed when the controller is up for the first time
+	upSince time.Time     // the controller; read only after started
+}
+
+const (
+	controllerNode = 1000
+	// brokerSession is how long a dead broker's registration stands in its successor's way; the default is 9 s. A
+	// broker that is frozen or starved for longer is taken for dead.
+	brokerSession = 3 * time.Second
+	// sessionMargin is for the controller to notice.
+	sessionMargin = time.Second
+)
+
+// newApache makes a controller and count brokers, and fetches Kafka if need be. It returns the brokers' addresses too.
+func newApache(ctx context.Context, procs *processes, data string, count int, javaOptions string, port func() int, say func(string, ...any)) ([]*server, string, error) {
+	program, err := exec.LookPath("java")
 	if err != nil {
-		return nil, errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
+		return nil, "", errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
 	}
 	jars, err := fetchApache(ctx, procs, say)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	// A cluster of another size is another cluster.
 	data = filepath.Join(data, fmt.Sprintf("kafka-apache-%d", count))
-	var brokers []*broker
-	var voters []string
+	a := &apache{procs: procs, size: count, started: make(chan struct{})}
+	a.java = func(dir string, args ...string) *exec.Cmd {
+		options := append(strings.Fields(javaOptions), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", filepath.Join(jars, "*"))
+		cmd := exec.Command(program, append(options, args...)...)
+		cmd.Dir = dir
+		return cmd
+	}
+	controller := &broker{name: "controller", node: controllerNode, port: port()}
+	a.quorum = controller.address()
+	brokers := []*broker{controller}
+	var addresses []string
 	for i := range count {
-		b := &broker{procs: procs, name: "kafka", node: int32(i + 1), port: ports()}
+		b := &broker{name: "kafka", node: int32(i + 1), port: port()}
 		if count > 1 {
 			b.name = fmt.Sprintf("kafka%d", b.node)
 		}
 		brokers = append(brokers, b)
-		voters = append(voters, fmt.Sprintf("%d@127.0.0.1:%d", b.node, ports()))
+		addresses = append(addresses, b.address())
 	}
-	for i, b := range brokers {
-		dir := filepath.Join(data, fmt.Sprint(b.node))
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, err
-		}
-		file := filepath.Join(dir, "server.properties")
-		if err := os.WriteFile(file, []byte(b.properties(voters, i, filepath.Join(dir, "log"))), 0o644); err != nil {
-			return nil, err
-		}
-		command := func(args ...string) *exec.Cmd {
-			options := append(strings.Fields(javaOptions), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", filepath.Join(jars, "*"))
-			cmd := exec.Command(java, append(options, args...)...)
-			cmd.Dir = dir
-			return cmd
-		}
-		if _, err := os.Stat(filepath.Join(dir, "log", "meta.properties")); err != nil {
-			// The cluster id is any; all brokers need the same one.
-			err := procs.run(ctx, b.name+"-format", command("kafka.tools.StorageTool", "format", "-g", "-t", "d2FsbGV0LWRldi1zdGFjaw", "-c", file))
-			if err != nil {
+	var servers []*server
+	formats, together := errgroup.WithContext(ctx)
+	for _, b := range brokers {
+		b.data = filepath.Join(data, b.name)
+		formats.Go(func() error { return a.format(together, b) })
+		s := &server{name: b.name, ready: b.ready, quit: syscall.SIGTERM}
+		s.start = func(ctx context.Context) (*child, error) {
+			if err := a.awaitExpiry(ctx, b); err != nil {
 				return nil, err
 			}
+			// Its last resort is SIGKILL, which Kafka is made to survive: asked to end all at once, brokers would
+			// wait in vain for their controller.
+			var err error
+			b.last, err = procs.start(b.name, a.java(b.data, "kafka.Kafka", b.config()), syscall.SIGKILL)
+			return b.last, err
 		}
-		b.start = func() (*child, error) {
-			quit := syscall.SIGTERM
-			if count > 1 {
-				// A cluster that stops loses its quorum, and the last broker would wait for it in vain.
-				quit = syscall.SIGKILL
-			}
-			return procs.start(b.name, command("kafka.Kafka", file), quit)
+		if b == controller {
+			s.ready = a.controllerReady
 		}
+		servers = append(servers, s)
 	}
-	return brokers, nil
+	return servers, strings.Join(addresses, ","), formats.Wait()
 }
 
-// properties is the configuration of the broker whose controller is voters[i].
-func (b *broker) properties(voters []string, i int, data string) string {
-	_, controller, _ := strings.Cut(voters[i], "@")
-	replicas := min(len(voters), 3)
-	inSync := max(replicas-1, 1)
-	return fmt.Sprintf(`process.roles=broker,controller
+func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
+func (b *broker) log() string    { return filepath.Join(b.data, "log") }
+
+// format writes the configuration, whose ports are new each time, and makes the folder a member of the cluster.
+func (a *apache) format(ctx context.Context, b *broker) error {
+	if err := os.MkdirAll(b.data, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(b.config(), []byte(a.properties(b)), 0o644); err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(b.log(), "meta.properties")); err == nil {
+		return nil
+	}
+	// The cluster id is any; all members need the same one.
+	return a.procs.run(ctx, b.name+"-format", a.java(b.data, "kafka.tools.StorageTool", "format", "-t", "d2FsbGV0LWRldi1zdGFjaw", "-c", b.config()))
+}
+
+// awaitExpiry returns when the registration of this broker's last, killed process has expired.
+func (a *apache) awaitExpiry(ctx context.Context, b *broker) error {
+	_, err := os.Stat(filepath.Join(b.log(), "__cluster_metadata-0"))
+	_, err2 := os.Stat(filepath.Join(b.log(), ".kafka_cleanshutdown")) // Kafka's own marker
+	if ran, clean := err == nil, err2 == nil; b.node == controllerNode || !ran || clean {
+		return nil
+	}
+	select {
+	case <-a.started:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	since := a.upSince // a controller that starts takes all brokers for alive
+	if b.last != nil && b.last.ended.After(since) {
+		since = b.last.ended
+	}
+	return sleep(ctx, time.Until(since.Add(brokerSession+sessionMargin)))
+}
+
+// controllerReady waits until the controller leads its quorum of one.
+func (a *apache) controllerReady(ctx context.Context) error {
+	client, err := kgo.NewClient(kgo.SeedBrokers(a.quorum))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	request := kmsg.NewPtrDescribeQuorumRequest()
+	topic := kmsg.NewDescribeQuorumRequestTopic()
+	topic.Topic = "__cluster_metadata"
+	topic.Partitions = append(topic.Partitions, kmsg.NewDescribeQuorumRequestTopicPartition())
+	request.Topics = append(request.Topics, topic)
+	for {
+		try, cancel := context.WithTimeout(ctx, time.Second)
+		answer, err := client.SeedBrokers()[0].Request(try, request)
+		cancel()
+		if err == nil && answer.(*kmsg.DescribeQuorumResponse).ErrorCode == 0 {
+			break
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	first := a.upSince.IsZero()
+	a.upSince = time.Now()
+	if first {
+		close(a.started)
+	}
+	return nil
+}
+
+func (a *apache) properties(b *broker) string {
+	if b.node == controllerNode {
+		return fmt.Sprintf(`process.roles=controller
 node.id=%d
-listeners=CLIENT://%[2]s,CONTROLLER://%[3]s
-advertised.listeners=CLIENT://%[2]s
-listener.security.protocol.map=CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT
-inter.broker.listener.name=CLIENT
+listeners=CONTROLLER://%[2]s
 controller.listener.names=CONTROLLER
-controller.quorum.voters=%[4]s
-log.dirs=%[5]s
+controller.quorum.voters=%[1]d@%[2]s
+log.dirs=%[3]s
+default.replication.factor=%[4]d
+min.insync.replicas=%[5]d
+broker.session.timeout.ms=%[6]d
+`, b.node, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds())
+	}
+	return fmt.Sprintf(`process.roles=broker
+node.id=%d
+listeners=PLAINTEXT://%s
+controller.listener.names=CONTROLLER
+controller.quorum.voters=%d@%s
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs=%s
 auto.create.topics.enable=false
 default.replication.factor=%[6]d
 offsets.topic.replication.factor=%[6]d
@@ -195,6 +297,8 @@ share.coordinator.state.topic.replication.factor=%[6]d
 min.insync.replicas=%[7]d
 transaction.state.log.min.isr=%[7]d
 share.coordinator.state.topic.min.isr=%[7]d
+broker.session.timeout.ms=%[8]d
+broker.heartbeat.interval.ms=500
 
 # Fewer files and no waits, for a machine that is started often.
 offsets.topic.num.partitions=4
@@ -202,11 +306,12 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The cleaner takes 128 MB at once otherwise, more than the small heap has.
 log.cleaner.dedupe.buffer.size=4194304
-# After a SIGKILL the old registration stands in a restart's way for so long (default 9 s).
-broker.session.timeout.ms=2000
-broker.heartbeat.interval.ms=500
-`, b.node, b.address(), controller, strings.Join(voters, ","), data, replicas, inSync)
+`, b.node, b.address(), controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds())
 }
+
+// replicas and inSync: what is written survives the loss of one broker of three, and goes on meanwhile.
+func (a *apache) replicas() int { return min(a.size, 3) }
+func (a *apache) inSync() int   { return max(a.replicas()-1, 1) }
 
 // fetchApache has Maven fetch what pom.xml names and returns the folder of jars.
 func fetchApache(ctx context.Context, procs *processes, say func(string, ...any)) (string, error) {

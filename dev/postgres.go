@@ -326,7 +326,7 @@ func newPostgres(ctx context.Context, procs *processes, choice, data string, por
 	return p, os.Rename(tmp, p.data)
 }
 
-func (p *postgres) start() (*child, error) {
+func (p *postgres) start(context.Context) (*child, error) {
 	args := []string{"-D", p.data}
 	settings := []string{
 		"listen_addresses=127.0.0.1",

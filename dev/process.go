@@ -53,8 +53,9 @@ type child struct {
 	in   io.Closer      // its standard input, if it ends by end of input
 
 	wanted atomic.Bool   // its end is our doing
-	done   chan struct{} // closed after it ended and err is set
+	done   chan struct{} // closed after it ended and what follows is set
 	err    error
+	ended  time.Time
 }
 
 func newProcesses(lock *os.File, logs string) (*processes, error) {
@@ -129,7 +130,7 @@ func (p *processes) start(name string, cmd *exec.Cmd, quit syscall.Signal) (*chi
 	c.pid = cmd.Process.Pid
 	p.tell("+ %d %d", c.pid, quit)
 	go func() {
-		c.err = cmd.Wait()
+		c.err, c.ended = cmd.Wait(), time.Now()
 		p.tell("- %d", c.pid)
 		close(c.done)
 	}()

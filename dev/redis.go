@@ -41,7 +41,7 @@ func newRedis(procs *processes, choice, data string, port int, say func(string, 
 	return r, os.MkdirAll(data, 0o755)
 }
 
-func (r *redis) start() (*child, error) {
+func (r *redis) start(context.Context) (*child, error) {
 	if r.server == "" {
 		cmd, err := self("_miniredis", r.address())
 		if err != nil {

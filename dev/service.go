@@ -85,7 +85,7 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 		if len(listen) > 1 {
 			w.name = fmt.Sprintf("wallet%d", i+1)
 		}
-		w.start = func() (*child, error) {
+		w.start = func(context.Context) (*child, error) {
 			cmd := exec.Command(binary)
 			cmd.Dir = s.cfg.data
 			cmd.Env = append(slices.Clone(environment), "LISTEN_ADDR="+address)

@@ -50,9 +50,10 @@ type config struct {
 // server is one thing that runs: how to start it and to know it ready, and its process while it has one.
 type server struct {
 	name   string
-	start  func() (*child, error)
+	start  func(context.Context) (*child, error)
 	ready  func(context.Context) error
-	noKill string // why SIGKILL is refused, if it is
+	quit   syscall.Signal // stops it in order, where that is not what the child knows
+	noKill string         // why SIGKILL is refused, if it is
 
 	child *child // nil while it is down by our doing
 }
@@ -247,34 +248,24 @@ func (s *stack) start(ctx context.Context) error {
 		return s.up(together, cache)
 	})
 	group.Go(func() error {
-		var brokers []*broker
-		var noKill string
+		var servers []*server
+		var err error
 		switch s.cfg.kafka {
 		case "embedded":
-			b, err := newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
-			if err != nil {
-				return err
-			}
-			brokers = append(brokers, b)
-			noKill = "the embedded Kafka does not survive SIGKILL (it may hide events afterwards): start with -kafka apache to kill it"
+			servers = make([]*server, 1)
+			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
 		case "apache":
-			var err error
-			if brokers, err = newApache(together, s.procs, s.cfg.data, s.cfg.brokers, s.cfg.java, s.port, s.say("kafka")); err != nil {
-				return err
-			}
+			servers, s.address.KafkaBrokers, err = newApache(together, s.procs, s.cfg.data, s.cfg.brokers, s.cfg.java, s.port, s.say("kafka"))
 		default:
 			s.address.KafkaBrokers = s.cfg.kafka
 		}
-		var all []string
-		var starts errgroup.Group
-		for _, b := range brokers {
-			k := &server{name: b.name, start: b.start, ready: b.ready, noKill: noKill}
-			kafka = append(kafka, k)
-			all = append(all, b.address())
-			starts.Go(func() error { return s.up(together, k) })
+		if err != nil {
+			return err
 		}
-		if len(all) > 0 {
-			s.address.KafkaBrokers = strings.Join(all, ",")
+		kafka = servers
+		var starts errgroup.Group
+		for _, server := range kafka {
+			starts.Go(func() error { return s.up(together, server) })
 		}
 		return starts.Wait()
 	})
@@ -298,7 +289,7 @@ func (s *stack) start(ctx context.Context) error {
 
 // up starts a server and waits until it is ready.
 func (s *stack) up(ctx context.Context, server *server) error {
-	c, err := server.start()
+	c, err := server.start(ctx)
 	if err != nil {
 		return err
 	}
@@ -425,14 +416,11 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 		server.child.kill()
 		server.child = nil
 	case "stop":
-		var how syscall.Signal
+		how := server.quit
 		if len(words) == 3 {
 			if how = stopSignals[words[2]]; how == 0 || server.name != "postgres" {
 				return usage
 			}
-		}
-		if how == 0 && server.child.quit == syscall.SIGKILL {
-			how = syscall.SIGTERM // one broker of several: in order as long as the others are there
 		}
 		err := server.child.end(how)
 		server.child = nil
@@ -459,7 +447,7 @@ func (s *stack) stop() {
 		if server.child == nil || !server.child.alive() {
 			continue
 		}
-		if err := server.child.end(0); err != nil {
+		if err := server.child.end(server.quit); err != nil {
 			s.say(server.name)("%v", err)
 		}
 	}
