@@ -118,6 +118,7 @@ func (r *relay) run(ctx context.Context) error {
 		began := time.Now()
 		err := r.lead(ctx)
 		r.pendingSince.Store(0)
+		r.state.Store("starting")
 		if ctx.Err() != nil {
 			r.enter("stopped")
 			return nil
