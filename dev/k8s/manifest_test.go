@@ -6,6 +6,7 @@
 package k8s
 
 import (
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -87,7 +88,8 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"REDIS_URL: redis://redis:6379/0", "REDIS_URL: redis://cache:6379/0", "REDIS_URL: there is no Service cache"},
 		{"KAFKA_BROKERS: kafka:9092", "KAFKA_BROKERS: kafka:9093,kafka:9094", "KAFKA_BROKERS: Service kafka has no port 9094"},
 		{"$(SERVICE_PASSWORD)@postgres:5432", "$(SERVICE_PASSWORD)@postgres:5433", "DATABASE_URL: Service postgres has no port 5433"},
-		{"prometheus.io/port: \"8080\"", "prometheus.io/port: \"8081\"", "prometheus.io/port"},
+		{"prometheus.io/port: \"8081\"", "prometheus.io/port: \"8080\"", "prometheus.io/port"},
+		{"containerPort: 8081", "containerPort: 8082", "OPERATE_ADDR"},
 		// References.
 		{"secretKeyRef: {name: wallet-db-secret, key: RELAY_PASSWORD}", "secretKeyRef: {name: wallet-db-secret, key: RELAYS_PASSWORD}", "no key RELAYS_PASSWORD"},
 		{"secretKeyRef: {name: wallet-db-secret, key: OWNER_PASSWORD}", "secretKeyRef: {name: db-secret, key: OWNER_PASSWORD}", "no Secret db-secret"},
@@ -97,6 +99,9 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"subPath: roles.sh", "subPath: role.sh", "has no file role.sh"},
 		{"- {name: data, mountPath: /data}", "- {name: cache, mountPath: /data}", "no volume cache"},
 		{"            - {name: socket, mountPath: /var/run/postgresql}\n", "", "volume socket is mounted nowhere"},
+		{"secretName: wallet-api-keys", "secretName: api-keys", "no Secret api-keys"},
+		{"API_KEYS_FILE: /etc/wallet/api-keys/keys", "API_KEYS_FILE: /etc/wallet/api-keys/key", "API_KEYS_FILE"},
+		{"laptop:read+write+operate:9b", "laptop:read+write+operate:9c", "laptop-key"},
 		{"  RELAY_PASSWORD: laptop-relay ", "  RELAY_PASSWORD: laptop:relay ", "RELAY_PASSWORD"},
 		// What the service reads.
 		{"  DRAIN_DELAY: 5s", "  DRAIN_DELEY: 5s", "DRAIN_DELEY is no setting"},
@@ -176,7 +181,12 @@ func TestSecretCanBeReplacedAsItSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	delete(whole.names, "Secret wallet-db-secret")
+	for name := range whole.secrets {
+		delete(whole.names, "Secret "+name)
+		if !strings.Contains(text, "create secret generic "+name+" ") {
+			t.Errorf("no command makes Secret %s", name)
+		}
+	}
 	if !maps.Equal(whole.names, without.names) {
 		t.Errorf("%s leaves %v, want %v", recipe[1], slices.Sorted(maps.Keys(without.names)), slices.Sorted(maps.Keys(whole.names)))
 	}
@@ -528,6 +538,10 @@ func (m *manifest) checkVolumes(w *workload) {
 			files[v.Name] = m.configs[v.ConfigMap.Name]
 			m.must(files[v.Name] != nil, "%v: there is no ConfigMap %s", w, v.ConfigMap.Name)
 		}
+		if v.Secret != nil {
+			files[v.Name] = m.secrets[v.Secret.SecretName]
+			m.must(files[v.Name] != nil, "%v: there is no Secret %s", w, v.Secret.SecretName)
+		}
 		m.must(v.PersistentVolumeClaim == nil, "%v: volume %s: the claims here are templates", w, v.Name)
 	}
 	for _, c := range w.claims {
@@ -634,7 +648,7 @@ func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 		m.must(seen[name] != "", "%v, %s has no %s", w, c.Name, name)
 	}
 	m.must(c == w.container() || slices.Equal(c.Args, []string{"-migrate"}) && seen["MIGRATE_URL"] != "", "%v, %s does not migrate", w, c.Name)
-	// They are parts of URLs.
+	// Passwords are parts of URLs.
 	for name, value := range m.secrets["wallet-db-secret"] {
 		m.must(regexp.MustCompile(`^[A-Za-z0-9-]+$`).MatchString(value), "%s cannot stand in a URL", name)
 	}
@@ -725,11 +739,18 @@ func (m *manifest) checkAddresses() {
 			}
 		}
 	}
-	_, port, err := net.SplitHostPort(config["LISTEN_ADDR"])
-	number, _ := strconv.Atoi(port)
-	_, portErr := w.port(intstr.FromInt(number))
-	m.must(err == nil && portErr == nil, "LISTEN_ADDR %q is not where the container's port is", config["LISTEN_ADDR"])
-	m.must(w.pods.Annotations["prometheus.io/port"] == port, "prometheus.io/port is not where the service listens")
+	for _, setting := range []string{"LISTEN_ADDR", "OPERATE_ADDR"} {
+		_, port, err := net.SplitHostPort(config[setting])
+		number, _ := strconv.Atoi(port)
+		_, portErr := w.port(intstr.FromInt(number))
+		m.must(err == nil && portErr == nil, "%s %q is not where the container's port is", setting, config[setting])
+		m.must(setting != "OPERATE_ADDR" || w.pods.Annotations["prometheus.io/port"] == port, "prometheus.io/port is not where the metrics are")
+	}
+	m.must(slices.ContainsFunc(w.container().VolumeMounts, func(v core.VolumeMount) bool {
+		key, found := strings.CutPrefix(config["API_KEYS_FILE"], v.MountPath+"/")
+		return found && v.Name == "api-keys" && m.secrets["wallet-api-keys"][key] != ""
+	}), "API_KEYS_FILE %s is no file of the mounted Secret", config["API_KEYS_FILE"])
+	m.must(strings.Contains(m.secrets["wallet-api-keys"]["keys"], fmt.Sprintf(":%x\n", sha256.Sum256([]byte("laptop-key")))), "the README's laptop-key does not fit the Secret")
 }
 
 func (m *manifest) checkWayIn() {

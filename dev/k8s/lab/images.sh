@@ -11,7 +11,8 @@ set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ROOT="$(cd "$HERE/../../.." && pwd)"
 LAB="${LAB:-$ROOT/../shared/lab/k8s}"
-GOENV="$(go env GOMODCACHE GOCACHE)"           # the lab's env.sh puts its own in their place
+# The lab's caches are Kubernetes'; the service is built with the machine's own.
+export WALLET_GOENV="${WALLET_GOENV:-$(go env GOMODCACHE GOCACHE)}"
 . "$LAB/env.sh"
 CACHE="$LAB_CACHE/wallet"
 mkdir -p "$CACHE"
@@ -117,10 +118,10 @@ kafka() {
   image apache/kafka:4.3.0 '' -u appuser -c /etc/kafka/docker/run -p 9092/tcp apache/kafka:4.3.0 "$CACHE/debian.tar,$d"
 }
 
-# What the Dockerfile does. The lab's caches are Kubernetes'; the service is built with the machine's own.
+# What the Dockerfile does.
 wallet() {
   local d="$tmp/wallet" modules build
-  { read -r modules; read -r build; } <<<"$GOENV"
+  { read -r modules; read -r build; } <<<"$WALLET_GOENV"
   mkdir -p "$d/etc/ssl/certs"
   ( cd "$ROOT" && GOMODCACHE="$modules" GOCACHE="$build" CGO_ENABLED=0 gently go build ${BUILD_FLAGS:-} -trimpath -buildvcs=false \
       -ldflags "-s -w -X main.stamp=${VERSION:-$(git describe --always --dirty)}" -o "$d/wallet" . )

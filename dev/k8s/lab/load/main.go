@@ -15,6 +15,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -22,14 +23,16 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 )
 
 type config struct {
-	url      string
+	url, key string
 	length   time.Duration
 	workers  int
 	wallets  int64
@@ -61,6 +64,7 @@ type report struct {
 	Lost        int            `json:"lost"`
 	Stale       int            `json:"stale"`
 	Behind      int            `json:"behind"`
+	Limited     int            `json:"limited"` // told to come back later (429), which is no failure
 	Repeated    int            `json:"repeated"`
 	Changed     int            `json:"changed"`
 	MoneyRight  bool           `json:"money_right"`
@@ -88,6 +92,7 @@ type client struct {
 	lost      int
 	stale     int
 	behind    int
+	limited   int
 	deposited int64
 	moved     []movement
 }
@@ -95,7 +100,8 @@ type client struct {
 func main() {
 	var cfg config
 	flag.StringVar(&cfg.url, "url", "http://127.0.0.1:8080", "the service")
-	flag.DurationVar(&cfg.length, "for", 30*time.Second, "how long")
+	flag.StringVar(&cfg.key, "key", "", "API key")
+	flag.DurationVar(&cfg.length, "for", 30*time.Second, "how long; SIGTERM ends it earlier")
 	flag.IntVar(&cfg.workers, "workers", 8, "clients at a time, each with one connection")
 	flag.Int64Var(&cfg.wallets, "wallets", 40, "wallets, new ones each time")
 	flag.DurationVar(&cfg.pause, "pause", 10*time.Millisecond, "between a client's operations, on average")
@@ -103,7 +109,9 @@ func main() {
 	flag.DurationVar(&cfg.timeout, "timeout", 8*time.Second, "for one attempt")
 	flag.BoolVar(&cfg.strict, "strict", false, "a single failed request is a failure of the run")
 	flag.Parse()
-	r := run(&cfg)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	r := run(ctx, &cfg)
 	line, _ := json.Marshal(r)
 	fmt.Println(string(line))
 	if r.Lost+r.Stale+r.Changed+len(r.Unexpected) > 0 || !r.MoneyRight || cfg.strict && r.Failed > 0 {
@@ -111,7 +119,8 @@ func main() {
 	}
 }
 
-func run(cfg *config) report {
+// run goes on until cfg.length is over or ctx ends.
+func run(ctx context.Context, cfg *config) report {
 	first := time.Now().UnixMilli()*1000 + 1 // wallets that no run before had
 	run := strconv.FormatInt(first, 36)
 	clients := make([]*client, cfg.workers)
@@ -130,7 +139,7 @@ func run(cfg *config) report {
 	all.Wait()
 	for _, c := range clients {
 		all.Go(func() {
-			for time.Since(began) < cfg.length {
+			for time.Since(began) < cfg.length && ctx.Err() == nil {
 				c.step()
 				time.Sleep(time.Duration(rand.Int64N(int64(2*cfg.pause) + 1)))
 			}
@@ -230,6 +239,12 @@ func (c *client) do(method, path, body string) answer {
 	began := time.Now()
 	for attempt := 0; ; attempt++ {
 		a, err := c.once(method, path, body)
+		if a.status == http.StatusTooManyRequests {
+			c.limited++
+			time.Sleep(time.Second)
+			attempt--
+			continue
+		}
 		if !a.failed() {
 			c.took = append(c.took, time.Since(began))
 			c.successes = append(c.successes, time.Now())
@@ -270,6 +285,9 @@ func (c *client) once(method, path, body string) (answer, error) {
 	if method == "POST" {
 		request.Header.Set("Content-Type", "application/json")
 	}
+	if c.cfg.key != "" {
+		request.Header.Set("Authorization", "Bearer "+c.cfg.key)
+	}
 	response, err := c.http.Do(request)
 	if err != nil {
 		return answer{}, err
@@ -291,7 +309,7 @@ func conclude(cfg *config, clients []*client, first int64, began time.Time) repo
 	checker := newClient(cfg, first, "")
 	for _, c := range clients {
 		took, successes = append(took, c.took...), append(successes, c.successes...)
-		r.Failed, r.Lost, r.Stale, r.Behind = r.Failed+c.failed, r.Lost+c.lost, r.Stale+c.stale, r.Behind+c.behind
+		r.Failed, r.Lost, r.Stale, r.Behind, r.Limited = r.Failed+c.failed, r.Lost+c.lost, r.Stale+c.stale, r.Behind+c.behind, r.Limited+c.limited
 		deposited += c.deposited
 		for why, n := range c.failures {
 			r.Failures[why] += n
