@@ -15,6 +15,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -445,15 +446,7 @@ func TestRelayConfirmsOnlyPublished(t *testing.T) {
 	b.deposit(t, 3)
 	checkStream(t, b.cfg)
 	r.await(t, "leader")
-	stack(t).command(t, "pause kafka")
-	resumed := false
-	resume := func() {
-		if !resumed {
-			resumed = true
-			stack(t).command(t, "resume kafka")
-		}
-	}
-	defer resume()
+	resume := pauseKafka(t)
 	var before pglogrepl.LSN
 	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
 		t.Fatal(err)
@@ -480,7 +473,7 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 	b := newBench(t)
 	r := startRelay(t, b.cfg)
 	r.await(t, "leader")
-	stack(t).command(t, "pause kafka")
+	resume := pauseKafka(t)
 	b.deposit(t, 1)
 	began := time.Now()
 	active := true
@@ -490,7 +483,7 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	stack(t).command(t, "resume kafka")
+	resume()
 	if active {
 		t.Error("a leader without Kafka keeps the slot")
 	}
@@ -541,26 +534,42 @@ func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 	}
 }
 
-// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and the checkpoint is never behind what is confirmed.
+// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it before Postgres does.
 func TestIdleCheckpointMoves(t *testing.T) {
 	b := newBench(t)
 	r := startRelay(t, b.cfg)
 	r.await(t, "leader")
 	b.deposit(t, 1)
-	if _, err := b.conn.Exec(context.Background(), `CREATE TABLE other AS SELECT generate_series(1, 10000)`); err != nil {
-		t.Fatal(err)
-	}
-	var end pglogrepl.LSN
-	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool {
-		confirmed := b.slot(t)
-		if at := lastCheckpointOf(t, b.cfg).end(t); at < confirmed {
-			t.Fatalf("confirmed %v before the checkpoint %v moved", confirmed, at)
+	foreign := func() (end pglogrepl.LSN) {
+		b.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
+		if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+			t.Fatal(err)
 		}
-		return confirmed >= end
-	})
+		return end
+	}
+	end := foreign()
+	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool { return b.slot(t) >= end })
+	if at := lastCheckpointOf(t, b.cfg).end(t); at < end {
+		t.Errorf("confirmed %v, but the checkpoint is at %v", end, at)
+	}
+	resume := pauseKafka(t)
+	end = foreign()
+	for until := time.Now().Add(idleInterval + 3*time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
+		if confirmed := b.slot(t); confirmed >= end {
+			t.Fatalf("confirmed %v with Kafka away", confirmed)
+		}
+	}
+	resume()
+	eventually(t, 15*time.Second, "confirmed at last", func() bool { return b.slot(t) >= end })
+}
+
+// pauseKafka freezes the shared broker until the returned function is called or the test ends.
+func pauseKafka(t *testing.T) (resume func()) {
+	t.Helper()
+	stack(t).command(t, "pause kafka")
+	resume = sync.OnceFunc(func() { stack(t).command(t, "resume kafka") })
+	t.Cleanup(resume)
+	return resume
 }
 
 // TestStandby: it leaves a healthy leader alone, and takes over within seconds.
