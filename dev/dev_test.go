@@ -498,6 +498,11 @@ func TestPostgresAsNobody(t *testing.T) {
 	if err := os.Mkdir(data, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	home, err := identity{uid: 65534}.home(data)
+	if err != nil || home == data {
+		t.Fatalf("a private folder is said to be within reach: %s, %v", home, err)
+	}
+	t.Cleanup(func() { os.RemoveAll(home) })
 	command := func(args ...string) *exec.Cmd {
 		cmd := exec.Command(program, append([]string{"services", "-redis", "miniredis", "-data", data}, args...)...)
 		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS=off")

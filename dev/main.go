@@ -42,7 +42,9 @@ It stops when its standard input ends. Lines on standard input are obeyed, each 
   pause NAME    SIGSTOP to the whole process tree
   resume NAME   SIGCONT
 
-NAME is postgres, redis or kafka (kafka1, kafka2 ... with -brokers). {"ok":"kill kafka","pids":{...}} or {"error":"..."}.
+NAME is postgres, redis or kafka; under -kafka apache also controller, and kafka1, kafka2 ... with -brokers.
+Answers are {"ok":"kill redis","pids":{...}} or {"error":"..."}. The embedded Kafka cannot be killed, only stopped; a killed
+Apache broker takes some 7 s to start again (4 of them until its cluster has noticed).
 `
 
 const eventsUsage = `Prints events, one JSON line each: partition, offset, key, headers, value. Finds the brokers of the running stack by itself.
@@ -169,8 +171,8 @@ func stackConfig(services bool, args []string) (config, error) {
 func newEventsConfig(args []string) (eventsConfig, error) {
 	var c eventsConfig
 	f := flag.NewFlagSet("events", flag.ContinueOnError)
-	f.StringVar(&c.from, "from", "", "start: print also the events that are there already")
-	f.IntVar(&c.count, "n", 0, "stop after so many events")
+	f.StringVar(&c.from, "from", "", "`where` to begin: start, or absent for new events only")
+	f.IntVar(&c.count, "n", 0, "stop after so `many` events")
 	f.StringVar(&c.topic, "topic", "wallet.events", "the topic")
 	f.StringVar(&c.brokers, "brokers", "", "`host:port,...` of Kafka (default: the running stack's)")
 	f.StringVar(&c.data, "data", "", "data `folder` of the running stack (default dev/.data)")
