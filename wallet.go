@@ -424,6 +424,9 @@ func (l *ledger) announce(batch []*operation) {
 
 // Lock order: every transaction locks the wallets that exist by ascending id, then inserts the missing ones by ascending id,
 // so no two can wait for each other in a circle.
+//
+// A statement planned while its table was nearly empty joins by reading the whole index for each row, and the plan stays. So each join
+// here has a form that leaves the planner one way, an index lookup for each row: LATERAL with a LIMIT, a subquery, ANY (ARRAY[...]).
 const (
 	lockWallets = `
 SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
@@ -437,8 +440,7 @@ WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
 	// wallet that was missing a moment ago; what is new to it fails on the wallet's id, and the batch runs again.
 	findKeys = selectPosted + `
 FROM unnest($1::bigint[], $2::text[]) AS k (wallet_id, key)
-JOIN entry e ON e.wallet_id = k.wallet_id AND e.idempotency_key = k.key AND e.kind <> 'transfer_in'
-` + joinPosted
+CROSS JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = k.wallet_id AND idempotency_key = k.key AND kind <> 'transfer_in' LIMIT 1) e`
 
 	findCreations = `
 SELECT id, currency, created_at, creation_key FROM wallet WHERE creation_key = ANY ($1::text[])`
@@ -452,7 +454,7 @@ FROM unnest($1::bigint[], $2::text[], $3::text[]::numeric[], $4::bigint[], $5::t
 	updateWallets = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
 FROM unnest($1::bigint[], $2::text[]::numeric[], $3::bigint[], $4::timestamptz[]) AS n (id, balance, seq, entry_at)
-WHERE wallet.id = n.id`
+WHERE wallet.id = ANY (ARRAY[n.id])`
 
 	insertEntries = `
 INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
@@ -591,14 +593,10 @@ func (p *posting) scanKeys(rows pgx.Rows) error {
 }
 
 // A movement is read the same way wherever it is read: its initiating entry e, the wallet's currency, the payee's balance.
-const (
-	selectPosted = `
+const selectPosted = `
 SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
-       e.balance::text, e.idempotency_key, w.currency, coalesce(p.balance, 0)::text`
-
-	joinPosted = `JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry p ON p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq`
-)
+       e.balance::text, e.idempotency_key, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
+       coalesce((SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq), 0)::text`
 
 // scanPosted reads what selectPosted selects.
 func scanPosted(row pgx.Row, m *posted) error {
@@ -839,13 +837,13 @@ func latest(a, b time.Time) time.Time {
 const (
 	selectWallet = `SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet WHERE id = $1`
 
-	selectTransaction = selectPosted + ` FROM entry e ` + joinPosted + `
-WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
+	selectTransaction = selectPosted + `
+FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
 
 	selectRange = `SELECT seq_since($1, $2), seq_since($1, $3)`
 
-	selectEntries = selectPosted + ` FROM entry e ` + joinPosted + `
-WHERE e.wallet_id = $1 AND e.seq >= $2 AND e.seq < $3 ORDER BY e.seq `
+	selectEntries = selectPosted + `
+FROM entry e WHERE e.wallet_id = $1 AND e.seq >= $2 AND e.seq < $3 ORDER BY e.seq `
 )
 
 // wallet reads one wallet from Postgres.

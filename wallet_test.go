@@ -546,10 +546,24 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	if err := w.reads.QueryRow(context.Background(), `SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
 		t.Fatal(err)
 	}
+	// Analysed while nearly empty is the worst case: to read the whole of such a table looks cheap, and the plan stays.
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
+	for _, analysed := range []bool{false, true} {
+		if analysed {
+			if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(), `ANALYZE`); err != nil {
+				t.Fatal(err)
+			}
+		}
+		checkPlans(t, w, body)
+	}
+}
+
+func checkPlans(t *testing.T, w *wallets, seqSince string) {
+	t.Helper()
 	for name, query := range map[string]string{
 		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
 		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectEntries + "DESC LIMIT $4",
-		"seq_since": body, // EXPLAIN of a call does not show it
+		"seq_since": seqSince, // EXPLAIN of a call does not show it
 	} {
 		conn, err := w.reads.Acquire(context.Background())
 		if err != nil {
@@ -574,8 +588,10 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") || strings.Contains(plan, "JIT") {
 			t.Errorf("%s:\n%s", name, plan)
 		}
-		if index := regexp.MustCompile(`Index (Only )?Scan.*\n\s+(Filter|Index Cond)`); !index.MatchString(plan) || !strings.Contains(plan, "Index Cond") {
-			t.Errorf("%s reads a whole index:\n%s", name, plan)
+		for _, scan := range regexp.MustCompile(`Index (?:Only )?Scan[^\n]*\n\s*([^\n]*)`).FindAllStringSubmatch(plan, -1) {
+			if !strings.HasPrefix(scan[1], "Index Cond") {
+				t.Errorf("%s reads a whole index:\n%s", name, plan)
+			}
 		}
 	}
 }
