@@ -970,6 +970,8 @@ func (l *leadership) send(events []event, record *sarama.ProducerMessage) error 
 	if record != nil {
 		total++
 	}
+	check := time.NewTicker(50 * time.Millisecond)
+	defer check.Stop()
 	// All acknowledgements are drained before CommitTxn, or it would deadlock, and so that a retry noted during it can only be
 	// of EndTxn.
 	var next *sarama.ProducerMessage
@@ -993,6 +995,10 @@ func (l *leadership) send(events []event, record *sarama.ProducerMessage) error 
 			acked++
 		case err := <-l.producer.Errors():
 			return fmt.Errorf("publish: %w", explainFencing(err.Err))
+		case <-check.C: // sarama knows that it is fenced, and goes on trying for as long as its retries last
+			if status := l.producer.TxnStatus(); status&sarama.ProducerTxnFlagInError != 0 {
+				return fmt.Errorf("publish: the producer is fenced, another relay leads, or has failed (%v)", status)
+			}
 		}
 	}
 	l.retried.Store(false)
@@ -1081,11 +1087,37 @@ func (l *leadership) makeSlot(ctx context.Context) (err error) {
 	if l.at, err = pglogrepl.ParseLSN(made.ConsistentPoint); err != nil {
 		return err
 	}
+	if err := awaitTransactions(ctx, l.past); err != nil {
+		return err
+	}
 	// The snapshot lives until the replication connection's next command.
 	_, err = l.past.Exec(ctx, `BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '`+made.SnapshotName+`';
 SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return fmt.Errorf("import the slot's snapshot: %w", err)
+	}
+	return nil
+}
+
+// awaitTransactions waits until every transaction that has begun to write by now has ended.
+//
+// No exported snapshot may be used before that. It takes for ended whatever has its commit in the WAL, but a backend marks its
+// transaction in pg_xact a moment after. A reader in between takes the transaction for aborted and leaves that behind in the
+// rows' hint bits, for all to see: an old version of a row comes back to life beside the new one. The loop that kills has met
+// it, on Postgres 18.6 and a busy machine: a wallet whose last update was lost for good while its entry was there.
+func awaitTransactions(ctx context.Context, db *pgx.Conn) error {
+	var next, oldest uint64
+	const query = `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint, pg_snapshot_xmin(pg_current_snapshot())::text::bigint`
+	if err := db.QueryRow(ctx, query).Scan(&next, &oldest); err != nil {
+		return err
+	}
+	for end := next; oldest < end; {
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return err
+		}
+		if err := db.QueryRow(ctx, query).Scan(&next, &oldest); err != nil {
+			return err
+		}
 	}
 	return nil
 }
