@@ -86,7 +86,7 @@ postgres() {
   install -m 755 "$HERE/postgres-entrypoint.sh" "$d/usr/local/bin/docker-entrypoint.sh"
   chown 999:999 "$d/var/lib/postgresql" "$d/run/postgresql"; chmod 1777 "$d/var/lib/postgresql"; chmod 3777 "$d/run/postgresql"
   image postgres:18.4 SIGINT -e PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/18/bin \
-    -e PG_MAJOR=18 -e PGDATA=/var/lib/postgresql/18/docker -e LANG=C.UTF-8 -c postgres -p 5432/tcp \
+    -e PG_MAJOR=18 -e PGDATA=/var/lib/postgresql/18/docker -e LANG=C.UTF-8 -e PGHOST=/var/run/postgresql -c postgres -p 5432/tcp \
     postgres:18.4 "$CACHE/debian.tar,$d" docker-entrypoint.sh
 }
 

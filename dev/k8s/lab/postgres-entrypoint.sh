@@ -8,13 +8,13 @@ export POSTGRES_USER POSTGRES_DB="${POSTGRES_DB:-$POSTGRES_USER}"
 mkdir -p "$PGDATA"
 chmod 00700 "$PGDATA" || :
 chmod 03775 /var/run/postgresql || :
-# This build of Postgres has its sockets in /tmp.
+# This build of Postgres has its sockets in /tmp (and its clients: the image sets PGHOST).
 set -- "$@" -c unix_socket_directories=/var/run/postgresql
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   initdb --username="$POSTGRES_USER" --pwfile=<(printf '%s\n' "$POSTGRES_PASSWORD")
   printf '\nhost all all all scram-sha-256\n' >>"$PGDATA/pg_hba.conf"
   echo "listen_addresses = '*'" >>"$PGDATA/postgresql.conf"
-  export PGPASSWORD="$POSTGRES_PASSWORD" PGHOST=/var/run/postgresql
+  export PGPASSWORD="$POSTGRES_PASSWORD"
   pg_ctl -D "$PGDATA" -o "$(printf '%q ' "${@:2}" -c listen_addresses=)" -w start
   for f in /docker-entrypoint-initdb.d/*; do
     case "$f" in
@@ -23,6 +23,6 @@ if [ ! -s "$PGDATA/PG_VERSION" ]; then
     esac
   done
   pg_ctl -D "$PGDATA" -m fast -w stop
-  unset PGPASSWORD PGHOST
+  unset PGPASSWORD
 fi
 exec "$@"
