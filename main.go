@@ -40,6 +40,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
@@ -561,7 +562,7 @@ func (s *server) routes() []route {
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
 func (s *server) operatorRoutes() []route {
 	return []route{
-		{method: "GET", path: "/metrics", scope: scopeOperate, handle: s.metrics},
+		{method: "GET", path: "/metrics", scope: scopeOperate, handle: s.getMetrics},
 		{method: "GET", path: "/healthz", scope: scopeNone, handle: s.healthz},
 		{method: "GET", path: "/readyz", scope: scopeNone, handle: s.readyz},
 	}
@@ -872,9 +873,15 @@ func (s *server) readyz(r *http.Request) (*reply, error) {
 	return &reply{body: []byte(`{"status":"ready"}`)}, nil
 }
 
-func (s *server) metrics(*http.Request) (*reply, error) {
+func (s *server) getMetrics(*http.Request) (*reply, error) {
 	var out bytes.Buffer
 	writeMetric(&out, "wallet_build_info", "gauge", "1; the version is the label.", sample{fmt.Sprintf("version=%q", buildVersion()), 1})
+	runtimeSamples := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
+	metrics.Read(runtimeSamples)
+	writeMetric(&out, "wallet_go_goroutines", "gauge", "Goroutines.", sample{"", float64(runtimeSamples[0].Value.Uint64())})
+	writeMetric(&out, "wallet_go_heap_bytes", "gauge", "Memory of live and not yet collected objects.", sample{"", float64(runtimeSamples[1].Value.Uint64())})
+	writeMetric(&out, "wallet_go_memory_bytes", "gauge", "Memory that Go's runtime has mapped.", sample{"", float64(runtimeSamples[2].Value.Uint64())})
+	writeMetric(&out, "wallet_go_gc_cycles_total", "counter", "Garbage collections.", sample{"", float64(runtimeSamples[3].Value.Uint64())})
 	s.writeMetrics(&out)
 	s.ledger.writeMetrics(&out)
 	if s.ledger.cache != nil {

@@ -319,6 +319,35 @@ func TestTLS(t *testing.T) {
 	}
 }
 
+// TestDashboardAndAlerts: what they ask for is measured.
+func TestDashboardAndAlerts(t *testing.T) {
+	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
+	recorder := httptest.NewRecorder()
+	w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+	measured := recorder.Body.String()
+	for _, line := range strings.Split(strings.TrimSpace(measured), "\n") {
+		if !regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`).MatchString(line) {
+			t.Errorf("not Prometheus text: %s", line)
+		}
+	}
+	for _, file := range []string{"dev/observe/grafana.json", "dev/observe/alerts.yaml"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := regexp.MustCompile(`\bwallet_\w+\b`).FindAllString(string(text), -1)
+		for _, name := range asked {
+			if !regexp.MustCompile(`(?m)^` + name + `(_bucket)?[ {]`).MatchString(measured) {
+				t.Errorf("%s asks for %s, which is not measured", file, name)
+			}
+		}
+		if len(asked) < 10 {
+			t.Errorf("%s asks for %d metrics", file, len(asked))
+		}
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Contract
 // ---------------------------------------------------------------------------------------------------------------------
