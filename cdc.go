@@ -1106,20 +1106,19 @@ SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout =
 // rows' hint bits, for all to see: an old version of a row comes back to life beside the new one. The loop that kills has met
 // it, on Postgres 18.6 and a busy machine: a wallet whose last update was lost for good while its entry was there.
 func awaitTransactions(ctx context.Context, db *pgx.Conn) error {
-	var next, oldest uint64
-	const query = `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint, pg_snapshot_xmin(pg_current_snapshot())::text::bigint`
-	if err := db.QueryRow(ctx, query).Scan(&next, &oldest); err != nil {
+	// A number of one's own is above all that were given out; a snapshot's xmax would not be.
+	var end, oldest int64
+	if err := db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint`).Scan(&end); err != nil {
 		return err
 	}
-	for end := next; oldest < end; {
+	for {
+		if err := db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).Scan(&oldest); err != nil || oldest >= end {
+			return err
+		}
 		if err := sleep(ctx, 5*time.Millisecond); err != nil {
 			return err
 		}
-		if err := db.QueryRow(ctx, query).Scan(&next, &oldest); err != nil {
-			return err
-		}
 	}
-	return nil
 }
 
 const recoveryWalletsMax = 500_000 // whose state is in memory at a time; each lot reads the topic once more
