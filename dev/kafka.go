@@ -8,7 +8,9 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	_ "embed"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -212,11 +214,19 @@ func (a *apache) format(ctx context.Context, b *broker) error {
 	if err := os.WriteFile(b.config(), []byte(a.properties(b)), 0o644); err != nil {
 		return err
 	}
-	if _, err := os.Stat(filepath.Join(b.log(), "meta.properties")); err == nil {
+	meta := filepath.Join(b.log(), "meta.properties")
+	if _, err := os.Stat(meta); err == nil {
 		return nil
 	}
-	// The cluster id is any; all members need the same one.
-	return a.procs.run(ctx, b.name+"-format", a.java(b.data, "kafka.tools.StorageTool", "format", "-t", "d2FsbGV0LWRldi1zdGFjaw", "-c", b.config()))
+	const cluster = "d2FsbGV0LWRldi1zdGFjaw" // any 16 bytes; all members need the same ones
+	if b.node == controllerNode {
+		return a.procs.run(ctx, b.name+"-format", a.java(b.data, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", b.config()))
+	}
+	// All that the tool would leave for a broker is this file, after a second of Java.
+	id := make([]byte, 16)
+	rand.Read(id)
+	text := fmt.Sprintf("version=1\ncluster.id=%s\nnode.id=%d\ndirectory.id=%s\n", cluster, b.node, base64.RawURLEncoding.EncodeToString(id))
+	return errors.Join(os.MkdirAll(b.log(), 0o755), os.WriteFile(meta, []byte(text), 0o644))
 }
 
 // awaitExpiry returns when the registration of this broker's last, killed process has expired.
