@@ -580,8 +580,9 @@ func TestStandby(t *testing.T) {
 	standby := startRelay(t, b.cfg)
 	standby.await(t, "standby")
 	moveAtRandom(t, 4, 50, 9, func() *wallets { return b.wallets })
-	if n := leader.restarts.Load(); n != 0 {
-		t.Errorf("the standby disturbed the leader: %d restarts", n)
+	checkStream(t, b.cfg)
+	if restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load(); restarts != 0 || takeovers != 0 {
+		t.Errorf("the standby disturbed the leader: %d restarts, %d takeovers", restarts, takeovers)
 	}
 	leader.stop()
 	began := time.Now()
