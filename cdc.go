@@ -36,6 +36,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -1258,6 +1259,8 @@ type kafka struct {
 	events      string
 	checkpoints string
 	partitions  int32 // of the events topic
+
+	closing sync.Once
 }
 
 func openKafka(cfg *config) (*kafka, error) {
@@ -1277,7 +1280,8 @@ func openKafka(cfg *config) (*kafka, error) {
 	return k, nil
 }
 
-func (k *kafka) close() { k.client.Close() }
+// close may be called by both goroutines of a leadership; sarama's Close panics then.
+func (k *kafka) close() { k.closing.Do(func() { k.client.Close() }) }
 
 func transactionalID(system, slot string) string { return "wallet-relay-" + system + "-" + slot }
 
