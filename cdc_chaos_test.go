@@ -572,9 +572,20 @@ var faults = []fault{
 	}},
 }
 
-// audit compares ledger and topic beside the load.
+// audit compares ledger and topic beside the load, and sees that no process ended but by our hand.
 func (c *chaos) audit() {
 	c.t.Helper()
+	for _, r := range append(c.replicas, c.writer) {
+		log, err := os.ReadFile(r.log)
+		if err != nil || bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: ")) || bytes.Contains(log, []byte("DATA RACE")) {
+			c.t.Fatalf("a replica crashed, see %s (%v)", r.log, err)
+		}
+		select {
+		case <-r.exited:
+			c.t.Fatalf("a replica has ended, see %s", r.log)
+		default:
+		}
+	}
 	var said bytes.Buffer
 	began := time.Now()
 	findings, err := runAudit(context.Background(), c.cfg, &said)
