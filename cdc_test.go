@@ -366,6 +366,18 @@ func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
 	return s.confirmed
 }
 
+// onFreeSlot runs sql with the slot's name once Postgres has let go of it.
+func (b *bench) onFreeSlot(t *testing.T, sql string) {
+	t.Helper()
+	eventually(t, 10*time.Second, "slot free", func() bool {
+		s, err := (&relay{cfg: b.cfg}).readSlot(context.Background(), b.conn)
+		return err == nil && !s.active
+	})
+	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 	t.Helper()
 	k, err := openKafka(cfg)
@@ -606,9 +618,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 			checkStream(t, b.cfg)
 			r.stop()
 			b.deposit(t, 10)
-			if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
-				t.Fatal(err)
-			}
+			b.onFreeSlot(t, sql)
 			b.deposit(t, 10)
 			r = startRelay(t, b.cfg)
 			other := startRelay(t, b.cfg) // two that want to recover
@@ -632,9 +642,7 @@ func TestHugeTransaction(t *testing.T) {
 			b.deposit(t, 3)
 			if name == "recovered" {
 				r.stop()
-				if _, err := b.conn.Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, b.cfg.replicationSlot); err != nil {
-					t.Fatal(err)
-				}
+				b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 			}
 			tx, err := b.conn.Begin(context.Background())
 			if err != nil {
@@ -774,9 +782,7 @@ func TestTruncatedTopic(t *testing.T) {
 		t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 	}
 	r.stop()
-	if _, err := b.conn.Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, b.cfg.replicationSlot); err != nil {
-		t.Fatal(err)
-	}
+	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 	r = startRelay(t, b.cfg)
 	r.await(t, "refused")
 }
