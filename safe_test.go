@@ -832,3 +832,60 @@ func TestFlood(t *testing.T) {
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
 }
+
+// FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that the contract lists, and whole.
+func FuzzRequest(f *testing.F) {
+	f.Add("POST", "/v1/wallets/1/deposit", "", "k", "application/json", "", []byte(`{"amount":"1"}`))
+	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "", []byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
+	f.Add("POST", "/v1/wallets", "", "", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
+	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", []byte(nil))
+	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
+	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
+	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
+
+	cfg := &config{requestTimeout: time.Second, requestsMax: 10, queueOpsMax: 10, writers: 1, batchOpsMax: 1, databaseURL: "postgres://127.0.0.1:1/none", readConns: 1}
+	reads, err := openPool(cfg, 1, "none", nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	l := newLedger(cfg, reads, nil, nil)
+	go func() { // what reaches the ledger is well-formed, and refused
+		for op := range l.queue {
+			if op.walletID < 1 || op.kind != kindCreation && (!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 || op.toID == op.walletID {
+				panic(fmt.Sprintf("in the queue: %+v", op))
+			}
+			op.err = refuse("balance_limit", "refused by the test")
+			close(op.done)
+		}
+	}()
+	keys := &keyring{}
+	keys.load()
+	s := newServer(cfg, l, nil, keys)
+	s.started.Store(true)
+	f.Fuzz(func(t *testing.T, method, path, query, key, contentType, trace string, body []byte) {
+		r, err := http.NewRequest(method, "http://wallet/", bytes.NewReader(body))
+		if err != nil {
+			t.Skip()
+		}
+		r.URL.Path, r.URL.RawQuery, r.RequestURI = "/"+strings.TrimPrefix(path, "/"), query, "/"
+		r.RemoteAddr = "192.0.2.1:1"
+		for name, value := range map[string]string{"Idempotency-Key": key, "Content-Type": contentType, "Traceparent": trace, "X-Request-Id": trace} {
+			if value != "" {
+				r.Header.Set(name, value)
+			}
+		}
+		recorder := httptest.NewRecorder()
+		s.ServeHTTP(recorder, r)
+		status, text := recorder.Code, recorder.Body.String()
+		if status < 400 || method == http.MethodHead {
+			return
+		}
+		var p problem
+		if err := json.Unmarshal([]byte(text), &p); err != nil || p.Status != status || problems[p.Code].status != status || p.Detail == "" {
+			t.Fatalf("%s %q?%q %q: %d %s", method, path, query, body, status, text)
+		}
+		if status == 500 {
+			t.Fatalf("%s %q?%q %q: %s", method, path, query, body, text)
+		}
+	})
+}

@@ -137,6 +137,8 @@ func stackConfig(services bool, args []string) (config, error) {
 	} else {
 		f.StringVar(&c.listen, "listen", "127.0.0.1:8080", "`address` of the service")
 		f.IntVar(&c.replicas, "replicas", 1, "how many processes of the service, on ports following -listen's")
+		f.BoolVar(&c.key, "key", false, "make an API key, which the service then demands")
+		f.BoolVar(&c.rateLimit, "rate-limit", false, "keep the service's rate limit on")
 		f.BoolVar(&c.json, "json", false, "once ready, print exactly one JSON line on standard output")
 	}
 	f.StringVar(&c.data, "data", "", dataHelp)

@@ -76,29 +76,53 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 	}
 	// Whatever of a real deployment stands in a developer's environment must not meet this stack.
 	environment := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return strings.HasPrefix(v, "MIGRATE_URL=") || strings.HasPrefix(v, "REPLICATION_URL=") || strings.HasPrefix(v, "PG")
+		return slices.ContainsFunc([]string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}, func(prefix string) bool {
+			return strings.HasPrefix(v, prefix)
+		})
 	})
-	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL,
-		"KAFKA_BROKERS="+s.address.KafkaBrokers, "RATE_LIMIT=0")
+	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL, "KAFKA_BROKERS="+s.address.KafkaBrokers)
+	if !s.cfg.rateLimit {
+		environment = append(environment, "RATE_LIMIT=0")
+	}
+	if s.cfg.key {
+		key, line, err := newKey(ctx, binary)
+		if err != nil {
+			return err
+		}
+		s.address.APIKey = key
+		environment = append(environment, "API_KEYS="+line)
+	}
 	for i, address := range listen {
 		w := &server{name: "wallet"}
 		if len(listen) > 1 {
 			w.name = fmt.Sprintf("wallet%d", i+1)
 		}
+		operators := fmt.Sprintf("127.0.0.1:%d", s.port())
 		w.start = func(context.Context) (*child, error) {
 			cmd := exec.Command(binary)
 			cmd.Dir = s.cfg.data
-			cmd.Env = append(slices.Clone(environment), "LISTEN_ADDR="+address)
+			cmd.Env = append(slices.Clone(environment), "LISTEN_ADDR="+address, "OPERATE_ADDR="+operators)
 			return s.procs.start(w.name, cmd, syscall.SIGTERM)
 		}
 		w.ready = func(ctx context.Context) error { return untilReady(ctx, "http://"+address+"/readyz") }
 		s.servers = append(s.servers, w)
 		s.address.HTTP = append(s.address.HTTP, "http://"+address)
+		s.address.Operate = append(s.address.Operate, "http://"+operators)
 		if err := s.up(ctx, w); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// newKey has the service make an API key for everything: the key, and the line that admits it.
+func newKey(ctx context.Context, binary string) (key, line string, err error) {
+	out, err := exec.CommandContext(ctx, binary, "-new-key", "dev:read+write+operate").Output()
+	words := strings.Fields(string(out))
+	if err != nil || len(words) < 2 {
+		return "", "", fmt.Errorf("wallet -new-key: %w %s", err, out)
+	}
+	return words[slices.Index(words, "Bearer")+1], words[len(words)-1], nil
 }
 
 func untilReady(ctx context.Context, url string) error {
@@ -127,10 +151,15 @@ func (s *stack) guide() string {
 	if s.cfg.dataNamed {
 		data = " -data " + s.cfg.data
 	}
+	var key string
+	if s.address.APIKey != "" {
+		key = "-H 'Authorization: Bearer " + s.address.APIKey + "' "
+	}
 	return fmt.Sprintf(`
 The wallet service is ready.
 
   service   %s
+  operators %s
   postgres  %s
   redis     %s
   kafka     %s
@@ -138,13 +167,14 @@ The wallet service is ready.
 
 Try, in another terminal:
 
-  curl --json '{"amount":"100","idempotency_key":"d1"}' %[6]s/v1/wallets/1/deposit
-  curl --json '{"amount":"10.50","to_id":2,"idempotency_key":"t1"}' %[6]s/v1/wallets/1/transfer
-  curl %[6]s/v1/wallets/1/balance
-  curl %[6]s/v1/wallets/1/history
-  go run -C dev . events%[7]s -from start
+  curl %[8]s--json '{"amount":"100","idempotency_key":"d1"}' %[7]s/v1/wallets/1/deposit
+  curl %[8]s--json '{"amount":"10.50","to_id":2,"idempotency_key":"t1"}' %[7]s/v1/wallets/1/transfer
+  curl %[8]s%[7]s/v1/wallets/1/balance
+  curl %[8]s%[7]s/v1/wallets/1/history
+  curl %[8]s%[10]s/metrics
+  go run -C dev . events%[9]s -from start
 
 Ctrl-C stops everything; the data stays.
-`, strings.Join(s.address.HTTP, "  "), s.address.DatabaseURL, s.address.RedisURL, s.address.KafkaBrokers, s.cfg.data,
-		s.address.HTTP[0], data)
+`, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL, s.address.RedisURL, s.address.KafkaBrokers, s.cfg.data,
+		s.address.HTTP[0], key, data, s.address.Operate[0])
 }

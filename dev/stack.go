@@ -42,9 +42,11 @@ type config struct {
 	brokers     int
 	java        string
 
-	listen   string
-	replicas int
-	json     bool
+	listen    string
+	replicas  int
+	json      bool
+	key       bool // the service demands an API key
+	rateLimit bool
 }
 
 // server is one thing that runs: how to start it and to know it ready, and its process while it has one.
@@ -75,6 +77,8 @@ type stack struct {
 // addresses is what the JSON line says, and what stack.json in the data folder keeps for `events`.
 type addresses struct {
 	HTTP         []string       `json:"http,omitempty"`
+	Operate      []string       `json:"operate,omitempty"` // metrics and profiles
+	APIKey       string         `json:"api_key,omitempty"` // under -key
 	DatabaseURL  string         `json:"database_url"`
 	RedisURL     string         `json:"redis_url"`
 	KafkaBrokers string         `json:"kafka_brokers"`
