@@ -200,15 +200,15 @@ func (r *relay) lead(ctx context.Context) error {
 		if err := l.makeSlot(ctx); err != nil {
 			return err
 		}
-		defer l.past.Close(context.Background())
 	}
 	plugin := []string{"proto_version '1'", "publication_names '" + publication + "'"}
 	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything without an error.
 	err = pglogrepl.StartReplication(ctx, conn, r.cfg.replicationSlot, 0, pglogrepl.StartReplicationOptions{PluginArgs: plugin})
-	if sqlState(err) == "55006" {
-		return errSlotTaken
-	}
 	if err != nil {
+		l.forgetPast()
+		if sqlState(err) == "55006" {
+			return errSlotTaken
+		}
 		return fmt.Errorf("start replication: %w", err)
 	}
 	r.takeovers.Add(1)
@@ -823,6 +823,7 @@ func (c *checkpoint) position() (p position, err error) {
 // publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a transaction whose outcome
 // is unknown must not be repeated, aborted or followed, only looked up by the next start.
 func (l *leadership) publish(ctx context.Context) error {
+	defer l.forgetPast()
 	if err := l.waitKafka(l.fence); err != nil {
 		return err
 	}
@@ -893,7 +894,9 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 	}
 	l.last.System, l.last.DatabaseOID, l.last.Slot, l.last.Partitions = l.id.system, l.id.database, l.cfg.replicationSlot, l.k.partitions
 	if l.past != nil {
-		return position{end: l.at}, l.recover(ctx)
+		err := l.recover(ctx)
+		l.forgetPast() // its snapshot keeps vacuum from cleaning up
+		return position{end: l.at}, err
 	}
 	if end, changed := l.id.history[l.last.Timeline]; changed && l.last.Timeline != l.id.timeline {
 		from = switchTimeline(from, end)
@@ -1098,6 +1101,12 @@ SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout =
 		return fmt.Errorf("import the slot's snapshot: %w", err)
 	}
 	return nil
+}
+
+func (l *leadership) forgetPast() {
+	if l.past != nil {
+		l.past.Close(context.Background())
+	}
 }
 
 // awaitTransactions waits until every transaction that has begun to write by now has ended.

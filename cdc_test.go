@@ -627,6 +627,12 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 			if n := r.recoveries.Load() + other.recoveries.Load(); n != 1 {
 				t.Errorf("%d recoveries", n)
 			}
+			var open int
+			err := b.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1s'
+				AND backend_type = 'client backend'`).Scan(&open)
+			if err != nil || open > 0 {
+				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back", open, err)
+			}
 		})
 	}
 }
