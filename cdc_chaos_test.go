@@ -625,7 +625,9 @@ func TestChaos(t *testing.T) {
 		todo = slices.DeleteFunc(todo, func(f fault) bool { return !slices.Contains(only, f.name) })
 	}
 	done := 0
-	for end := time.Now().Add(*chaosFor); ; {
+	end := time.Now().Add(*chaosFor)
+	over := func() bool { return done >= len(todo) && time.Now().After(end) } // each fault once, at least
+	for !over() {
 		dice.Shuffle(len(todo), func(i, j int) { todo[i], todo[j] = todo[j], todo[i] })
 		for _, f := range todo {
 			began := time.Now()
@@ -638,9 +640,9 @@ func TestChaos(t *testing.T) {
 			if t.Failed() {
 				t.Fatal("stopped at the first finding")
 			}
-		}
-		if time.Now().After(end) {
-			break
+			if over() {
+				break
+			}
 		}
 	}
 	t.Logf("%d faults", done)
