@@ -1034,14 +1034,13 @@ func (l *leadership) refreshCache(events []event) {
 	}
 	balances := make(map[int64]cachedBalance, len(newest))
 	for id, e := range newest {
-		_, rest, _ := bytes.Cut(e.payload, []byte(`,"currency":"`))
-		currency, _, found := bytes.Cut(rest, []byte{'"'})
-		balance, err := eventBalance(e.payload)
-		if err != nil || !found {
+		currency, err := eventText(e.payload, "currency")
+		balance, err2 := eventText(e.payload, "balance_after")
+		if err := errors.Join(err, err2); err != nil {
 			slog.Warn("balance not cached", "event", entryID(id, e.seq), "error", err)
 			continue
 		}
-		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: string(currency), balance: balance}
+		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
 	}
 	l.cache.put(balances)
 }

@@ -55,7 +55,7 @@ func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, e.Amount.String()...)
 	dst = append(dst, `","balance_before":"`...)
 	dst = append(dst, e.Balance.Sub(e.Amount).String()...)
-	dst = append(dst, balanceAfter...)
+	dst = append(dst, `","balance_after":"`...)
 	dst = append(dst, e.Balance.String()...)
 	if e.CounterpartyID != 0 {
 		dst = append(dst, `","counterparty":{"wallet_id":`...)
@@ -72,8 +72,6 @@ func appendEvent(dst []byte, e *entry) []byte {
 	return append(dst, `"}`...)
 }
 
-const balanceAfter = `","balance_after":"`
-
 // eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent wrote: the last member.
 func eventTime(payload []byte) (string, error) {
 	tail := len(payload) - len(`"}`)
@@ -83,15 +81,15 @@ func eventTime(payload []byte) (string, error) {
 	return string(payload[tail-len(timeFormat) : tail]), nil
 }
 
-// eventBalance is the balance after the entry out of an event's JSON, as text. No earlier member can contain its name: the
-// only free text, the idempotency key, comes later.
-func eventBalance(payload []byte) (string, error) {
-	_, rest, found := bytes.Cut(payload, []byte(balanceAfter))
-	balance, _, closed := bytes.Cut(rest, []byte{'"'})
+// eventText is a text member out of an event's JSON, by its name. No earlier member can contain the name: the only free text, the
+// idempotency key, comes after those that are asked for (currency, balance_after).
+func eventText(payload []byte, name string) (string, error) {
+	_, rest, found := bytes.Cut(payload, []byte(`,"`+name+`":"`))
+	text, _, closed := bytes.Cut(rest, []byte{'"'})
 	if !found || !closed {
-		return "", fmt.Errorf("outbox payload has no balance_after: %.300q", payload)
+		return "", fmt.Errorf("outbox payload has no %s: %.300q", name, payload)
 	}
-	return string(balance), nil
+	return string(text), nil
 }
 
 // header is one Kafka record header.

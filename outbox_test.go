@@ -29,7 +29,7 @@ func TestEventShape(t *testing.T) {
 	if at, err := eventTime(got); err != nil || at != "2026-01-02T03:04:05.123456Z" {
 		t.Errorf("time %s, %v", at, err)
 	}
-	if balance, err := eventBalance(got); err != nil || balance != "9.5" {
+	if balance, err := eventText(got, "balance_after"); err != nil || balance != "9.5" {
 		t.Errorf("balance %s, %v", balance, err)
 	}
 	e.Kind, e.Amount, e.Balance = kindTransferIn, dec("10.50"), dec("20")

@@ -277,20 +277,9 @@ func TestTLS(t *testing.T) {
 	folder := t.TempDir()
 	certFile, keyFile := filepath.Join(folder, "cert"), filepath.Join(folder, "key")
 	makeCertificate(t, certFile, keyFile, 1)
-	cfg := &config{databaseURL: "postgres://127.0.0.1:1/x", listenAddr: "127.0.0.1:0", readConns: 1, writers: 1, requestsMax: 10, connectionsMax: 10,
-		requestTimeout: time.Second, shutdownTimeout: time.Second, tlsCert: certFile, tlsKey: keyFile}
-	s, err := newService(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener := newListener(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { s.run(ctx, listener) })
-	defer running.Wait()
-	defer cancel()
+	w := start(t, testEnv(t, "TLS_CERT="+certFile, "TLS_KEY="+keyFile))
 	serial := func(most uint16) (int64, error) {
-		conn, err := tls.Dial("tcp", listener.Addr().String(), &tls.Config{InsecureSkipVerify: true, MaxVersion: most})
+		conn, err := tls.Dial("tcp", w.direct, &tls.Config{InsecureSkipVerify: true, MaxVersion: most})
 		if err != nil {
 			return 0, err
 		}
@@ -304,14 +293,14 @@ func TestTLS(t *testing.T) {
 		t.Error("TLS 1.1 was spoken")
 	}
 	makeCertificate(t, certFile, keyFile, 2)
-	if err := s.certificate.load(); err != nil {
+	if err := w.certificate.load(); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
 		t.Errorf("renewed: serial %d, %v", n, err)
 	}
 	os.WriteFile(keyFile, []byte("nonsense"), 0o600)
-	if err := s.certificate.load(); err == nil {
+	if err := w.certificate.load(); err == nil {
 		t.Error("a broken key was loaded")
 	}
 	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
@@ -728,28 +717,11 @@ func TestPathTricks(t *testing.T) {
 
 // TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for them.
 func TestSlowClientsHoldNothing(t *testing.T) {
-	env := testEnv(t)
-	cfg, err := readConfig(func(n string) string { return env[n] })
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := newService(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener := newListener(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { s.run(ctx, listener) })
-	defer running.Wait()
-	defer cancel()
-	w := &wallets{service: s, http: &httptest.Server{URL: "http://" + listener.Addr().String()}, env: env}
-	eventually(t, 20*time.Second, "ready", func() bool { return w.get("/readyz").status == 200 })
-
+	w := start(t, testEnv(t))
 	var cut atomic.Int64
 	var slow sync.WaitGroup
 	for i := range 200 {
-		conn, err := net.Dial("tcp", listener.Addr().String())
+		conn, err := net.Dial("tcp", w.direct)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -771,7 +743,11 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 	}
 	for i := range 50 {
 		began := time.Now()
-		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i))
+		response, err := http.Post("http://"+w.direct+"/v1/wallets/1/deposit", "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i)))
+		if err != nil || response.StatusCode != 200 {
+			t.Fatalf("a deposit beside slow clients: %v %v", response, err)
+		}
+		response.Body.Close()
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("a deposit took %v beside slow clients", took)
 		}

@@ -209,8 +209,9 @@ func testEnv(tb testing.TB, more ...string) map[string]string {
 // wallets is a running service under test.
 type wallets struct {
 	*service
-	http *httptest.Server // serves the service's whole handler
-	env  map[string]string
+	http   *httptest.Server // serves the service's whole handler
+	direct string           // host:port of the service's own listener, with its timeouts and TLS
+	env    map[string]string
 	end  func()
 }
 
@@ -225,10 +226,11 @@ func start(tb testing.TB, env map[string]string) *wallets {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	w := &wallets{service: s, http: httptest.NewUnstartedServer(s.api), env: env}
+	listener := newListener(tb)
+	w := &wallets{service: s, http: httptest.NewUnstartedServer(s.api), direct: listener.Addr().String(), env: env}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- s.run(ctx, newListener(tb)) }()
+	go func() { done <- s.run(ctx, listener) }()
 	w.http.Start()
 	w.end = sync.OnceFunc(func() {
 		w.http.Close()
@@ -270,11 +272,7 @@ func (a answer) code() string {
 }
 
 func (w *wallets) do(r *http.Request) answer {
-	client := w.http.Client()
-	if client == nil { // a server that is not httptest's
-		client = http.DefaultClient
-	}
-	response, err := client.Do(r)
+	response, err := w.http.Client().Do(r)
 	if err != nil {
 		return answer{body: err.Error()}
 	}
