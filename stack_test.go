@@ -212,7 +212,7 @@ type wallets struct {
 	http   *httptest.Server // serves the service's whole handler
 	direct string           // host:port of the service's own listener, with its timeouts and TLS
 	env    map[string]string
-	end  func()
+	end    func()
 }
 
 // start runs a service in this process, until the test ends or end is called.
