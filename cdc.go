@@ -1630,8 +1630,10 @@ func (k *kafka) fetch(topic string, partition int32, offset int64) (*sarama.Fetc
 			if err != nil {
 				return nil, err
 			}
-			request := &sarama.FetchRequest{Version: 11, MaxBytes: 16 << 20, MaxWaitTime: 100, Isolation: sarama.ReadCommitted}
-			request.AddBlock(topic, partition, offset, 8<<20, -1)
+			// In small pieces: on a busy machine, unpacking 8 MB was seen to take longer than kafkaPatience.
+			const bytesMax = 1 << 20
+			request := &sarama.FetchRequest{Version: 11, MaxBytes: bytesMax, MaxWaitTime: 100, Isolation: sarama.ReadCommitted}
+			request.AddBlock(topic, partition, offset, bytesMax, -1)
 			response, err := broker.Fetch(request)
 			if err != nil {
 				_ = broker.Close()

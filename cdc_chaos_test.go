@@ -378,14 +378,14 @@ func (c *chaos) begin() *chaos {
 // leader waits until some replica other than not leads.
 func (c *chaos) leader(not *replica) *replica {
 	c.t.Helper()
-	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		for _, r := range c.replicas {
 			if r != not && r.leads() {
 				return r
 			}
 		}
 		if time.Now().After(deadline) {
-			c.t.Fatal("nobody leads after 90 s")
+			c.t.Fatal("nobody leads after 3 minutes")
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -635,6 +636,57 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds a row twice, mostly within ten slots.
+func TestExportedSnapshotHarmsNoRow(t *testing.T) {
+	b := newBench(t)
+	ctx := context.Background()
+	b.mustExec(t, `CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50); INSERT INTO hot SELECT generate_series(1, 50), 0`)
+	db, err := pgxpool.New(ctx, b.cfg.databaseURL+"&pool_max_conns=20")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	var stop atomic.Bool
+	var writing sync.WaitGroup
+	for range 16 {
+		writing.Go(func() {
+			for !stop.Load() {
+				if _, err := db.Exec(ctx, `UPDATE hot SET n = n + 1 WHERE id = $1`, 1+rand.IntN(50)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	r := newRelay(b.cfg, db, nil)
+	slots := 0
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !t.Failed(); slots++ {
+		conn, _, err := r.connect(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := &leadership{relay: r, conn: conn}
+		if l.slot, err = r.readSlot(ctx, db); err == nil {
+			err = l.makeSlot(ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.past.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol); err != nil {
+			t.Fatal(err)
+		}
+		l.forgetPast()
+		conn.Close(ctx)
+		var twice int
+		if err := b.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
+			t.Errorf("%d rows came back to life after %d slots, %v", twice, slots+1, err)
+		}
+	}
+	stop.Store(true)
+	writing.Wait()
+	t.Logf("%d slots", slots)
 }
 
 // TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by recovery.
