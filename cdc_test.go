@@ -638,7 +638,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds a row twice, mostly within ten slots.
+// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	b := newBench(t)
 	ctx := context.Background()
