@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"hash"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -1003,5 +1004,59 @@ func TestWithinDiscards(t *testing.T) {
 	}
 	if n, err := within(context.Background(), time.Second, func() (int, error) { return 8, nil }, nil); n != 8 || err != nil {
 		t.Error(n, err)
+	}
+}
+
+// TestStreamEqualsLedger: three whole services, random moves between few wallets, and the stream holds what the ledger holds, in order.
+func TestStreamEqualsLedger(t *testing.T) {
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers)
+	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
+	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 12, 40, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	checkLedger(t, env["DATABASE_URL"])
+	eventually(t, 30*time.Second, "a leader", func() bool {
+		return slices.ContainsFunc(replicas, func(w *wallets) bool { return w.relay.state.Load() == "leader" })
+	})
+	checkStream(t, replicas[0].cfg)
+	if len(acknowledged) < 150 {
+		t.Errorf("only %d operations were accepted", len(acknowledged))
+	}
+}
+
+// TestEventArrivesWithinTensOfMilliseconds: on an otherwise idle system, an event does not wait for company, nor for sarama's back-off
+// (24-28 ms a transaction by its default, on a real broker).
+func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=1")
+	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
+	w := start(t, env)
+	eventually(t, 30*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
+	conf := sarama.NewConfig()
+	conf.Consumer.IsolationLevel = sarama.ReadCommitted
+	consumer, err := sarama.NewConsumer(w.cfg.kafkaBrokers, conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer consumer.Close()
+	partition, err := consumer.ConsumePartition(w.cfg.kafkaTopic, 0, sarama.OffsetOldest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer partition.Close()
+	var took []time.Duration
+	for i := range 40 {
+		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i))
+		answered := time.Now()
+		select {
+		case <-partition.Messages():
+			took = append(took, time.Since(answered))
+		case <-time.After(10 * time.Second):
+			t.Fatalf("no event for deposit %d", i)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	slices.Sort(took)
+	t.Logf("from the answer to the consumer: median %v, p90 %v, longest %v", took[20], took[36], took[39])
+	if took[20] > 100*time.Millisecond {
+		t.Errorf("half of the events took more than %v", took[20])
 	}
 }
