@@ -3,9 +3,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -14,8 +16,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -608,4 +613,72 @@ func TestReplicasMigrateTogether(t *testing.T) {
 		t.Fatal(err)
 	}
 	start(t, env) // a newer schema is fine to serve on
+}
+
+// TestSigtermLosesNothing: under load, a process that is told to stop becomes not ready, answers what it has taken, and exits 0 in time.
+func TestSigtermLosesNothing(t *testing.T) {
+	listener := newListener(t) // only to find a free port
+	address := listener.Addr().String()
+	listener.Close()
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "LISTEN_ADDR="+address, "DRAIN_DELAY=500ms")
+	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
+	cmd := walletCommand(t, env)
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	post := func(i int) (status int, body string) {
+		r, _ := http.NewRequest("POST", "http://"+address+fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%7), strings.NewReader(`{"amount":"1"}`))
+		r.Header.Set("Content-Type", "application/json")
+		r.Header.Set("Idempotency-Key", strconv.Itoa(i)) // as a header, so that Go's client repeats a request whose idle connection was just closed
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer response.Body.Close()
+		text, _ := io.ReadAll(response.Body)
+		return response.StatusCode, string(text)
+	}
+	eventually(t, 30*time.Second, "ready", func() bool { status, _ := post(0); return status == 200 })
+	var acknowledged, unanswered, next atomic.Int64
+	var clients sync.WaitGroup
+	for range 8 {
+		clients.Go(func() {
+			for {
+				switch status, body := post(int(next.Add(1))); status {
+				case 200:
+					acknowledged.Add(1)
+				case 0:
+					if !strings.Contains(body, "connection refused") { // after the end; anything else was a request let down
+						unanswered.Add(1)
+						t.Error(body)
+					}
+					return
+				default:
+					t.Errorf("%d %s", status, body)
+				}
+			}
+		})
+	}
+	time.Sleep(500 * time.Millisecond)
+	began := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	time.Sleep(100 * time.Millisecond)
+	if response, err := http.Get("http://" + address + "/readyz"); err != nil || response.StatusCode != 503 {
+		t.Errorf("readyz while stopping: %v %v", response, err)
+	}
+	if err := cmd.Wait(); err != nil || time.Since(began) > 10*time.Second {
+		t.Errorf("ended after %v: %v\n%s", time.Since(began), err, log.String())
+	}
+	clients.Wait()
+	var entries int64
+	if err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&entries); err != nil || entries != acknowledged.Load()+1 {
+		t.Errorf("%d entries for %d acknowledged deposits and the first (%v)", entries, acknowledged.Load(), err)
+	}
+	if !strings.Contains(log.String(), "relay drained") || strings.Contains(log.String(), "level=ERROR") {
+		t.Errorf("the log of the end:\n%s", log.String())
+	}
+	checkLedger(t, env["DATABASE_URL"])
 }
