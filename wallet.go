@@ -359,6 +359,9 @@ func (l *ledger) post(batch []*operation) {
 // recovery says what helps against a failed batch: to run it again, to split it, or neither.
 func recovery(err error) (rerun, split bool) {
 	var pgErr *pgconn.PgError
+	if errors.Is(err, errBroken) {
+		return false, true
+	}
 	if !errors.As(err, &pgErr) {
 		return true, false // a lost connection, a timeout: the outcome is unknown
 	}
@@ -484,7 +487,9 @@ func (l *ledger) tryPost(batch []*operation, lock string) error {
 		op.err, op.replayed, op.posted, op.created = nil, false, posted{}, wallet{} // of a former try
 		op.err = p.decide(op)
 	}
-	p.assert()
+	if err := p.check(); err != nil {
+		return err
+	}
 	return p.commit(ctx, conn) // after this, what was accepted is durable
 }
 
@@ -739,21 +744,26 @@ func (p *posting) create(op *operation) error {
 	return nil
 }
 
-// assert catches our own mistakes before they reach the database: money of a batch's transfers sums to zero, and each changed
-// wallet stands where its last entry says.
-func (p *posting) assert() {
+// errBroken is a mistake of ours, found before it reached the database.
+var errBroken = errors.New("assertion failed")
+
+// check catches our own mistakes before they reach the database: money of a batch's transfers sums to zero, and each changed wallet
+// stands where its last entry says. The operation at fault ends alone, in a 500 and a log line, rather than the process.
+func (p *posting) check() error {
 	var transferred decimal.Decimal
 	for i := range p.entries {
-		if e := &p.entries[i]; e.CounterpartyID != 0 {
+		e, w := &p.entries[i], p.wallets[p.entries[i].WalletID]
+		if e.CounterpartyID != 0 {
 			transferred = transferred.Add(e.Amount)
 		}
-		if e, w := &p.entries[i], p.wallets[p.entries[i].WalletID]; e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) {
-			panic(fmt.Sprintf("entry %s does not fit its wallet", entryID(e.WalletID, e.Seq)))
+		if e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) {
+			return fmt.Errorf("%w: entry %s does not fit its wallet", errBroken, entryID(e.WalletID, e.Seq))
 		}
 	}
 	if !transferred.IsZero() {
-		panic("the transfers of a batch do not sum to zero")
+		return fmt.Errorf("%w: the transfers of a batch sum to %s", errBroken, transferred)
 	}
+	return nil
 }
 
 // commit is the second round trip: everything that the accepted operations changed, and COMMIT.
