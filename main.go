@@ -1009,19 +1009,20 @@ func readFields(r *http.Request, allowed ...string) (fields, error) {
 	return parseFields(body, allowed...)
 }
 
+var errBodyMalformed = refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
+
 func parseFields(body []byte, allowed ...string) (fields, error) {
-	malformed := refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.UseNumber()
 	if open, err := decoder.Token(); err != nil || open != json.Delim('{') {
-		return nil, malformed
+		return nil, errBodyMalformed
 	}
 	found := make(fields, len(allowed))
 	for decoder.More() {
 		token, err := decoder.Token()
 		name, ok := token.(string)
 		if err != nil || !ok {
-			return nil, malformed
+			return nil, errBodyMalformed
 		}
 		if !slices.Contains(allowed, name) {
 			return nil, refuse("field_unknown", "This route has no field %.40q. It takes %s.", name, strings.Join(allowed, ", "))
@@ -1031,7 +1032,7 @@ func parseFields(body []byte, allowed ...string) (fields, error) {
 		}
 		value, err := decoder.Token()
 		if err != nil {
-			return nil, malformed
+			return nil, errBodyMalformed
 		}
 		switch v := value.(type) {
 		case string:
@@ -1043,7 +1044,7 @@ func parseFields(body []byte, allowed ...string) (fields, error) {
 		}
 	}
 	if _, err := decoder.Token(); err != nil { // the closing brace
-		return nil, malformed
+		return nil, errBodyMalformed
 	}
 	if _, err := decoder.Token(); err != io.EOF {
 		return nil, refuse("body_malformed", "Something follows the JSON object. Send one object only.")
