@@ -116,6 +116,7 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"          imagePullPolicy: IfNotPresent\n          envFrom", "          imagePullPolicy: Always\n          envFrom", "pull policy"},
 		{"          image: wallet:latest\n          imagePullPolicy: IfNotPresent\n          envFrom", "          image: wallet:1.1\n          imagePullPolicy: IfNotPresent\n          envFrom", "another image than its init container"},
 		{"image: redis:8.6.4", "image: redis", "not pinned"},
+		{"image: apache/kafka:4.2.0", "image: apache/kafka:4.3.0", "drops transaction markers"},
 		{"image: redis:8.6.4", "image: redis:8", "not pinned"},
 		// Security and resources.
 		{"allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true", "allowPrivilegeEscalation"},
@@ -667,6 +668,7 @@ func (m *manifest) checkResources(w *workload, c *core.Container) {
 	m.must(!strings.HasPrefix(c.Image, "postgres:") || len(strings.Split(c.Image, ".")) == 2, "%v, %s: image %s is not pinned", w, c.Name, c.Image)
 	m.must(!strings.HasPrefix(c.Image, "redis:") || len(strings.Split(c.Image, ".")) == 3, "%v, %s: image %s is not pinned", w, c.Name, c.Image)
 	m.must(!strings.Contains(c.Image, "bitnami"), "%v, %s: that image is retired", w, c.Name)
+	m.must(c.Image != "apache/kafka:4.3.0", "%v, %s: that broker drops transaction markers (KAFKA-20734)", w, c.Name)
 }
 
 func (m *manifest) checkProbes(w *workload, c *core.Container) {

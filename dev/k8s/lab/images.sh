@@ -102,7 +102,7 @@ redis() {
 
 # https://github.com/apache/kafka/blob/trunk/docker/jvm/Dockerfile
 kafka() {
-  local d="$tmp/kafka" libs="$CACHE/kafka-4.3.0"
+  local d="$tmp/kafka" libs="$CACHE/kafka-4.2.0"
   if [ ! -d "$libs" ]; then
     gently mvn -B -q -f "$HERE/kafka-pom.xml" org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies \
       -DincludeScope=runtime -DoutputDirectory="$tmp/libs"
@@ -115,7 +115,7 @@ kafka() {
   for f in log4j2 tools-log4j2; do install -m 644 "$HERE/kafka-log4j2.yaml" "$d/etc/kafka/docker/$f.yaml"; done
   : >"$d/etc/kafka/docker/server.properties"
   chown -R 1000:1000 "$d/opt/kafka" "$d/mnt/shared" "$d/home/appuser"; chown -R 1000:0 "$d/etc/kafka" "$d/var/lib/kafka"
-  image apache/kafka:4.3.0 '' -u appuser -c /etc/kafka/docker/run -p 9092/tcp apache/kafka:4.3.0 "$CACHE/debian.tar,$d"
+  image apache/kafka:4.2.0 '' -u appuser -c /etc/kafka/docker/run -p 9092/tcp apache/kafka:4.2.0 "$CACHE/debian.tar,$d"
 }
 
 # What the Dockerfile does.

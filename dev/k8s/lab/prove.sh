@@ -31,7 +31,7 @@ trap 'echo "line $LINENO: $BASH_COMMAND" >&2' ERR
 
 if ! ctr_ version >/dev/null 2>&1; then nice -n 19 ionice -c3 "$LAB/up.sh" >"$out/up.log"; fi
 have="$(ctr_ images ls -q)" # (never a pipe into grep -q: it leaves early, and pipefail takes that for a fault)
-for image in library/postgres:18.4 library/redis:8.6.4 apache/kafka:4.3.0; do
+for image in library/postgres:18.4 library/redis:8.6.4 apache/kafka:4.2.0; do
   grep -qx "docker.io/$image" <<<"$have" || { "$HERE/images.sh" stores; break; }
 done
 "$HERE/images.sh" wallet
