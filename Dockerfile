@@ -1,5 +1,5 @@
 # The service's image: one static program, the CA certificates that TLS to Kafka, Postgres or Redis needs, and nothing else: no
-# shell, no package, no root. About 16 MB.
+# shell, no package, no root. About 17 MB.
 #
 #   docker build -t wallet:latest --build-arg VERSION="$(git describe --always --dirty)" .
 #   minikube image build -t wallet:latest --build-opt=build-arg=VERSION="$(git describe --always --dirty)" .
