@@ -66,9 +66,12 @@ audit() {
   cat "$out/audit"; die "the audit has findings"
 }
 leader() {
-  local p
-  for p in $(k get pods -l app=wallet-server --field-selector=status.phase=Running -o name); do
-    if grep -qE '^wallet_relay_state.*state="leader".* 1$' <<<"$(curl -s --noproxy '*' -m 3 -H "$key" "http://$(k get "$p" -o 'jsonpath={.status.podIP}'):8081/metrics")"; then echo "${p#pod/}"; return; fi
+  local p i
+  for i in $(seq 60); do # it may be on its way back to the topic
+    for p in $(k get pods -l app=wallet-server --field-selector=status.phase=Running -o name); do
+      if grep -qE '^wallet_relay_state.*state="leader".* 1$' <<<"$(curl -s --noproxy '*' -m 3 -H "$key" "http://$(k get "$p" -o 'jsonpath={.status.podIP}'):8081/metrics" || true)"; then echo "${p#pod/}"; return; fi
+    done
+    sleep 1
   done
   die "no replica says that it leads"
 }
