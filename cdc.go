@@ -1391,9 +1391,14 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		if err != nil {
 			return fmt.Errorf("topic %s: %w", t.name, err)
 		}
-		var actual []sarama.ConfigEntry
+		var actual []*sarama.ConfigResourceResult
 		for range 20 { // brokers hear of a new topic a moment later
-			actual, err = admin.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: t.name, ConfigNames: t.checked})
+			actual, err = admin.DescribeConfigs([]*sarama.ConfigResource{{Type: sarama.TopicResource, Name: t.name, ConfigNames: t.checked}}, sarama.DescribeConfigsOptions{})
+			if err == nil && len(actual) != 1 {
+				err = fmt.Errorf("%d answers for one topic", len(actual))
+			} else if err == nil && actual[0].ErrorCode != sarama.ErrNoError {
+				err = actual[0].ErrorCode
+			}
 			if !errors.Is(err, sarama.ErrUnknownTopicOrPartition) {
 				break
 			}
@@ -1402,7 +1407,7 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		if err != nil {
 			return fmt.Errorf("settings of topic %s: %w", t.name, err)
 		}
-		for _, entry := range actual {
+		for _, entry := range actual[0].Configs {
 			want, checked := t.settings[entry.Name]
 			if checked && slices.Contains(t.checked, entry.Name) && entry.Value != want && !(entry.Name == "retention.ms" && keepsLonger(entry.Value, want)) {
 				return relayRefusal(fmt.Sprintf("topic %s has %s=%s but needs %s: alter it with kafka-configs, or set KAFKA_RETENTION to what it has",
