@@ -512,7 +512,12 @@ func (s *service) keep(ctx context.Context) error {
 }
 
 func logHandler(cfg *config, w io.Writer) slog.Handler {
-	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if lsn, ok := a.Value.Any().(fmt.Stringer); ok && a.Value.Kind() == slog.KindAny {
+			a.Value = slog.StringValue(lsn.String()) // X/X also in JSON
+		}
+		return a
+	}}
 	if cfg.logFormat == "json" {
 		return slog.NewJSONHandler(w, options)
 	}
@@ -1282,6 +1287,9 @@ func (s *server) serve(route route) http.Handler {
 		h.Set("Content-Type", "application/json")
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
+		if s.draining.Load() {
+			h.Set("Connection", "close") // else Shutdown may close a kept connection just as the next request arrives on it
+		}
 		if len(r.TransferEncoding) > 0 {
 			// It may have had a Content-Length too, which Go does not tell: what follows could be a smuggled request (RFC 9112, 6.1).
 			h.Set("Connection", "close")

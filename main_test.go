@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -23,6 +24,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/jackc/pglogrepl"
 )
 
 // TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
@@ -464,7 +467,10 @@ func TestStartingAndStopping(t *testing.T) {
 	if a := w.get("/readyz"); a.status != 503 || a.header.Get("Retry-After") == "" {
 		t.Errorf("readyz while draining: %s", a)
 	}
-	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`) // open requests are still served
+	a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`) // open requests are still served, and their connections not kept
+	if got := a.header.Get("Connection"); got != "close" {
+		t.Errorf("Connection: %q while draining", got)
+	}
 }
 
 func TestPanicIsABare500(t *testing.T) {
@@ -526,6 +532,17 @@ func TestConfigurationRefusals(t *testing.T) {
 	}
 	if _, err := readConfig(func(n string) string { return map[string]string{"DATABASE_URL": "secret-password"}[n] }); strings.Contains(fmt.Sprint(err), "secret-password") {
 		t.Errorf("the sentence shows a secret: %v", err)
+	}
+}
+
+// TestLogsShowLSNsAsPostgresDoes, in either format.
+func TestLogsShowLSNsAsPostgresDoes(t *testing.T) {
+	for _, format := range []string{"text", "json"} {
+		var out bytes.Buffer
+		slog.New(logHandler(&config{logFormat: format}, &out)).Info("relay", "from", pglogrepl.LSN(0x16B374D848), "seconds", 0.5)
+		if !strings.Contains(out.String(), "16/B374D848") || !strings.Contains(out.String(), "0.5") {
+			t.Errorf("%s: %s", format, out.String())
+		}
 	}
 }
 
