@@ -221,15 +221,21 @@ func (r *replica) kill() {
 
 var chaosClient = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 
-func (r *replica) leads() bool {
+func (r *replica) leads() bool { return r.metric(`wallet_relay_state{state="leader"}`) == 1 }
+
+// metric is the value of one of the replica's metrics; 0 if it does not answer.
+func (r *replica) metric(name string) float64 {
 	client := http.Client{Timeout: time.Second, Transport: chaosClient.Transport}
 	response, err := client.Get(r.operate + "/metrics")
 	if err != nil {
-		return false
+		return 0
 	}
 	defer response.Body.Close()
 	body, _ := io.ReadAll(response.Body)
-	return bytes.Contains(body, []byte(`wallet_relay_state{state="leader"} 1`))
+	_, rest, _ := bytes.Cut(body, []byte("\n"+name+" "))
+	text, _, _ := bytes.Cut(rest, []byte("\n"))
+	value, _ := strconv.ParseFloat(string(text), 64)
+	return value
 }
 
 // load is clients that move money until told to stop, and what they were told was done.
@@ -445,6 +451,26 @@ var faults = []fault{
 		pause(3 * time.Second)
 		r.cmd.Process.Signal(syscall.SIGCONT)
 	}},
+	{"freeze the leader amid a backlog until another leads", func(c *chaos) {
+		// It has rows between two Kafka transactions when it stops, and would publish them when it wakes, were it not fenced.
+		before := make(map[*replica]float64)
+		for _, r := range c.replicas {
+			before[r] = r.metric("wallet_relay_events_total")
+		}
+		c.huge(100_000)
+		var r *replica
+		eventually(c.t, 60*time.Second, "some of it published", func() bool {
+			i := slices.IndexFunc(c.replicas, func(r *replica) bool { return r.metric("wallet_relay_events_total") > before[r]+batchEventsMax })
+			if i >= 0 {
+				r = c.replicas[i]
+			}
+			return i >= 0
+		})
+		r.cmd.Process.Signal(syscall.SIGSTOP)
+		c.takeover("freeze the leader amid a backlog until another leads", r, time.Now())
+		pause(3 * time.Second)
+		r.cmd.Process.Signal(syscall.SIGCONT)
+	}},
 	{"freeze and thaw the leader", func(c *chaos) {
 		r := c.leader(nil)
 		for range 5 {
@@ -554,22 +580,27 @@ var faults = []fault{
 		if *chaosFor > 0 && c.fromHere < 100_000 {
 			n, c.fromHere = 1_000_000, c.fromHere+100_000 // once in a long run
 		}
-		conn := connect(c.t, c.env["DATABASE_URL"])
-		c.exec(conn, `SET statement_timeout = 0`)
-		tx, err := conn.Begin(context.Background())
-		if err != nil {
-			c.t.Fatal(err)
-		}
-		c.fromHere++
-		insertByHand(c.t, tx, 1_000_000+c.fromHere, n)
-		if err := tx.Commit(context.Background()); err != nil {
-			c.t.Fatal(err)
-		}
+		c.huge(n)
 		pause(2 * time.Second)
 		r := c.leader(nil)
 		r.kill()
 		r.start(c.t)
 	}},
+}
+
+// huge commits one Postgres transaction of n entries, with their outbox rows.
+func (c *chaos) huge(n int) {
+	conn := connect(c.t, c.env["DATABASE_URL"])
+	c.exec(conn, `SET statement_timeout = 0`)
+	tx, err := conn.Begin(context.Background())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.fromHere++
+	insertByHand(c.t, tx, 1_000_000+c.fromHere, n)
+	if err := tx.Commit(context.Background()); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 // audit compares ledger and topic beside the load, and sees that no process ended but by our hand.
