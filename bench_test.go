@@ -1,7 +1,9 @@
-// How fast: transfers over HTTP, durable before the answer, against Postgres' own one transaction per transfer, in one run on one
-// machine. The baselines write the same rows into the same tables.
+// How fast: the whole service as a process of its own, against Postgres' own one transaction per transfer, in one run on one machine.
+// The baselines write the same rows into the same tables; the load generator shares the machine with all of them.
 //
-//	go test -run '^$' -bench . -benchtime 10s
+//	WALLET_TEST_KAFKA=apache go test -run '^$' -bench . -benchtime 1x .
+//
+// Each benchmark's metrics end with what a transfer, event or read cost every process, in microseconds of processor time.
 
 package main
 
@@ -9,17 +11,25 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/IBM/sarama"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -27,9 +37,17 @@ import (
 var (
 	benchWallets = flag.Int("bench.wallets", 10_000, "wallets that transfers go between")
 	benchClients = flag.Int("bench.clients", 256, "connections of the HTTP benchmarks")
+	benchBacklog = flag.Int("bench.backlog", 2_000_000, "events that the relay catches up with")
+	benchFor     = flag.Duration("bench.for", 6*time.Second, "how long each side is driven")
+	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
+	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; half an hour, 30 GB")
 )
 
-// baselines are transfers as a service without group commit makes them: statement by statement, and as one function, Postgres' own best.
+// ---------------------------------------------------------------------------------------------------------------------
+// The baselines
+// ---------------------------------------------------------------------------------------------------------------------
+
+// baselineFunction is Postgres' own best: one round trip and one commit a transfer.
 const baselineFunction = `
 CREATE OR REPLACE FUNCTION transfer_once(from_id bigint, to_id bigint, sum numeric, key text, payload text) RETURNS numeric LANGUAGE plpgsql AS $$
 DECLARE
@@ -57,24 +75,15 @@ END $$`
 const benchPayload = `{"wallet_id":12345,"seq":123,"transaction_id":"12345-123","kind":"transfer_out","currency":"USD","amount":"-0.01","balance_before":"1000000","balance_after":"999999.99",` +
 	`"counterparty":{"wallet_id":54321,"seq":321},"idempotency_key":"0123456789abcdef","created_at":"2026-01-02T03:04:05.123456Z"}`
 
-// pair picks the two wallets of a transfer.
-type pair func(dice *rand.Rand) (from, to int64)
-
-func anyPair(dice *rand.Rand) (int64, int64) {
-	from := 1 + dice.Int64N(int64(*benchWallets))
-	to := 1 + dice.Int64N(int64(*benchWallets)-1)
-	if to >= from {
-		to++
-	}
-	return from, to
-}
-
-func hotPair(dice *rand.Rand) (int64, int64) {
-	if dice.IntN(2) == 0 {
-		return 1, 2
-	}
-	return 2, 1
-}
+// statement by statement: what a service normally does.
+const (
+	lockOne     = `SELECT seq, balance::text FROM wallet WHERE id = $1 FOR NO KEY UPDATE`
+	findKey     = `SELECT count(*) FROM entry WHERE wallet_id = $1 AND idempotency_key = $2 AND kind <> 'transfer_in'`
+	updateOne   = `UPDATE wallet SET balance = balance + $2::text::numeric, seq = $3, entry_at = $4 WHERE id = $1`
+	insertEntry = `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+		VALUES ($1, $2, $3, $4, $5, $6::text::entry_kind, $7::text::numeric, $8::text::numeric, $9)`
+	insertEvent = `INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES ($1, $2, 'wallet.entry.v1', $3)`
+)
 
 func transferByFunction(ctx context.Context, db *pgxpool.Conn, from, to int64, key string) error {
 	_, err := db.Exec(ctx, `SELECT transfer_once($1, $2, 0.01, $3, $4)`, from, to, key, benchPayload)
@@ -87,13 +96,13 @@ func transferByStatements(ctx context.Context, db *pgxpool.Conn, from, to int64,
 		for _, id := range []int64{min(from, to), max(from, to)} {
 			var seq int64
 			var balance string
-			if err := tx.QueryRow(ctx, `SELECT seq, balance::text FROM wallet WHERE id = $1 FOR NO KEY UPDATE`, id).Scan(&seq, &balance); err != nil {
+			if err := tx.QueryRow(ctx, lockOne, id).Scan(&seq, &balance); err != nil {
 				return err
 			}
 			seqs[id], balances[id] = seq, balance
 		}
 		var n int
-		if err := tx.QueryRow(ctx, `SELECT count(*) FROM entry WHERE wallet_id = $1 AND idempotency_key = $2 AND kind <> 'transfer_in'`, from, key).Scan(&n); err != nil || n > 0 {
+		if err := tx.QueryRow(ctx, findKey, from, key).Scan(&n); err != nil || n > 0 {
 			return err
 		}
 		at := time.Now()
@@ -102,20 +111,118 @@ func transferByStatements(ctx context.Context, db *pgxpool.Conn, from, to int64,
 			kind, amount string
 		}{{from, to, "transfer_out", "-0.01"}, {to, from, "transfer_in", "0.01"}} {
 			after := dec(balances[leg.id]).Add(dec(leg.amount)).String()
-			if _, err := tx.Exec(ctx, `UPDATE wallet SET balance = $2::text::numeric, seq = $3, entry_at = $4 WHERE id = $1`, leg.id, after, seqs[leg.id]+1, at); err != nil {
+			if _, err := tx.Exec(ctx, updateOne, leg.id, leg.amount, seqs[leg.id]+1, at); err != nil {
 				return err
 			}
-			if _, err := tx.Exec(ctx, `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
-				VALUES ($1, $2, $3, $4, $5, $6::text::entry_kind, $7::text::numeric, $8::text::numeric, $9)`,
-				leg.id, seqs[leg.id]+1, leg.other, seqs[leg.other]+1, at, leg.kind, leg.amount, after, key); err != nil {
+			if _, err := tx.Exec(ctx, insertEntry, leg.id, seqs[leg.id]+1, leg.other, seqs[leg.other]+1, at, leg.kind, leg.amount, after, key); err != nil {
 				return err
 			}
-			if _, err := tx.Exec(ctx, `INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES ($1, $2, 'wallet.entry.v1', $3)`, leg.id, seqs[leg.id]+1, benchPayload); err != nil {
+			if _, err := tx.Exec(ctx, insertEvent, leg.id, seqs[leg.id]+1, benchPayload); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+}
+
+// pgbenchScripts are the two ways again, for Postgres' own load generator: a client in C, prepared statements. :wallets is set by -D.
+var pgbenchScripts = map[string]string{
+	"statements": `
+\set a random(1, :wallets)
+\set b 1 + (:a - 1 + random(1, :wallets - 1)) % :wallets
+\set key random(1, 9000000000000000)
+BEGIN;
+\if :a < :b
+SELECT seq AS aseq, balance AS abalance, now() AS at FROM wallet WHERE id = :a FOR NO KEY UPDATE \gset
+SELECT seq AS bseq, balance AS bbalance FROM wallet WHERE id = :b FOR NO KEY UPDATE \gset
+\else
+SELECT seq AS bseq, balance AS bbalance, now() AS at FROM wallet WHERE id = :b FOR NO KEY UPDATE \gset
+SELECT seq AS aseq, balance AS abalance FROM wallet WHERE id = :a FOR NO KEY UPDATE \gset
+\endif
+SELECT count(*) FROM entry WHERE wallet_id = :a AND idempotency_key = 'p' || :key AND kind <> 'transfer_in';
+UPDATE wallet SET balance = balance - 0.01, seq = seq + 1, entry_at = now() WHERE id = :a;
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+    VALUES (:a, :aseq + 1, :b, :bseq + 1, now(), 'transfer_out', -0.01, :abalance - 0.01, 'p' || :key);
+INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES (:a, :aseq + 1, 'wallet.entry.v1', 'PAYLOAD');
+UPDATE wallet SET balance = balance + 0.01, seq = seq + 1, entry_at = now() WHERE id = :b;
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+    VALUES (:b, :bseq + 1, :a, :aseq + 1, now(), 'transfer_in', 0.01, :bbalance + 0.01, 'p' || :key);
+INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES (:b, :bseq + 1, 'wallet.entry.v1', 'PAYLOAD');
+COMMIT;
+`,
+	"function": `
+\set a random(1, :wallets)
+\set b 1 + (:a - 1 + random(1, :wallets - 1)) % :wallets
+\set key random(1, 9000000000000000)
+SELECT transfer_once(:a, :b, 0.01, 'p' || :key, 'PAYLOAD');
+`,
+}
+
+// findPgbench returns pgbench's path, or nothing where it is not installed.
+func findPgbench() string {
+	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/pgbench")
+	if path, err := exec.LookPath("pgbench"); err == nil {
+		found = append(found, path)
+	}
+	if len(found) == 0 {
+		return ""
+	}
+	return found[len(found)-1]
+}
+
+var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+) \(without`)
+
+// pgbench runs a script with clients and returns how many transfers a second.
+func pgbench(b *testing.B, program, databaseURL, script string, clients, wallets int) float64 {
+	b.Helper()
+	file := filepath.Join(b.TempDir(), "script.sql")
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(script, "PAYLOAD", benchPayload)), 0o644); err != nil {
+		b.Fatal(err)
+	}
+	out, err := exec.Command(program, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-T", strconv.Itoa(max(1, int(benchFor.Seconds()/2))),
+		"-D", "wallets="+strconv.Itoa(wallets), "-f", file, databaseURL).CombinedOutput()
+	tps := pgbenchTPS.FindSubmatch(out)
+	if err != nil || tps == nil {
+		b.Fatalf("pgbench: %v\n%s", err, out)
+	}
+	rate, _ := strconv.ParseFloat(string(tps[1]), 64)
+	return rate
+}
+
+// baselines drives both ways, through pgx and through pgbench, and returns the best rate of each: at the number of clients, and
+// through the client, that suit it best.
+func baselines(b *testing.B, db *pgxpool.Pool, pick pair, wallets int) (byStatements, byFunction float64) {
+	b.Helper()
+	program := findPgbench()
+	for _, clients := range []int{8, 16, 32} {
+		rate, _ := driveSQL(b, db, clients, *benchFor/2, pick, transferByStatements)
+		byStatements = max(byStatements, rate)
+		rate, _ = driveSQL(b, db, clients, *benchFor/2, pick, transferByFunction)
+		byFunction = max(byFunction, rate)
+		if program != "" {
+			byStatements = max(byStatements, pgbench(b, program, db.Config().ConnString(), pgbenchScripts["statements"], clients, wallets))
+			byFunction = max(byFunction, pgbench(b, program, db.Config().ConnString(), pgbenchScripts["function"], clients, wallets))
+		}
+	}
+	return byStatements, byFunction
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Driving
+// ---------------------------------------------------------------------------------------------------------------------
+
+// pair picks the two wallets of a transfer.
+type pair func(dice *rand.Rand) (from, to int64)
+
+// anyOf picks any two of n wallets.
+func anyOf(n int) pair {
+	return func(dice *rand.Rand) (int64, int64) {
+		from, to := 1+dice.Int64N(int64(n)), 1+dice.Int64N(int64(n)-1)
+		if to >= from {
+			to++
+		}
+		return from, to
+	}
 }
 
 // latencies are those of one run, sorted.
@@ -128,29 +235,48 @@ func (l latencies) at(q float64) time.Duration {
 	return l[min(len(l)-1, int(q*float64(len(l))))]
 }
 
-// drive has clients do transfers until the time is up, and returns how many a second and how long each took.
-func drive(b *testing.B, clients int, how time.Duration, pick pair, open func(client int) (do func(from, to int64, key string) error, shut func())) (perSecond float64, l latencies) {
+func (l latencies) report(b *testing.B, prefix string) {
+	b.ReportMetric(float64(l.at(.5).Microseconds())/1000, prefix+"p50-ms")
+	b.ReportMetric(float64(l.at(.99).Microseconds())/1000, prefix+"p99-ms")
+}
+
+// client does one request or transaction after another.
+type client struct {
+	do   func(from, to int64, key string) error
+	shut func()
+}
+
+// drive has clients at work until the time is up, and returns how much they did a second and how long each took. pace, if not 0, is the
+// least time from one of a client's requests to its next. Keys are run, client and number.
+func drive(b *testing.B, clients int, how, pace time.Duration, run string, pick pair, open func(number int) client) (perSecond float64, l latencies) {
 	b.Helper()
-	run := strconv.FormatInt(time.Now().UnixNano(), 36)
 	all := make([]latencies, clients)
 	var failed atomic.Pointer[error]
 	var running sync.WaitGroup
 	begin := make(chan struct{})
 	var began time.Time
 	for c := range clients {
-		do, shut := open(c)
+		client := open(c)
 		running.Go(func() {
-			defer shut()
+			defer client.shut()
 			dice := rand.New(rand.NewPCG(uint64(c), uint64(time.Now().UnixNano())))
 			<-begin
+			if pace > 0 {
+				time.Sleep(time.Duration(dice.Int64N(int64(pace))))
+			}
+			next := time.Now()
 			for i := 0; time.Since(began) < how && failed.Load() == nil; i++ {
 				from, to := pick(dice)
 				at := time.Now()
-				if err := do(from, to, run+"-"+strconv.Itoa(c)+"-"+strconv.Itoa(i)); err != nil {
+				if err := client.do(from, to, run+"-"+strconv.Itoa(c)+"-"+strconv.Itoa(i)); err != nil {
 					failed.Store(&err)
 					return
 				}
 				all[c] = append(all[c], time.Since(at))
+				if pace > 0 {
+					next = next.Add(pace)
+					time.Sleep(time.Until(next))
+				}
 			}
 		})
 	}
@@ -166,35 +292,46 @@ func drive(b *testing.B, clients int, how time.Duration, pick pair, open func(cl
 	return float64(len(l)) / took.Seconds(), l
 }
 
+func newRun() string { return strconv.FormatInt(time.Now().UnixNano(), 36) }
+
 func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pick pair, transfer func(context.Context, *pgxpool.Conn, int64, int64, string) error) (float64, latencies) {
-	return drive(b, clients, how, pick, func(int) (func(int64, int64, string) error, func()) {
+	b.Helper()
+	return drive(b, clients, how, 0, newRun(), pick, func(int) client {
 		conn, err := db.Acquire(context.Background())
 		if err != nil {
 			b.Fatal(err)
 		}
-		return func(from, to int64, key string) error { return transfer(context.Background(), conn, from, to, key) }, conn.Release
+		return client{func(from, to int64, key string) error { return transfer(context.Background(), conn, from, to, key) }, conn.Release}
 	})
 }
 
-// driveHTTP speaks HTTP/1.1 by hand over kept connections: the load generator shares the machine, and net/http's client costs as much as
-// the server.
-func driveHTTP(b *testing.B, address string, clients int, how time.Duration, pick pair) (float64, latencies) {
-	return drive(b, clients, how, pick, func(int) (func(int64, int64, string) error, func()) {
-		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			b.Fatal(err)
+// openHTTP is a client that speaks HTTP/1.1 by hand over a kept connection: the load generator shares the machine, and net/http's client
+// costs as much as the server. write appends one request.
+func openHTTP(b *testing.B, address string, write func(dst []byte, from, to int64, key string) []byte) client {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		b.Fatal(err)
+	}
+	reader := bufio.NewReaderSize(conn, 1024)
+	var request []byte
+	return client{func(from, to int64, key string) error {
+		request = write(request[:0], from, to, key)
+		if _, err := conn.Write(request); err != nil {
+			return err
 		}
-		reader := bufio.NewReaderSize(conn, 1024)
-		var request, body []byte
-		return func(from, to int64, key string) error {
-			body = fmt.Appendf(body[:0], `{"to_id":%d,"amount":"0.01","idempotency_key":"%s"}`, to, key)
-			request = fmt.Appendf(request[:0], "POST /v1/wallets/%d/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", from, len(body), body)
-			if _, err := conn.Write(request); err != nil {
-				return err
-			}
-			return readOK(reader)
-		}, func() { conn.Close() }
-	})
+		return readOK(reader)
+	}, func() { conn.Close() }}
+}
+
+func writeTransfer(dst []byte, from, to int64, key string) []byte {
+	var room [128]byte
+	body := fmt.Appendf(room[:0], `{"to_id":%d,"amount":"0.01","idempotency_key":"%s"}`, to, key)
+	return fmt.Appendf(dst, "POST /v1/wallets/%d/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", from, len(body), body)
+}
+
+func driveHTTP(b *testing.B, address string, clients int, how time.Duration, pick pair) (float64, latencies) {
+	b.Helper()
+	return drive(b, clients, how, 0, newRun(), pick, func(int) client { return openHTTP(b, address, writeTransfer) })
 }
 
 // readOK reads one response to its end.
@@ -229,24 +366,28 @@ func readOK(reader *bufio.Reader) error {
 	return err
 }
 
-// benchService is a service on fresh tables with funded wallets, and a pool for the baselines on the same tables.
-func benchService(b *testing.B, relay bool) (w *wallets, baseline *pgxpool.Pool) {
+// ---------------------------------------------------------------------------------------------------------------------
+// The service and what it costs
+// ---------------------------------------------------------------------------------------------------------------------
+
+// benchService is a service as a process, on fresh tables with funded wallets, and a pool for the baselines on the same tables.
+func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
 	b.Helper()
-	env := testEnv(b, "REQUESTS_MAX=100000", "LOG_LEVEL=warn")
-	if relay {
-		env["KAFKA_BROKERS"] = stack(b).KafkaBrokers
-	} else {
-		env["REDIS_URL"] = ""
-	}
-	w = start(b, env)
+	env := testEnv(b, append([]string{"REQUESTS_MAX=100000"}, settings...)...)
+	r = newReplica(b, env, fmt.Sprintf("bench-%d", names.Add(1)))
+	began := time.Now()
+	r.start(b)
+	eventually(b, 20*time.Second, "ready", r.isReady)
+	b.Logf("ready %v after its start", time.Since(began).Round(time.Millisecond))
 	baseline, err := pgxpool.New(context.Background(), env["DATABASE_URL"]+"&pool_max_conns=64")
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(baseline.Close)
+	// sarama and the slot may be busy with the rows of the seed, which have no events: they were never posted.
 	for _, statement := range []string{
 		baselineFunction,
-		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at) SELECT g, 'USD', now(), 1, 1000000, now() FROM generate_series(1, ` + strconv.Itoa(*benchWallets) + `) g`,
+		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at) SELECT g, 'USD', now(), 1, 1000000, now() FROM generate_series(1, ` + strconv.Itoa(wallets) + `) g`,
 		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key) SELECT id, 1, now(), 'deposit', 1000000, 1000000, 'seed' FROM wallet`,
 		`VACUUM ANALYZE`, `CHECKPOINT`,
 	} {
@@ -254,52 +395,158 @@ func benchService(b *testing.B, relay bool) (w *wallets, baseline *pgxpool.Pool)
 			b.Fatal(err)
 		}
 	}
-	return w, baseline
+	if env["KAFKA_BROKERS"] != "" {
+		eventually(b, 20*time.Second, "leading", r.leads)
+		dropSlotAtEnd(b, env["REPLICATION_SLOT"])
+	}
+	return r, baseline
 }
+
+func (r *replica) address() string { return strings.TrimPrefix(r.url, "http://") }
+
+// processes names the processes at work: the service, the servers, and ourselves, the load generator.
+func (r *replica) processes(b *testing.B) map[string]int {
+	found := map[string]int{"service": r.cmd.Process.Pid, "driver": os.Getpid()}
+	for name, raw := range stack(b).PIDs {
+		var pid int
+		if json.Unmarshal(raw, &pid) == nil {
+			found[name] = pid
+		}
+	}
+	return found
+}
+
+// cpu is the processor time of each process and its children so far; empty where there is no /proc.
+func (r *replica) cpu(b *testing.B) map[string]time.Duration {
+	parents, used := make(map[int]int), make(map[int]time.Duration)
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, file := range stats {
+		stat, _ := os.ReadFile(file)
+		_, rest, ok := bytes.Cut(stat, []byte(") ")) // what precedes is the pid and a name
+		fields := strings.Fields(string(rest))
+		if !ok || len(fields) < 15 {
+			continue
+		}
+		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		parents[pid], _ = strconv.Atoi(fields[1])
+		for _, ticks := range fields[11:15] { // own and waited-for children's, user and system, in 1/100 s
+			n, _ := strconv.Atoi(ticks)
+			used[pid] += time.Duration(n) * 10 * time.Millisecond
+		}
+	}
+	total := make(map[string]time.Duration)
+	of := r.processes(b)
+	for pid, t := range used {
+		for at := pid; at > 1; at = parents[at] {
+			if i := slices.Index(slices.Collect(maps.Values(of)), at); i >= 0 {
+				for name, p := range of {
+					if p == at && (pid == at || name == "postgres") {
+						total[name] += t
+					}
+				}
+				break
+			}
+		}
+	}
+	return total
+}
+
+// reportCost tells what each of n things cost every process since before, in microseconds of processor time.
+func (r *replica) reportCost(b *testing.B, before map[string]time.Duration, n float64) {
+	for name, now := range r.cpu(b) {
+		if us := float64((now - before[name]).Microseconds()) / n; us >= .05 {
+			b.ReportMetric(us, name+"-us")
+		}
+	}
+}
+
+// memory is the service's resident set in MB, now or at its highest.
+func (r *replica) memory(b *testing.B, which string) float64 {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.cmd.Process.Pid))
+	_, rest, _ := strings.Cut(string(status), "\n"+which+":")
+	kB, _ := strconv.ParseFloat(strings.Fields(rest + " 0 ")[0], 64)
+	return kB / 1024
+}
+
+// profile writes the service's CPU profile of the next seconds, if -bench.profile names a folder.
+func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
+	if *benchProfile == "" {
+		return func() {}
+	}
+	name := filepath.Join(*benchProfile, strings.NewReplacer("/", "-", "Benchmark", "").Replace(b.Name())+".pprof")
+	cmd := exec.Command("curl", "-s", "-o", name, fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.operate, int(seconds.Seconds())))
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	return func() { cmd.Wait() }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writes
+// ---------------------------------------------------------------------------------------------------------------------
 
 // BenchmarkTransfers is the claim: transfers a second over HTTP, and how many times the baselines' that is.
 func BenchmarkTransfers(b *testing.B) {
 	for _, c := range []struct {
-		name  string
-		relay bool
-		pick  pair
-	}{{"relay", true, anyPair}, {"no relay", false, anyPair}, {"hot pair", false, hotPair}} {
+		name    string
+		relay   bool
+		wallets int
+	}{{"relay and cache", true, *benchWallets}, {"neither", false, *benchWallets}, {"hot pair", false, 2}} {
 		b.Run(c.name, func(b *testing.B) {
-			w, db := benchService(b, c.relay)
-			address := w.http.Listener.Addr().String()
-			driveHTTP(b, address, 16, time.Second, c.pick) // connections, prepared statements
+			settings := []string{"REDIS_URL="}
+			if c.relay {
+				settings = []string{"KAFKA_BROKERS=" + stack(b).KafkaBrokers}
+			}
+			r, db := benchService(b, c.wallets, settings...)
+			pick := anyOf(c.wallets)
+			driveHTTP(b, r.address(), 16, time.Second, pick) // connections, prepared statements
 			var byStatements, byFunction, ours float64
 			var l latencies
 			for b.Loop() {
-				// In turns, each at its best number of clients, so that the machine's moods meet all of them.
-				for _, clients := range []int{8, 16} {
-					rate, _ := driveSQL(b, db, clients, 3*time.Second, c.pick, transferByStatements)
-					byStatements = max(byStatements, rate)
-					rate, _ = driveSQL(b, db, clients, 3*time.Second, c.pick, transferByFunction)
-					byFunction = max(byFunction, rate)
+				byStatements, byFunction = baselines(b, db, pick, c.wallets)
+				if c.relay { // its backlog is not ours to work off
+					r.awaitRelay(b, db)
 				}
-				ours, l = driveHTTP(b, address, *benchClients, 6*time.Second, c.pick)
+				before, profiled := r.cpu(b), r.profile(b, *benchFor)
+				ours, l = driveHTTP(b, r.address(), *benchClients, *benchFor, pick)
+				r.reportCost(b, before, float64(len(l)))
+				if c.relay {
+					b.ReportMetric(float64(r.awaitRelay(b, db).Milliseconds()), "relay-behind-ms")
+				}
+				profiled()
 			}
 			b.ReportMetric(ours, "transfers/s")
-			b.ReportMetric(float64(l.at(.5).Microseconds())/1000, "p50-ms")
-			b.ReportMetric(float64(l.at(.99).Microseconds())/1000, "p99-ms")
+			l.report(b, "")
 			b.ReportMetric(byStatements, "statements/s")
 			b.ReportMetric(byFunction, "function/s")
 			b.ReportMetric(ours/byStatements, "x-statements")
 			b.ReportMetric(ours/byFunction, "x-function")
+			b.ReportMetric(r.memory(b, "VmHWM"), "MB-highest")
 			b.ReportMetric(0, "ns/op")
 			b.StopTimer()
-			checkBalances(b, w)
+			checkBalances(b, db)
 		})
 	}
 }
 
+// awaitRelay waits until every event so far is in Kafka, and returns how long it took.
+func (r *replica) awaitRelay(b *testing.B, db *pgxpool.Pool) time.Duration {
+	b.Helper()
+	began := time.Now()
+	var events float64
+	if err := db.QueryRow(context.Background(), `SELECT count(*)::float8 FROM outbox`).Scan(&events); err != nil {
+		b.Fatal(err)
+	}
+	eventually(b, 60*time.Second, "the relay has caught up", func() bool { return r.metric("wallet_relay_events_total") >= events })
+	return time.Since(began)
+}
+
 // checkBalances: a benchmark that loses money measured nothing.
-func checkBalances(b *testing.B, w *wallets) {
+func checkBalances(b *testing.B, db *pgxpool.Pool) {
 	b.Helper()
 	var wrong int
-	err := connect(b, w.env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT count(*) FROM wallet w JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq WHERE e.balance <> w.balance OR (SELECT sum(balance) FROM wallet) <> 1000000 * (SELECT count(*) FROM wallet)`).Scan(&wrong)
+	err := db.QueryRow(context.Background(), `SELECT count(*) FROM wallet w JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+		WHERE e.balance <> w.balance OR (SELECT sum(balance) FROM wallet) <> 1000000 * (SELECT count(*) FROM wallet)`).Scan(&wrong)
 	if err != nil || wrong > 0 {
 		b.Fatalf("%d wallets are wrong, %v", wrong, err)
 	}
@@ -307,17 +554,278 @@ func checkBalances(b *testing.B, w *wallets) {
 
 // BenchmarkLatency is one client alone: what group commit costs where there is no group.
 func BenchmarkLatency(b *testing.B) {
-	w, db := benchService(b, false)
-	address := w.http.Listener.Addr().String()
-	driveHTTP(b, address, 1, time.Second, anyPair)
-	driveSQL(b, db, 1, time.Second, anyPair, transferByFunction)
+	r, db := benchService(b, *benchWallets, "REDIS_URL=")
+	pick := anyOf(*benchWallets)
+	driveHTTP(b, r.address(), 1, time.Second, pick)
+	driveSQL(b, db, 1, time.Second, pick, transferByFunction)
 	var ours, function latencies
 	for b.Loop() {
-		_, function = driveSQL(b, db, 1, 3*time.Second, anyPair, transferByFunction)
-		_, ours = driveHTTP(b, address, 1, 3*time.Second, anyPair)
+		for range 3 { // in turns
+			_, f := driveSQL(b, db, 1, *benchFor/3, pick, transferByFunction)
+			_, o := driveHTTP(b, r.address(), 1, *benchFor/3, pick)
+			function, ours = append(function, f...), append(ours, o...)
+		}
 	}
+	slices.Sort(function)
+	slices.Sort(ours)
 	b.ReportMetric(float64(ours.at(.5).Microseconds()), "p50-us")
 	b.ReportMetric(float64(function.at(.5).Microseconds()), "function-p50-us")
 	b.ReportMetric(float64(ours.at(.5))/float64(function.at(.5)), "x-function")
 	b.ReportMetric(0, "ns/op")
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The relay
+// ---------------------------------------------------------------------------------------------------------------------
+
+// BenchmarkCatchUp is a relay that comes back to a backlog: transactions of 1,000 outbox rows, as the writers commit them under load.
+func BenchmarkCatchUp(b *testing.B) {
+	r, db := benchService(b, 1, "REDIS_URL=", "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+	var rate float64
+	for b.Loop() {
+		r.stop(b)
+		for first := 0; first < *benchBacklog; first += 1000 {
+			if _, err := db.Exec(context.Background(), `
+				INSERT INTO outbox (aggregate_id, seq, event_type, payload)
+				SELECT 1 + g % 10000, 2 + g / 10000, 'wallet.entry.v1', overlay($1::text placing lpad(g::text, 16, '0') from position('0123456789abcdef' in $1::text) for 16)
+				FROM generate_series($2::bigint, $2::bigint + 999) g`, benchPayload, first); err != nil {
+				b.Fatal(err)
+			}
+		}
+		r.start(b)
+		eventually(b, 60*time.Second, "leading", func() bool { return r.metric("wallet_relay_events_total") > 0 })
+		before, profiled := r.cpu(b), r.profile(b, *benchFor)
+		began, first := time.Now(), r.metric("wallet_relay_events_total")
+		eventually(b, 5*time.Minute, "the backlog is published", func() bool { return r.metric("wallet_relay_events_total") >= float64(*benchBacklog) })
+		n := float64(*benchBacklog) - first
+		rate = n / time.Since(began).Seconds()
+		r.reportCost(b, before, n)
+		profiled()
+	}
+	b.ReportMetric(rate, "events/s")
+	b.ReportMetric(r.memory(b, "VmHWM"), "MB-highest")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkEventLatency is the time from a transfer's answer to its event at a read_committed consumer: at half of the write path's
+// maximum, and one event at a time.
+func BenchmarkEventLatency(b *testing.B) {
+	env := []string{"KAFKA_BROKERS=" + stack(b).KafkaBrokers}
+	r, db := benchService(b, *benchWallets, env...)
+	pick := anyOf(*benchWallets)
+	arrivals := consumeKeys(b, r.env["KAFKA_TOPIC"])
+	for b.Loop() {
+		most, _ := driveHTTP(b, r.address(), *benchClients, *benchFor/2, pick)
+		r.awaitRelay(b, db)
+		pace := time.Duration(float64(*benchClients) / (most / 2) * float64(time.Second))
+		loaded := r.eventLatency(b, arrivals, *benchClients, *benchFor, pace, pick)
+		b.ReportMetric(float64(len(loaded))/benchFor.Seconds(), "transfers/s")
+		b.ReportMetric(most, "most-transfers/s")
+		loaded.report(b, "half-load-")
+		r.eventLatency(b, arrivals, 1, *benchFor, 20*time.Millisecond, pick).report(b, "idle-")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// eventLatency has clients make transfers, one in a pace each, and returns how long after its answer each event arrived (0 if before).
+func (r *replica) eventLatency(b *testing.B, arrivals *keyTimes, clients int, how, pace time.Duration, pick pair) latencies {
+	b.Helper()
+	run := newRun()
+	answered := &keyTimes{at: make(map[string]time.Time)}
+	drive(b, clients, how, pace, run, pick, func(int) client {
+		c := openHTTP(b, r.address(), writeTransfer)
+		do := c.do
+		c.do = func(from, to int64, key string) error {
+			err := do(from, to, key)
+			answered.add(key)
+			return err
+		}
+		return c
+	})
+	var l latencies
+	for key, at := range answered.at {
+		eventually(b, 30*time.Second, "the event of "+key, func() bool { return !arrivals.of(key).IsZero() })
+		l = append(l, max(0, arrivals.of(key).Sub(at)))
+	}
+	slices.Sort(l)
+	return l
+}
+
+// keyTimes is when something was known of an idempotency key.
+type keyTimes struct {
+	mu sync.Mutex
+	at map[string]time.Time
+}
+
+func (k *keyTimes) add(key string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.at[key] = time.Now()
+}
+
+func (k *keyTimes) of(key string) time.Time {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.at[key]
+}
+
+// consumeKeys reads a topic as a read_committed consumer until the benchmark ends, and notes when each payer's event arrived.
+func consumeKeys(b *testing.B, topic string) *keyTimes {
+	b.Helper()
+	conf := sarama.NewConfig()
+	conf.Consumer.IsolationLevel = sarama.ReadCommitted
+	consumer, err := sarama.NewConsumer(strings.Split(stack(b).KafkaBrokers, ","), conf)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { consumer.Close() })
+	partitions, err := consumer.Partitions(topic)
+	if err != nil {
+		b.Fatal(err)
+	}
+	arrivals := &keyTimes{at: make(map[string]time.Time)}
+	for _, p := range partitions {
+		pc, err := consumer.ConsumePartition(topic, p, sarama.OffsetOldest)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(pc.AsyncClose)
+		go func() {
+			for m := range pc.Messages() {
+				if bytes.Contains(m.Value, []byte(`"kind":"transfer_out"`)) {
+					key, _ := eventText(m.Value, "idempotency_key")
+					arrivals.add(key)
+				}
+			}
+		}()
+	}
+	return arrivals
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reads, growth, start
+// ---------------------------------------------------------------------------------------------------------------------
+
+// BenchmarkBalance is whether Redis earns its place: balances a second from the cache, and from Postgres' primary key.
+func BenchmarkBalance(b *testing.B) {
+	r, _ := benchService(b, *benchWallets)
+	pick := anyOf(*benchWallets)
+	read := func(header string) func(dst []byte, from, to int64, key string) []byte {
+		return func(dst []byte, from, _ int64, _ string) []byte {
+			return fmt.Appendf(dst, "GET /v1/wallets/%d/balance HTTP/1.1\r\nHost: b\r\n%s\r\n", from, header)
+		}
+	}
+	sides := []struct{ name, header string }{{"cache", ""}, {"postgres", "Cache-Control: no-cache\r\n"}}
+	for b.Loop() {
+		rates := make(map[string]float64)
+		for range 2 { // in turns; the first fills the cache
+			for _, side := range sides {
+				before := r.cpu(b)
+				rate, l := drive(b, 64, *benchFor/2, 0, "", pick, func(int) client { return openHTTP(b, r.address(), read(side.header)) })
+				rates[side.name] = rate
+				b.ReportMetric(rate, side.name+"-reads/s")
+				l.report(b, side.name+"-")
+				for name, now := range r.cpu(b) {
+					b.ReportMetric(float64((now-before[name]).Microseconds())/float64(len(l)), side.name+"-"+name+"-us")
+				}
+			}
+		}
+		b.ReportMetric(rates["cache"]/rates["postgres"], "x-postgres")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkStart is from the process' start against running servers to its first ready answer, and how long until its relay leads.
+func BenchmarkStart(b *testing.B) {
+	r, _ := benchService(b, 1, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+	for b.Loop() {
+		var ready, leading latencies
+		for range 5 {
+			r.stop(b)
+			began := time.Now()
+			r.start(b)
+			eventually(b, 20*time.Second, "ready", r.isReady)
+			ready = append(ready, time.Since(began))
+			eventually(b, 20*time.Second, "leading", r.leads)
+			leading = append(leading, time.Since(began))
+		}
+		slices.Sort(ready)
+		slices.Sort(leading)
+		b.ReportMetric(float64(ready.at(.5).Milliseconds()), "ready-ms")
+		b.ReportMetric(float64(leading.at(.5).Milliseconds()), "leading-ms")
+		b.ReportMetric(r.memory(b, "VmRSS"), "MB")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkGrowth is what a large ledger costs: writes among 10,000 active wallets and uniformly among all, and reads of one wallet,
+// against an empty ledger's, in one run.
+func BenchmarkGrowth(b *testing.B) {
+	if !*large {
+		b.Skip("pass -large: it fills 30 GB")
+	}
+	const wallets, entries = 10_000_000, 50_000_000
+	small, _ := benchService(b, *benchWallets, "REDIS_URL=")
+	r, db := benchService(b, 1, "REDIS_URL=")
+	began := time.Now()
+	grow(b, db, wallets, entries/wallets)
+	b.Logf("%d wallets and %d entries after %v", wallets, entries, time.Since(began).Round(time.Second))
+	for b.Loop() {
+		var empty, active, uniform float64
+		for range 3 { // in turns
+			rate, _ := driveHTTP(b, small.address(), *benchClients, *benchFor, anyOf(*benchWallets))
+			empty = max(empty, rate)
+			rate, _ = driveHTTP(b, r.address(), *benchClients, *benchFor, anyOf(*benchWallets))
+			active = max(active, rate)
+			rate, _ = driveHTTP(b, r.address(), *benchClients, *benchFor, anyOf(wallets))
+			uniform = max(uniform, rate)
+		}
+		b.ReportMetric(empty, "empty-transfers/s")
+		b.ReportMetric(active/empty, "x-active")
+		b.ReportMetric(uniform/empty, "x-uniform")
+		for name, path := range map[string]string{
+			"balance": "/balance", "first-page": "/transactions?limit=20", "deep-page": "/transactions?limit=20&cursor=" + page{from: 1, to: 4, descending: true, limit: 20}.cursor(),
+			"between-times": "/transactions?limit=20&since=2020-01-01T00:00:00Z&until=2040-01-01T00:00:00Z",
+		} {
+			read := func(dst []byte, from, _ int64, _ string) []byte {
+				return fmt.Appendf(dst, "GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n", from, path)
+			}
+			_, before := drive(b, 1, *benchFor/3, 0, "", anyOf(*benchWallets), func(int) client { return openHTTP(b, small.address(), read) })
+			_, after := drive(b, 1, *benchFor/3, 0, "", anyOf(*benchWallets), func(int) client { return openHTTP(b, r.address(), read) })
+			b.ReportMetric(float64(after.at(.5))/float64(before.at(.5)), "x-"+name)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	b.StopTimer()
+	checkBalances(b, db)
+}
+
+// grow fills the ledger: its indexes are dropped and made again, since a row at a time would take hours.
+func grow(b *testing.B, db *pgxpool.Pool, wallets, each int) {
+	b.Helper()
+	for _, statement := range []string{
+		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at) SELECT g, 'USD', now(), $2, 1000000, now() FROM generate_series(2, $1::bigint) g`,
+		`ALTER TABLE entry DROP CONSTRAINT entry_pkey`,
+		`DROP INDEX idempotency_key_posts_once`,
+		`ALTER TABLE entry DROP CONSTRAINT IF EXISTS entry_wallet_exists`,
+		`ALTER TABLE entry DISABLE TRIGGER USER`,
+		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key)
+			SELECT w, s, now(), 'deposit', 1000000 / $2::numeric, 1000000 / $2::numeric * s, 'seed-' || s FROM generate_series(1, $2::bigint) s, generate_series(2, $1::bigint) w`,
+		`SET LOCAL maintenance_work_mem = '1GB'`,
+		`ALTER TABLE entry ADD PRIMARY KEY (wallet_id, seq)`,
+		`CREATE UNIQUE INDEX idempotency_key_posts_once ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in'`,
+		`ALTER TABLE entry ENABLE TRIGGER USER`,
+		`VACUUM ANALYZE`, `CHECKPOINT`,
+	} {
+		var args []any
+		if strings.Contains(statement, "$") {
+			args = []any{wallets, each}
+		}
+		if !strings.Contains(statement, "$2") && args != nil {
+			args = args[:1]
+		}
+		if _, err := db.Exec(context.Background(), statement, args...); err != nil {
+			b.Fatalf("%s: %v", statement, err)
+		}
+	}
 }

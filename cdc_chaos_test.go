@@ -15,6 +15,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -125,7 +126,7 @@ func (p *proxy) hole() (end func()) {
 	return func() { close(hole) }
 }
 
-// replica is the service as a process, with ways to Postgres and Kafka of its own.
+// replica is the service as a process.
 type replica struct {
 	env      map[string]string
 	url      string
@@ -133,21 +134,24 @@ type replica struct {
 	log      string
 	cmd      *exec.Cmd
 	exited   chan struct{}
-	postgres *proxy // the relay's replication connection only
+	postgres *proxy // of a cuttable one: to the relay's replication connection
 	kafka    []*proxy
 }
 
 func newReplica(tb testing.TB, env map[string]string, name string) *replica {
-	r := &replica{env: map[string]string{}, log: filepath.Join(testFolder, "chaos-"+name+".log")}
-	for k, v := range env {
-		r.env[k] = v
-	}
+	r := &replica{env: maps.Clone(env), log: filepath.Join(testFolder, name+".log")}
 	listener := newListener(tb)
 	operate := newListener(tb)
 	r.env["LISTEN_ADDR"], r.url = listener.Addr().String(), "http://"+listener.Addr().String()
 	r.env["OPERATE_ADDR"], r.operate = operate.Addr().String(), "http://"+operate.Addr().String()
 	listener.Close()
 	operate.Close()
+	return r
+}
+
+// newCuttableReplica is a replica whose relay's ways to Postgres and Kafka lead through proxies.
+func newCuttableReplica(tb testing.TB, env map[string]string, name string) *replica {
+	r := newReplica(tb, env, "chaos-"+name)
 	if brokers := env["KAFKA_BROKERS"]; brokers != "" {
 		u, err := url.Parse(env["DATABASE_URL"])
 		if err != nil {
@@ -219,9 +223,28 @@ func (r *replica) kill() {
 	<-r.exited
 }
 
+// stop asks it to stop, and waits until it has.
+func (r *replica) stop(tb testing.TB) {
+	tb.Helper()
+	r.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-r.exited:
+	case <-time.After(30 * time.Second):
+		tb.Fatal("it did not stop within 30 s of SIGTERM")
+	}
+}
+
 var chaosClient = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 
 func (r *replica) leads() bool { return r.metric(`wallet_relay_state{state="leader"}`) == 1 }
+
+func (r *replica) isReady() bool {
+	response, err := http.Get(r.url + "/readyz")
+	if err == nil {
+		response.Body.Close()
+	}
+	return err == nil && response.StatusCode == 200
+}
 
 // metric is the value of one of the replica's metrics; 0 if it does not answer.
 func (r *replica) metric(name string) float64 {
@@ -362,16 +385,13 @@ func (c *chaos) begin() *chaos {
 	if c.cfg, err = readConfig(func(name string) string { return c.env[name] }); err != nil {
 		c.t.Fatal(err)
 	}
-	without := make(map[string]string)
-	for name, value := range c.env {
-		without[name] = value
-	}
+	without := maps.Clone(c.env)
 	delete(without, "KAFKA_BROKERS")
-	c.writer = newReplica(c.t, without, "writer")
+	c.writer = newReplica(c.t, without, "chaos-writer")
 	c.writer.start(c.t)
 	urls := []string{c.writer.url}
 	for i := range 2 {
-		r := newReplica(c.t, c.env, fmt.Sprint("relay", i))
+		r := newCuttableReplica(c.t, c.env, fmt.Sprint("relay", i))
 		r.start(c.t)
 		c.replicas = append(c.replicas, r)
 		urls = append(urls, r.url)

@@ -171,7 +171,7 @@ func newBench(t *testing.T, more ...string) *bench {
 }
 
 // dropSlotAtEnd: a slot left behind would keep the shared cluster's WAL.
-func dropSlotAtEnd(t *testing.T, slot string) {
+func dropSlotAtEnd(t testing.TB, slot string) {
 	t.Cleanup(func() {
 		conn, err := pgx.Connect(context.Background(), stack(t).DatabaseURL)
 		if err != nil {
