@@ -40,6 +40,7 @@ var (
 	benchBacklog = flag.Int("bench.backlog", 2_000_000, "events that the relay catches up with")
 	benchFor     = flag.Duration("bench.for", 6*time.Second, "how long each side is driven")
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
+	benchSet     = flag.String("bench.set", "", "settings of the service under test, NAME=value separated by blanks")
 	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; half an hour, 30 GB")
 )
 
@@ -170,6 +171,21 @@ func findPgbench() string {
 	return found[len(found)-1]
 }
 
+// benchBaseline are the numbers of clients that the baselines are driven with; none leaves them out.
+var benchBaseline = []int{8, 16, 32}
+
+func init() {
+	flag.Func("bench.baseline", "clients of the baselines, separated by commas; - leaves them out (default 8,16,32)", func(text string) error {
+		benchBaseline = nil
+		for n := range strings.SplitSeq(text, ",") {
+			if clients, err := strconv.Atoi(n); err == nil {
+				benchBaseline = append(benchBaseline, clients)
+			}
+		}
+		return nil
+	})
+}
+
 var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+) \(without`)
 
 // pgbench runs a script with clients and returns how many transfers a second.
@@ -191,17 +207,17 @@ func pgbench(b *testing.B, program, databaseURL, script string, clients, wallets
 
 // baselines drives both ways, through pgx and through pgbench, and returns the best rate of each: at the number of clients, and
 // through the client, that suit it best.
-func baselines(b *testing.B, db *pgxpool.Pool, pick pair, wallets int) (byStatements, byFunction float64) {
+func (r *replica) baselines(b *testing.B, db *pgxpool.Pool, pick pair, wallets int) (byStatements, byFunction float64) {
 	b.Helper()
 	program := findPgbench()
-	for _, clients := range []int{8, 16, 32} {
+	for _, clients := range benchBaseline {
 		rate, _ := driveSQL(b, db, clients, *benchFor/2, pick, transferByStatements)
 		byStatements = max(byStatements, rate)
 		rate, _ = driveSQL(b, db, clients, *benchFor/2, pick, transferByFunction)
 		byFunction = max(byFunction, rate)
 		if program != "" {
-			byStatements = max(byStatements, pgbench(b, program, db.Config().ConnString(), pgbenchScripts["statements"], clients, wallets))
-			byFunction = max(byFunction, pgbench(b, program, db.Config().ConnString(), pgbenchScripts["function"], clients, wallets))
+			byStatements = max(byStatements, pgbench(b, program, r.env["DATABASE_URL"], pgbenchScripts["statements"], clients, wallets))
+			byFunction = max(byFunction, pgbench(b, program, r.env["DATABASE_URL"], pgbenchScripts["function"], clients, wallets))
 		}
 	}
 	return byStatements, byFunction
@@ -373,7 +389,7 @@ func readOK(reader *bufio.Reader) error {
 // benchService is a service as a process, on fresh tables with funded wallets, and a pool for the baselines on the same tables.
 func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
 	b.Helper()
-	env := testEnv(b, append([]string{"REQUESTS_MAX=100000"}, settings...)...)
+	env := testEnv(b, append(append([]string{"REQUESTS_MAX=100000"}, settings...), strings.Fields(*benchSet)...)...)
 	r = newReplica(b, env, fmt.Sprintf("bench-%d", names.Add(1)))
 	began := time.Now()
 	r.start(b)
@@ -468,17 +484,35 @@ func (r *replica) memory(b *testing.B, which string) float64 {
 	return kB / 1024
 }
 
-// profile writes the service's CPU profile of the next seconds, if -bench.profile names a folder.
+// profile writes the service's CPU profile of the next seconds, and what Postgres spent on each statement where it keeps count, if
+// -bench.profile names a folder.
 func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
 	if *benchProfile == "" {
 		return func() {}
 	}
-	name := filepath.Join(*benchProfile, strings.NewReplacer("/", "-", "Benchmark", "").Replace(b.Name())+".pprof")
-	cmd := exec.Command("curl", "-s", "-o", name, fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.operate, int(seconds.Seconds())))
+	name := filepath.Join(*benchProfile, strings.NewReplacer("/", "-", "Benchmark", "").Replace(b.Name()))
+	db := connect(b, r.env["DATABASE_URL"])
+	_, err := db.Exec(context.Background(), `CREATE EXTENSION IF NOT EXISTS pg_stat_statements; SELECT pg_stat_statements_reset()`)
+	counted := err == nil
+	cmd := exec.Command("curl", "-s", "-o", name+".pprof", fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.operate, int(seconds.Seconds())))
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	return func() { cmd.Wait() }
+	return func() {
+		cmd.Wait()
+		if !counted {
+			return
+		}
+		rows, _ := db.Query(context.Background(), `SELECT format('%10s calls %10s us each %12s rows %12s WAL bytes  %s', calls, round((1000 * mean_exec_time)::numeric, 1), rows, wal_bytes, left(regexp_replace(query, '\s+', ' ', 'g'), 150))
+			FROM pg_stat_statements ORDER BY total_exec_time DESC LIMIT 20`)
+		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err == nil {
+			err = os.WriteFile(name+".statements", []byte(strings.Join(lines, "\n")+"\n"), 0o644)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +537,7 @@ func BenchmarkTransfers(b *testing.B) {
 			var byStatements, byFunction, ours float64
 			var l latencies
 			for b.Loop() {
-				byStatements, byFunction = baselines(b, db, pick, c.wallets)
+				byStatements, byFunction = r.baselines(b, db, pick, c.wallets)
 				if c.relay { // its backlog is not ours to work off
 					r.awaitRelay(b, db)
 				}
@@ -827,5 +861,55 @@ func grow(b *testing.B, db *pgxpool.Pool, wallets, each int) {
 		if _, err := db.Exec(context.Background(), statement, args...); err != nil {
 			b.Fatalf("%s: %v", statement, err)
 		}
+	}
+}
+
+// BenchmarkBatches is the ceiling: batches posted one after another by one writer, without HTTP.
+func BenchmarkBatches(b *testing.B) {
+	for _, size := range []int{1, 16, 128, 256, 512} {
+		b.Run(strconv.Itoa(size), func(b *testing.B) {
+			r, _ := benchService(b, *benchWallets, "REDIS_URL=")
+			cfg, err := readConfig(func(name string) string { return r.env[name] })
+			if err != nil {
+				b.Fatal(err)
+			}
+			writes, err := openPool(cfg, 1, "bench", nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(writes.Close)
+			l := newLedger(cfg, writes, writes, nil)
+			if err := l.loadCurrencies(context.Background()); err != nil {
+				b.Fatal(err)
+			}
+			pick, dice, run := anyOf(*benchWallets), rand.New(rand.NewPCG(1, 2)), newRun()
+			cent, _ := parseAmount("0.01")
+			post := func(n int) {
+				batch := make([]*operation, size)
+				for i := range batch {
+					from, to := pick(dice)
+					batch[i] = &operation{kind: kindTransferOut, walletID: from, toID: to, amount: cent, key: run + "-" + strconv.Itoa(n*size+i), ctx: context.Background()}
+				}
+				l.post(batch)
+				if batch[0].err != nil {
+					b.Fatal(batch[0].err)
+				}
+			}
+			for b.Loop() {
+				for n := range 20 {
+					post(n)
+				}
+				profiled := r.profile(b, *benchFor/2)
+				before, began, n := r.cpu(b), time.Now(), 20
+				for ; time.Since(began) < *benchFor/2; n++ {
+					post(n)
+				}
+				transfers := float64(size * (n - 20))
+				b.ReportMetric(transfers/time.Since(began).Seconds(), "transfers/s")
+				r.reportCost(b, before, transfers)
+				profiled()
+			}
+			b.ReportMetric(0, "ns/op")
+		})
 	}
 }
