@@ -7,7 +7,10 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -24,6 +27,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/sasl/plain"
+	"github.com/twmb/franz-go/pkg/sasl/scram"
 )
 
 var program string // the stack, built once
@@ -441,19 +446,20 @@ func TestEventsPrintsCommittedOnly(t *testing.T) {
 	}
 }
 
-// TestWholeStack runs a service that does nothing but be ready, in a checkout that nobody else may enter.
-func TestWholeStack(t *testing.T) {
-	t.Parallel()
-	root := t.TempDir()
+// idleCheckout is one of a service that does nothing but be ready, which nobody else may enter.
+func idleCheckout(t *testing.T) (root string) {
+	t.Helper()
+	root = t.TempDir()
 	files := map[string]string{
 		"dev/go.mod": "module wallet/dev\n",
 		"go.mod":     "module wallet\n\ngo 1.26\n",
 		"main.go": `package main
 
-import ("net/http"; "os")
+import ("encoding/json"; "net/http"; "os")
 
 func main() {
 	http.HandleFunc("GET /readyz", func(http.ResponseWriter, *http.Request) {})
+	http.HandleFunc("GET /environment", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(os.Environ()) })
 	http.HandleFunc("GET /die", func(http.ResponseWriter, *http.Request) { println("the last words"); os.Exit(3) })
 	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "KAFKA_BROKERS"} {
 		if os.Getenv(name) == "" { panic(name) }
@@ -470,6 +476,12 @@ func main() {
 			t.Fatal(err)
 		}
 	}
+	return root
+}
+
+func TestWholeStack(t *testing.T) {
+	t.Parallel()
+	root := idleCheckout(t)
 	// Its own data folder, dev/.data: none is named.
 	cmd := exec.Command(program, "-json", "-replicas", "2", "-listen", "127.0.0.1:8790")
 	cmd.Dir = filepath.Join(root, "dev")
@@ -529,7 +541,7 @@ func TestPostgresAsNobody(t *testing.T) {
 
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
-	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x", "services -brokers 3", "events -from x", "-replicas 0", "services more"} {
+	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x", "services -brokers 3", "services -secure", "events -from x", "-replicas 0", "services more"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 {
 			t.Errorf("%s: %v, %s", args, err, out)
@@ -565,5 +577,83 @@ func TestApacheSurvivesKills(t *testing.T) {
 			}
 			again.end()
 		})
+	}
+}
+
+// TestSecuredApache: the service is told how to use the secured listener, which refuses whoever lacks any of it, also when the same
+// cluster is started again.
+func TestSecuredApache(t *testing.T) {
+	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
+		t.Skip("set WALLET_TEST_KAFKA=apache")
+	}
+	root := idleCheckout(t)
+	var password string
+	for range 2 {
+		cmd := exec.Command(program, "-json", "-redis", "miniredis", "-kafka", "apache", "-secure", "-listen", "127.0.0.1:8792")
+		cmd.Dir = root
+		r := startCommand(t, filepath.Join(root, "dev", ".data"), cmd)
+		settings := r.address.SecureKafka
+		response, err := http.Get(r.address.HTTP[0] + "/environment")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var environment []string
+		if err := json.NewDecoder(response.Body).Decode(&environment); err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		for name, value := range settings {
+			if !slices.Contains(environment, name+"="+value) {
+				t.Errorf("the service does not have %s=%s", name, value)
+			}
+		}
+		if password != "" && password != settings["KAFKA_SASL_PASSWORD"] {
+			t.Error("the password changed, but not the controller's data")
+		}
+		password = settings["KAFKA_SASL_PASSWORD"]
+
+		authority, err := os.ReadFile(settings["KAFKA_TLS_CA"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		certificate, err := tls.LoadX509KeyPair(settings["KAFKA_TLS_CERT"], settings["KAFKA_TLS_KEY"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		secured := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{certificate}}
+		secured.RootCAs.AppendCertsFromPEM(authority)
+		nobody := &tls.Config{RootCAs: secured.RootCAs}
+		user := settings["KAFKA_SASL_USER"]
+		for _, c := range []struct {
+			name    string
+			opts    []kgo.Opt
+			refused bool
+		}{
+			{"PLAIN", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, false},
+			{"SCRAM-SHA-256", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha256Mechanism())}, false},
+			{"SCRAM-SHA-512", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha512Mechanism())}, false},
+			{"PLAIN, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(plain.Auth{User: user, Pass: "wrong"}.AsMechanism())}, true},
+			{"SCRAM-SHA-256, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha256Mechanism())}, true},
+			{"SCRAM-SHA-512, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha512Mechanism())}, true},
+			{"no SASL", []kgo.Opt{kgo.DialTLSConfig(secured)}, true},
+			{"no client certificate", []kgo.Opt{kgo.DialTLSConfig(nobody), kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, true},
+			{"no TLS", []kgo.Opt{kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, true},
+		} {
+			client, err := kgo.NewClient(append(c.opts, kgo.SeedBrokers(settings["KAFKA_BROKERS"]), kgo.RequestRetries(0))...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			err = client.Ping(ctx)
+			cancel()
+			client.Close()
+			if (err != nil) != c.refused || errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		if code := r.wait(); code != 0 {
+			t.Errorf("exit status %d", code)
+		}
 	}
 }

@@ -31,14 +31,16 @@ import (
 
 // broker is one process that speaks Kafka's protocol.
 type broker struct {
-	name string
-	node int32
-	port int
-	data string
-	last *child // its process, or the one it had
+	name    string
+	node    int32
+	port    int
+	secured int // port of its second listener, under -secure
+	data    string
+	last    *child // its process, or the one it had
 }
 
-func (b *broker) address() string { return fmt.Sprintf("127.0.0.1:%d", b.port) }
+func (b *broker) address() string        { return fmt.Sprintf("127.0.0.1:%d", b.port) }
+func (b *broker) securedAddress() string { return fmt.Sprintf("127.0.0.1:%d", b.secured) }
 
 // ready waits until the broker itself says that it is a member of its cluster and in sync with all that it replicates:
 // only then may the next one of a cluster be killed.
@@ -135,6 +137,7 @@ type apache struct {
 	java    func(dir string, args ...string) *exec.Cmd
 	quorum  string // the controller's address
 	size    int
+	secure  *credentials  // nil without -secure
 	started chan struct{} // closed when the controller is up for the first time
 	upSince time.Time     // the controller; read only after started
 }
@@ -148,21 +151,28 @@ const (
 	sessionMargin = time.Second
 )
 
-// newApache makes a controller and count brokers, and fetches Kafka if need be. It returns the brokers' addresses too.
-func newApache(ctx context.Context, procs *processes, data string, count int, javaOptions string, port func() int, say func(string, ...any)) ([]*server, string, error) {
+// newApache makes a controller and the brokers, and fetches Kafka if need be. It returns the brokers' addresses too and, under -secure, what
+// a client of their secured listeners sets.
+func newApache(ctx context.Context, procs *processes, cfg config, port func() int, say func(string, ...any)) ([]*server, string, map[string]string, error) {
 	program, err := exec.LookPath("java")
 	if err != nil {
-		return nil, "", errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
+		return nil, "", nil, errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
 	}
 	jars, err := fetchApache(ctx, procs, say)
 	if err != nil {
-		return nil, "", err
+		return nil, "", nil, err
 	}
-	// A cluster of another size is another cluster.
-	data = filepath.Join(data, fmt.Sprintf("kafka-apache-%d", count))
-	a := &apache{procs: procs, size: count, started: make(chan struct{})}
+	// A cluster of another size is another cluster, and so is one that knows a user.
+	data := filepath.Join(cfg.data, fmt.Sprintf("kafka-apache-%d", cfg.brokers))
+	a := &apache{procs: procs, size: cfg.brokers, started: make(chan struct{})}
+	if cfg.secure {
+		data += "-secure"
+		if a.secure, err = newCredentials(data); err != nil {
+			return nil, "", nil, err
+		}
+	}
 	a.java = func(dir string, args ...string) *exec.Cmd {
-		options := append(strings.Fields(javaOptions), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", filepath.Join(jars, "*"))
+		options := append(strings.Fields(cfg.java), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", filepath.Join(jars, "*"))
 		cmd := exec.Command(program, append(options, args...)...)
 		cmd.Dir = dir
 		return cmd
@@ -170,14 +180,18 @@ func newApache(ctx context.Context, procs *processes, data string, count int, ja
 	controller := &broker{name: "controller", node: controllerNode, port: port()}
 	a.quorum = controller.address()
 	brokers := []*broker{controller}
-	var addresses []string
-	for i := range count {
+	var addresses, securedAddresses []string
+	for i := range cfg.brokers {
 		b := &broker{name: "kafka", node: int32(i + 1), port: port()}
-		if count > 1 {
+		if cfg.brokers > 1 {
 			b.name = fmt.Sprintf("kafka%d", b.node)
 		}
 		brokers = append(brokers, b)
 		addresses = append(addresses, b.address())
+		if a.secure != nil {
+			b.secured = port()
+			securedAddresses = append(securedAddresses, b.securedAddress())
+		}
 	}
 	var servers []*server
 	formats, together := errgroup.WithContext(ctx)
@@ -200,7 +214,11 @@ func newApache(ctx context.Context, procs *processes, data string, count int, ja
 		}
 		servers = append(servers, s)
 	}
-	return servers, strings.Join(addresses, ","), formats.Wait()
+	var settings map[string]string
+	if a.secure != nil {
+		settings = a.secure.settings(securedAddresses)
+	}
+	return servers, strings.Join(addresses, ","), settings, formats.Wait()
 }
 
 func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
@@ -220,7 +238,11 @@ func (a *apache) format(ctx context.Context, b *broker) error {
 	}
 	const cluster = "d2FsbGV0LWRldi1zdGFjaw" // any 16 bytes; all members need the same ones
 	if b.node == controllerNode {
-		return a.procs.run(ctx, b.name+"-format", a.java(b.data, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", b.config()))
+		args := []string{"kafka.tools.StorageTool", "format", "-t", cluster, "-c", b.config()}
+		if a.secure != nil {
+			args = append(args, a.secure.format()...)
+		}
+		return a.procs.run(ctx, b.name+"-format", a.java(b.data, args...))
 	}
 	// All that the tool would leave for a broker is this file, after a second of Java.
 	id := make([]byte, 16)
@@ -292,12 +314,17 @@ min.insync.replicas=%[5]d
 broker.session.timeout.ms=%[6]d
 `, b.node, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds())
 	}
+	listeners, security := "PLAINTEXT://"+b.address(), ""
+	if a.secure != nil {
+		listeners += ",SECURED://" + b.securedAddress()
+		security = a.secure.properties()
+	}
 	return fmt.Sprintf(`process.roles=broker
 node.id=%d
-listeners=PLAINTEXT://%s
+listeners=%s
 controller.listener.names=CONTROLLER
 controller.quorum.voters=%d@%s
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SECURED:SASL_SSL
 log.dirs=%s
 auto.create.topics.enable=false
 default.replication.factor=%[6]d
@@ -316,7 +343,7 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The cleaner takes 128 MB at once otherwise, more than the small heap has.
 log.cleaner.dedupe.buffer.size=4194304
-`, b.node, b.address(), controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds())
+`, b.node, listeners, controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds()) + security
 }
 
 // replicas and inSync: what is written survives the loss of one broker of three, and goes on meanwhile.

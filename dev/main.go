@@ -2,8 +2,8 @@
 // with no containers and no configuration. `go run -C dev . -h` says how.
 //
 // File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child processes and
-// leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each; fetch.go is the cache of
-// downloads; events.go prints a topic.
+// leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each; secure.go is what
+// Kafka demands under -secure; fetch.go is the cache of downloads; events.go prints a topic.
 package main
 
 import (
@@ -33,6 +33,8 @@ All listen on 127.0.0.1 only. Nothing is left running, however the stack ends.
 const servicesUsage = `Starts only the servers, for tests. Once they are ready it prints one JSON line on standard output:
 
   {"database_url":"postgres://...","redis_url":"redis://...","kafka_brokers":"127.0.0.1:10004","pids":{"postgres":1,"redis":2,"kafka":3}}
+
+With -secure there is "secure_kafka" too: the service's settings for the secured listener, {"KAFKA_BROKERS":"127.0.0.1:10005","KAFKA_TLS":"true",...}.
 
 It stops when its standard input ends. Lines on standard input are obeyed, each answered by one JSON line when done:
 
@@ -129,6 +131,7 @@ func stackConfig(services bool, args []string) (config, error) {
 	f.StringVar(&c.redis, "redis", "auto", "`which` Redis: redis-server, miniredis, or auto: the first if there is one")
 	f.StringVar(&c.kafka, "kafka", "embedded", "`which` Kafka: embedded (no Java), apache (real brokers; needs Java 17 and, once, Maven)\nor the host:port of one that runs already")
 	f.IntVar(&c.brokers, "brokers", 1, "how many brokers -kafka apache starts, as one cluster")
+	f.BoolVar(&c.secure, "secure", false, "with -kafka apache: a second listener by TLS and SASL, with certificates and a password made for it;\nthe service uses that one")
 	f.StringVar(&c.java, "java", defaultJava, "`options` of the Java machine under -kafka apache")
 	f.BoolVar(&c.fresh, "fresh", false, "wipe the data folder's data first")
 	help, dataHelp := usage, "data `folder`, locked while in use (default dev/.data)"
@@ -158,6 +161,8 @@ func stackConfig(services bool, args []string) (config, error) {
 		return c, usageError("-kafka is embedded, apache or host:port")
 	case c.brokers < 1 || c.brokers > 1 && c.kafka != "apache":
 		return c, usageError("-brokers is at least 1, and more than 1 only with -kafka apache")
+	case c.secure && c.kafka != "apache":
+		return c, usageError("-secure goes with -kafka apache")
 	case !services && c.replicas < 1:
 		return c, usageError("-replicas is at least 1")
 	}

@@ -81,6 +81,9 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 		})
 	})
 	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL, "KAFKA_BROKERS="+s.address.KafkaBrokers)
+	for name, value := range s.address.SecureKafka {
+		environment = append(environment, name+"="+value)
+	}
 	if !s.cfg.rateLimit {
 		environment = append(environment, "RATE_LIMIT=0")
 	}
@@ -155,6 +158,10 @@ func (s *stack) guide() string {
 	if s.address.APIKey != "" {
 		key = "-H 'Authorization: Bearer " + s.address.APIKey + "' "
 	}
+	kafka := s.address.KafkaBrokers
+	if s.cfg.secure {
+		kafka += " (the service: " + s.address.SecureKafka["KAFKA_BROKERS"] + ", by TLS and SASL)"
+	}
 	return fmt.Sprintf(`
 The wallet service is ready.
 
@@ -175,6 +182,6 @@ Try, in another terminal:
   go run -C dev . events%[9]s -from start
 
 Ctrl-C stops everything; the data stays.
-`, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL, s.address.RedisURL, s.address.KafkaBrokers, s.cfg.data,
+`, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL, s.address.RedisURL, kafka, s.cfg.data,
 		s.address.HTTP[0], key, data, s.address.Operate[0])
 }

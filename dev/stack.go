@@ -40,6 +40,7 @@ type config struct {
 	redis       string
 	kafka       string
 	brokers     int
+	secure      bool
 	java        string
 
 	listen    string
@@ -76,13 +77,14 @@ type stack struct {
 
 // addresses is what the JSON line says, and what stack.json in the data folder keeps for `events`.
 type addresses struct {
-	HTTP         []string       `json:"http,omitempty"`
-	Operate      []string       `json:"operate,omitempty"` // metrics and profiles
-	APIKey       string         `json:"api_key,omitempty"` // under -key
-	DatabaseURL  string         `json:"database_url"`
-	RedisURL     string         `json:"redis_url"`
-	KafkaBrokers string         `json:"kafka_brokers"`
-	PIDs         map[string]any `json:"pids"`
+	HTTP         []string          `json:"http,omitempty"`
+	Operate      []string          `json:"operate,omitempty"` // metrics and profiles
+	APIKey       string            `json:"api_key,omitempty"` // under -key
+	DatabaseURL  string            `json:"database_url"`
+	RedisURL     string            `json:"redis_url"`
+	KafkaBrokers string            `json:"kafka_brokers"`
+	SecureKafka  map[string]string `json:"secure_kafka,omitempty"` // under -secure: the service's settings, KAFKA_BROKERS included
+	PIDs         map[string]any    `json:"pids"`
 }
 
 const addressFile = "stack.json"
@@ -259,7 +261,7 @@ func (s *stack) start(ctx context.Context) error {
 			servers = make([]*server, 1)
 			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
 		case "apache":
-			servers, s.address.KafkaBrokers, err = newApache(together, s.procs, s.cfg.data, s.cfg.brokers, s.cfg.java, s.port, s.say("kafka"))
+			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg, s.port, s.say("kafka"))
 		default:
 			s.address.KafkaBrokers = s.cfg.kafka
 		}
