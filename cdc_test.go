@@ -12,7 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"maps"
 	"math/rand/v2"
+	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -284,11 +287,7 @@ func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
 // checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own consumer.
 func checkStream(t *testing.T, cfg *config) {
 	t.Helper()
-	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), cfg, &said)
-	if err != nil || findings != 0 {
-		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
-	}
+	checkAudit(t, cfg)
 	conn := connect(t, cfg.databaseURL)
 	var want int
 	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
@@ -306,6 +305,15 @@ func checkStream(t *testing.T, cfg *config) {
 	}
 	if got != want {
 		t.Errorf("%d events for %d entries", got, want)
+	}
+}
+
+func checkAudit(t *testing.T, cfg *config) {
+	t.Helper()
+	var said bytes.Buffer
+	findings, err := runAudit(context.Background(), cfg, &said)
+	if err != nil || findings != 0 {
+		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}
 }
 
@@ -1058,5 +1066,91 @@ func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
 	t.Logf("from the answer to the consumer: median %v, p90 %v, longest %v", took[20], took[36], took[39])
 	if took[20] > 100*time.Millisecond {
 		t.Errorf("half of the events took more than %v", took[20])
+	}
+}
+
+// TestSecuredKafka: over TLS with client certificates and SASL, by each mechanism. A wrong setting costs nothing but time: the service takes
+// deposits and says in its log what is wrong, and with the right one their events follow.
+func TestSecuredKafka(t *testing.T) {
+	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
+		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker has no secured listener")
+	}
+	s, err := startServers("-secure")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "3"}
+	plain, err := readConfig(func(name string) string { return env[name] }) // the consumer's way, beside the one under test
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps.Copy(env, s.SecureKafka)
+	deposits := 0
+	for _, c := range []struct{ settings, fault string }{
+		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"}, // not by that one
+		{"KAFKA_TLS_CA=" + testFolder + "/absent", "set KAFKA_TLS_CA to a file that can be read"},
+		{"KAFKA_TLS_CERT=", "remote error: tls: "},
+		{"KAFKA_TLS=false", "run out of available brokers"}, // it hangs up without a word
+		{"KAFKA_SASL_MECHANISM=", "run out of available brokers"},
+		{"KAFKA_SASL_MECHANISM=PLAIN KAFKA_SASL_PASSWORD=wrong", "Invalid username or password"},
+		{"KAFKA_SASL_MECHANISM=PLAIN", ""},
+		{"KAFKA_SASL_MECHANISM=SCRAM-SHA-256 KAFKA_SASL_PASSWORD=wrong", "invalid credentials"},
+		{"KAFKA_SASL_MECHANISM=SCRAM-SHA-256", ""},
+		{"KAFKA_SASL_MECHANISM=SCRAM-SHA-512 KAFKA_SASL_USER=nobody", "invalid credentials"},
+		{"KAFKA_SASL_MECHANISM=SCRAM-SHA-512", ""},
+	} {
+		t.Run(c.settings, func(t *testing.T) {
+			r := newReplica(t, env, fmt.Sprint("secured-", names.Add(1)))
+			for setting := range strings.FieldsSeq(c.settings) {
+				name, value, _ := strings.Cut(setting, "=")
+				r.env[name] = value
+			}
+			deposit := func() {
+				t.Helper()
+				deposits++
+				response, err := http.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, 1+deposits%5), "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, deposits)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				response.Body.Close()
+				if response.StatusCode != 200 {
+					t.Fatalf("deposit: %s", response.Status)
+				}
+			}
+			r.start(t)
+			eventually(t, 20*time.Second, "ready", r.isReady)
+			deposit()
+			if c.fault == "" {
+				eventually(t, 30*time.Second, "leading", r.leads)
+				restarts := r.metric("wallet_relay_restarts_total")
+				deposit()
+				time.Sleep(4 * time.Second) // longer than the broker lets a session live: it is authenticated again
+				deposit()
+				checkStream(t, plain)
+				if again := r.metric("wallet_relay_restarts_total"); again != restarts {
+					t.Errorf("%v restarts while it led, see %s", again-restarts, r.log)
+				}
+				cfg, err := readConfig(func(name string) string { return r.env[name] })
+				if err != nil {
+					t.Fatal(err)
+				}
+				checkAudit(t, cfg)
+			} else {
+				var log []byte
+				eventually(t, 20*time.Second, c.fault+" in "+r.log, func() bool {
+					log, _ = os.ReadFile(r.log)
+					return bytes.Contains(log, []byte(c.fault))
+				})
+				eventually(t, 5*time.Second, "the fault counted", func() bool { return r.metric("wallet_relay_restarts_total") > 0 })
+				if takeovers := r.metric("wallet_relay_takeovers_total"); takeovers != 0 || !r.isReady() {
+					t.Errorf("%v takeovers, ready: %v", takeovers, r.isReady())
+				}
+				deposit()
+			}
+			if r.stop(t); r.cmd.ProcessState.ExitCode() != 0 {
+				t.Errorf("exit status %d, see %s", r.cmd.ProcessState.ExitCode(), r.log)
+			}
+		})
 	}
 }

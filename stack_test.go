@@ -32,6 +32,7 @@ type servers struct {
 	DatabaseURL  string                     `json:"database_url"`
 	RedisURL     string                     `json:"redis_url"`
 	KafkaBrokers string                     `json:"kafka_brokers"`
+	SecureKafka  map[string]string          `json:"secure_kafka"` // with -secure: the settings for the brokers' other listeners
 	PIDs         map[string]json.RawMessage `json:"pids"`
 
 	mu     sync.Mutex // one command at a time
