@@ -21,7 +21,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -634,25 +633,18 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	start(t, env) // a newer schema is fine to serve on
 }
 
-// TestSigtermLosesNothing: under load, a process that is told to stop becomes not ready, answers what it has taken, and exits 0 in time.
+// TestSigtermLosesNothing: under load, a process that is told to stop becomes not ready, answers what it has taken, confirms what it has
+// published, and exits 0 in time.
 func TestSigtermLosesNothing(t *testing.T) {
-	listener := newListener(t) // only to find a free port
-	address := listener.Addr().String()
-	listener.Close()
-	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "LISTEN_ADDR="+address, "DRAIN_DELAY=500ms")
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "DRAIN_DELAY=500ms")
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
-	cmd := walletCommand(t, env)
-	var log bytes.Buffer
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Process.Kill()
+	r := newReplica(t, env, "sigterm-"+env["REPLICATION_SLOT"])
+	r.start(t)
 	post := func(i int) (status int, body string) {
-		r, _ := http.NewRequest("POST", "http://"+address+fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%7), strings.NewReader(`{"amount":"1"}`))
-		r.Header.Set("Content-Type", "application/json")
-		r.Header.Set("Idempotency-Key", strconv.Itoa(i)) // as a header, so that Go's client repeats a request whose idle connection was just closed
-		response, err := http.DefaultClient.Do(r)
+		request, _ := http.NewRequest("POST", r.url+fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%7), strings.NewReader(`{"amount":"1"}`))
+		request.Header.Set("Content-Type", "application/json")
+		request.Header.Set("Idempotency-Key", strconv.Itoa(i)) // as a header, so that Go's client repeats a request whose idle connection was just closed
+		response, err := http.DefaultClient.Do(request)
 		if err != nil {
 			return 0, err.Error()
 		}
@@ -661,19 +653,13 @@ func TestSigtermLosesNothing(t *testing.T) {
 		return response.StatusCode, string(text)
 	}
 	eventually(t, 30*time.Second, "ready", func() bool { status, _ := post(0); return status == 200 })
+	eventually(t, 30*time.Second, "leading", r.leads)
 	// As behind a load balancer: whoever sees that the service is not ready sends it no further request.
-	ready := func() bool {
-		response, err := http.Get("http://" + address + "/readyz")
-		if err == nil {
-			response.Body.Close()
-		}
-		return err == nil && response.StatusCode == 200
-	}
 	var notReady atomic.Bool
 	var acknowledged, next atomic.Int64
 	var clients sync.WaitGroup
 	clients.Go(func() {
-		for ready() {
+		for r.isReady() {
 			time.Sleep(20 * time.Millisecond)
 		}
 		notReady.Store(true)
@@ -691,17 +677,20 @@ func TestSigtermLosesNothing(t *testing.T) {
 	}
 	time.Sleep(500 * time.Millisecond)
 	began := time.Now()
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil || time.Since(began) > 10*time.Second {
-		t.Errorf("ended after %v: %v\n%s", time.Since(began), err, log.String())
+	r.stop(t)
+	took := time.Since(began)
+	log, err := os.ReadFile(r.log)
+	if exit := r.cmd.ProcessState.ExitCode(); err != nil || exit != 0 || took > 10*time.Second {
+		t.Errorf("exit status %d after %v, %v\n%s", exit, took, err, log)
 	}
 	clients.Wait()
 	var entries int64
 	if err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&entries); err != nil || entries != acknowledged.Load()+1 {
 		t.Errorf("%d entries for %d acknowledged deposits and the first (%v)", entries, acknowledged.Load(), err)
 	}
-	if !strings.Contains(log.String(), "msg=stopped") || strings.Contains(log.String(), "level=ERROR") {
-		t.Errorf("the log of the end:\n%s", log.String())
+	drained := regexp.MustCompile(`msg="relay drained" confirmed=[0-9A-F]+/[0-9A-F]+ error=<nil>`)
+	if !drained.Match(log) || !bytes.Contains(log, []byte("msg=stopped")) || bytes.Contains(log, []byte("level=ERROR")) {
+		t.Errorf("the log of the end:\n%s", log)
 	}
 	checkLedger(t, env["DATABASE_URL"])
 }
