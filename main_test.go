@@ -627,6 +627,21 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	if err := migrate(context.Background(), cfg); err != nil {
 		t.Error(err)
 	}
+	var foreignKeys int
+	for _, statement := range []string{ // what version 1 had
+		`DELETE FROM wallet_schema WHERE version > 1`, `DROP TRIGGER entry_fits_wallet ON entry`, `ALTER TABLE entry ADD CONSTRAINT entry_wallet_exists FOREIGN KEY (wallet_id) REFERENCES wallet (id)`,
+	} {
+		if _, err := conn.Exec(context.Background(), statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := migrate(context.Background(), cfg); err != nil {
+		t.Error(err)
+	}
+	err = conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_constraint WHERE conname = 'entry_wallet_exists'`).Scan(&foreignKeys)
+	if _, missing := conn.Exec(context.Background(), `ALTER TABLE entry DISABLE TRIGGER entry_fits_wallet, ENABLE TRIGGER entry_fits_wallet`); err != nil || missing != nil || foreignKeys > 0 {
+		t.Error("version 1 was not brought up:", err, missing, foreignKeys)
+	}
 	if _, err := conn.Exec(context.Background(), `INSERT INTO wallet_schema VALUES (99)`); err != nil {
 		t.Fatal(err)
 	}
