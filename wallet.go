@@ -19,7 +19,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -245,71 +244,72 @@ func (l *ledger) do(ctx context.Context, op *operation) error {
 	}
 }
 
-// run runs the writers until ctx ends and the queue is empty.
+// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those before it are at Postgres, never by
+// waiting for company: whenever a writer is free it gets all that are waiting, except operations on a wallet that another writer has in hand.
+// At Postgres those would only wait for a lock, and everything else in their batch with them.
 func (l *ledger) run(ctx context.Context) error {
-	var writers sync.WaitGroup
-	for range l.writers {
-		writers.Go(func() { l.write(ctx) })
-	}
-	writers.Wait()
-	return nil
-}
-
-func (l *ledger) write(ctx context.Context) {
-	finished := make(chan struct{}, 1) // at most one batch of this writer is being announced while the next is posted
-	for {
-		batch := l.gather(ctx)
-		if batch == nil {
-			break
+	free, finished := l.writers, make(chan []*operation, l.writers)
+	inHand := make(map[int64]bool) // wallets of the batches at Postgres
+	var waiting []*operation       // for a wallet in hand, in order of arrival
+	awaited := make(map[int64]bool)
+	stop := ctx.Done()
+	for stop != nil || free < l.writers || len(waiting) > 0 || len(l.queue) > 0 {
+		var candidates []*operation
+		queue := l.queue
+		if free == 0 || len(waiting) >= l.batchOpsMax {
+			queue = nil // what arrives waits there, up to its bound
 		}
-		l.post(batch)
-		finished <- struct{}{}
+		select {
+		case op := <-queue:
+			candidates = []*operation{op}
+		case batch := <-finished:
+			free++
+			for _, op := range batch {
+				delete(inHand, op.walletID)
+				delete(inHand, op.toID)
+			}
+			candidates, waiting = waiting, nil
+			clear(awaited)
+		case <-stop:
+			stop = nil
+			continue
+		}
+		for len(candidates) < l.batchOpsMax && len(l.queue) > 0 {
+			candidates = append(candidates, <-l.queue)
+		}
+		batch := make([]*operation, 0, len(candidates))
+		for _, op := range candidates {
+			switch {
+			case op.ctx.Err() != nil:
+				op.err = errUnavailable // nobody is waiting any more, and nothing was done
+				close(op.done)
+			case len(batch) == l.batchOpsMax || inHand[op.toID] || awaited[op.walletID] || awaited[op.toID]:
+				// Those behind it wait as well, or it might wait for ever.
+				awaited[op.walletID], awaited[op.toID] = true, op.toID != 0
+				waiting = append(waiting, op)
+			default:
+				batch = append(batch, op)
+			}
+		}
+		if len(batch) == 0 {
+			continue
+		}
+		for _, op := range batch {
+			inHand[op.walletID], inHand[op.toID] = true, op.toID != 0
+		}
+		free--
 		go func() {
+			l.post(batch)
+			finished <- batch
 			l.announce(batch)
-			<-finished
 		}()
 	}
-	finished <- struct{}{}
-}
-
-// gather waits for an operation and takes all that are waiting behind it: a batch forms while the one before it is at
-// Postgres, never by waiting for company. It returns nil when ctx has ended and nothing is waiting.
-func (l *ledger) gather(ctx context.Context) []*operation {
-	var first *operation
-	select {
-	case first = <-l.queue:
-	case <-ctx.Done():
-		select {
-		case first = <-l.queue:
-		default:
-			return nil
-		}
-	}
-	batch := make([]*operation, 0, min(len(l.queue)+1, l.batchOpsMax))
-	for op := first; ; {
-		if op.ctx.Err() == nil {
-			batch = append(batch, op)
-		} else {
-			op.err = errUnavailable // nobody is waiting any more, and nothing was done
-			close(op.done)
-		}
-		if len(batch) == l.batchOpsMax {
-			return batch
-		}
-		select {
-		case op = <-l.queue:
-		default:
-			return batch
-		}
-	}
+	return nil
 }
 
 // post brings a batch into the ledger, or settles each operation's error. Running a batch again is always safe, also when its
 // commit's outcome is unknown: the idempotency keys find what was written.
 func (l *ledger) post(batch []*operation) {
-	if len(batch) == 0 {
-		return
-	}
 	started := time.Now()
 	lock := lockWallets
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
