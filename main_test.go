@@ -709,3 +709,36 @@ func TestSigtermLosesNothing(t *testing.T) {
 	}
 	checkLedger(t, env["DATABASE_URL"])
 }
+
+// slowDisk takes a while for each write.
+type slowDisk struct {
+	bytes.Buffer
+	writes int
+}
+
+func (d *slowDisk) Write(p []byte) (int, error) {
+	time.Sleep(5 * time.Millisecond)
+	d.writes++
+	return d.Buffer.Write(p)
+}
+
+// TestLogLinesAreWrittenTogether: all of them, in order, a slow disk taking several at once; and what waits is bounded.
+func TestLogLinesAreWrittenTogether(t *testing.T) {
+	disk := new(slowDisk)
+	l := newLogWriter(disk)
+	var want strings.Builder
+	for i := range 1000 {
+		line := fmt.Sprintf("%d %s\n", i, strings.Repeat("x", 2000))
+		want.WriteString(line)
+		l.Write([]byte(line))
+		l.mu.Lock()
+		if len(l.waiting) > logBytesMax+len(line) {
+			t.Fatalf("%d bytes wait", len(l.waiting))
+		}
+		l.mu.Unlock()
+	}
+	l.close()
+	if disk.String() != want.String() || disk.writes > 500 {
+		t.Errorf("%d bytes in %d writes, want %d bytes in order", disk.Len(), disk.writes, want.Len())
+	}
+}

@@ -283,7 +283,7 @@ func (l *ledger) run(ctx context.Context) error {
 			case op.ctx.Err() != nil:
 				op.err = errUnavailable // nobody is waiting any more, and nothing was done
 				close(op.done)
-			case len(batch) == l.batchOpsMax || inHand[op.toID] || awaited[op.walletID] || awaited[op.toID]:
+			case len(batch) == l.batchOpsMax || inHand[op.walletID] || inHand[op.toID] || awaited[op.walletID] || awaited[op.toID]:
 				// Those behind it wait as well, or it might wait for ever.
 				awaited[op.walletID], awaited[op.toID] = true, op.toID != 0
 				waiting = append(waiting, op)

@@ -718,3 +718,32 @@ func FuzzCursor(f *testing.F) {
 		}
 	})
 }
+
+// TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the wallets, and nobody starves.
+func TestWritersShareNoWallet(t *testing.T) {
+	w := start(t, testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=8"))
+	conn := connect(t, w.env["DATABASE_URL"])
+	moved := make(chan struct{})
+	go func() {
+		defer close(moved)
+		moveAtRandom(t, 24, 100, 6, func() *wallets { return w })
+	}()
+	samples, busy, waits := 0, 0, 0
+	for going := true; going; samples++ {
+		select {
+		case <-moved:
+			going = false
+		case <-time.After(time.Millisecond):
+		}
+		var active, waiting int
+		if err := conn.QueryRow(context.Background(), `SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event IN ('transactionid', 'tuple')) FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = 'wallet write' AND state <> 'idle'`).Scan(&active, &waiting); err != nil {
+			t.Fatal(err)
+		}
+		busy, waits = busy+active, waits+waiting
+	}
+	if waits > 0 || busy == 0 {
+		t.Errorf("of %d batches seen at Postgres in %d samples, %d waited for another's lock", busy, samples, waits)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
