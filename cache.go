@@ -12,9 +12,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -42,8 +44,14 @@ type cache struct {
 	// begun. True at first: nobody knows what this replica's former life left out.
 	lost atomic.Bool
 
+	// sent holds the newest seq of each wallet that this process has put under prefix: the relay need not put again what a writer beside it has.
+	sentMu sync.Mutex
+	sent   map[int64]int64
+
 	hits, misses, errors, puts, generations atomic.Int64
 }
+
+const sentMax = 50_000 // wallets; then sent begins anew
 
 func newCache(cfg *config) (*cache, error) {
 	options, err := redis.ParseURL(cfg.redisURL)
@@ -53,7 +61,7 @@ func newCache(cfg *config) (*cache, error) {
 	options.DialTimeout, options.ReadTimeout, options.WriteTimeout = time.Second, cfg.cacheTimeout, cfg.cacheTimeout
 	options.ContextTimeoutEnabled = true
 	options.MaxRetries = -1
-	c := &cache{redis: redis.NewClient(options), ttl: cfg.cacheTTL, timeout: cfg.cacheTimeout}
+	c := &cache{redis: redis.NewClient(options), ttl: cfg.cacheTTL, timeout: cfg.cacheTimeout, sent: make(map[int64]int64)}
 	c.lost.Store(true)
 	return c, nil
 }
@@ -64,6 +72,9 @@ func (c *cache) enter(systemIdentifier, timeline string) {
 	if old := c.prefix.Load(); old == nil || *old != prefix {
 		c.prefix.Store(&prefix)
 		c.lost.Store(true)
+		c.sentMu.Lock()
+		clear(c.sent)
+		c.sentMu.Unlock()
 	}
 }
 
@@ -166,11 +177,26 @@ func (c *cache) fill(b cachedBalance, generation string) {
 	}
 }
 
-// put brings in balances that were just committed (or just published). It takes at most CACHE_TIMEOUT and never fails: what
-// does not arrive is made up for by a new generation.
+// put brings in balances that were just committed (or just published), and drops from the map those that this process has put before. It takes
+// at most CACHE_TIMEOUT and never fails: what does not arrive is made up for by a new generation.
 func (c *cache) put(balances map[int64]cachedBalance) {
-	if len(balances) > 0 {
-		c.store(balances, "")
+	prefix := c.prefix.Load()
+	c.sentMu.Lock()
+	maps.DeleteFunc(balances, func(id int64, b cachedBalance) bool { return c.sent[id] >= b.seq })
+	c.sentMu.Unlock()
+	if len(balances) == 0 || !c.store(balances, "") {
+		return
+	}
+	c.sentMu.Lock()
+	defer c.sentMu.Unlock()
+	if c.prefix.Load() != prefix {
+		return // the seqs of another timeline say nothing
+	}
+	if len(c.sent) > sentMax {
+		clear(c.sent)
+	}
+	for id, b := range balances {
+		c.sent[id] = max(c.sent[id], b.seq)
 	}
 }
 
@@ -193,10 +219,11 @@ for i = 2, #KEYS do
 end
 return 1`)
 
-func (c *cache) store(balances map[int64]cachedBalance, generation string) {
+// store says whether the balances arrived.
+func (c *cache) store(balances map[int64]cachedBalance, generation string) bool {
 	prefix, usable := c.usable()
 	if !usable {
-		return // a new generation will begin after this, and Postgres has the balance
+		return false // a new generation will begin after this, and Postgres has the balance
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
 	defer cancel()
@@ -209,9 +236,10 @@ func (c *cache) store(balances map[int64]cachedBalance, generation string) {
 	}
 	if err := storeNewer.Run(ctx, c.redis, keys, args...).Err(); err != nil {
 		c.fail(err)
-		return
+		return false
 	}
 	c.puts.Add(int64(len(balances)))
+	return true
 }
 
 func (c *cache) writeMetrics(w io.Writer) {

@@ -46,6 +46,23 @@ func TestOnlyNewerBalancesAreKept(t *testing.T) {
 	want(10, "100")
 }
 
+// TestPutsOnce: what a process has put it does not put again, until the timeline changes: there, a lower seq may be the newest.
+func TestPutsOnce(t *testing.T) {
+	c := testCache(t, stack(t).RedisURL, t.Name())
+	for range 3 {
+		c.put(one(1, 5, "50"))
+	}
+	if n := c.puts.Load(); n != 1 {
+		t.Errorf("%d puts", n)
+	}
+	c.enter(t.Name(), "2")
+	eventually(t, 5*time.Second, "cache in use", func() bool { _, ok := c.usable(); return ok })
+	c.put(one(1, 4, "40"))
+	if b, _, ok := c.get(context.Background(), 1); !ok || b.seq != 4 {
+		t.Errorf("%+v %v, want seq 4", b, ok)
+	}
+}
+
 // TestFillAfterAnOutageDoesNotPinTheOld: a reader read seq 5, then seq 6 was put and lost; the reader's fill comes last.
 func TestFillAfterAnOutageDoesNotPinTheOld(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())

@@ -737,6 +737,18 @@ func (l *leadership) keepOutbox(ctx context.Context) {
 // outboxColumns tells where in a row the columns are that make an event.
 type outboxColumns struct {
 	walletID, seq, payload, traceparent int
+
+	room []byte // for copies
+}
+
+// copy copies a value into room that it shares with its neighbours: one allocation for many rows.
+func (c *outboxColumns) copy(value []byte) []byte {
+	if len(value) > cap(c.room)-len(c.room) {
+		c.room = make([]byte, 0, max(64<<10, len(value)))
+	}
+	start := len(c.room)
+	c.room = append(c.room, value...)
+	return c.room[start:len(c.room):len(c.room)]
 }
 
 // newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come under the root's name.
@@ -744,7 +756,7 @@ func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
 	at := func(name string) int {
 		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool { return c.Name == name })
 	}
-	c := &outboxColumns{at("aggregate_id"), at("seq"), at("payload"), at("traceparent")}
+	c := &outboxColumns{walletID: at("aggregate_id"), seq: at("seq"), payload: at("payload"), traceparent: at("traceparent")}
 	if m.RelationName != "outbox" || min(c.walletID, c.seq, c.payload, c.traceparent) < 0 {
 		return nil
 	}
@@ -779,7 +791,7 @@ func (c *outboxColumns) decode(data []byte) (e event, err error) {
 		case c.seq:
 			e.seq, err = strconv.ParseInt(string(value), 10, 64)
 		case c.payload:
-			e.payload = bytes.Clone(value)
+			e.payload = c.copy(value)
 		case c.traceparent:
 			e.traceparent = string(value)
 		}
@@ -1298,13 +1310,15 @@ func kafkaConfig(cfg *config) (*sarama.Config, error) {
 	conf.ClientID = "wallet-relay"
 	conf.Version = sarama.V2_8_0_0 // the oldest broker; the requests used are the same since
 	conf.Net.MaxOpenRequests = 1   // with more, a retry could reorder
+	conf.ChannelBufferSize = 4096
 	conf.Net.DialTimeout, conf.Net.ReadTimeout, conf.Net.WriteTimeout = 3*time.Second, 8*time.Second, 8*time.Second
 	conf.Metadata.AllowAutoTopicCreation = false
 	conf.Consumer.IsolationLevel = sarama.ReadCommitted
 	p := &conf.Producer
 	p.RequiredAcks, p.Idempotent = sarama.WaitForAll, true
-	p.Compression = sarama.CompressionZSTD // measured faster than lz4, snappy and none
+	p.Compression, p.CompressionLevel = sarama.CompressionZSTD, 1 // measured faster than lz4, snappy, none and higher levels
 	p.Timeout = 5 * time.Second
+	p.Flush.Frequency = time.Millisecond // else the first event of a transaction goes alone, and the others in a second request
 	p.Retry.Max, p.Retry.Backoff = 100, 100*time.Millisecond // outlives a broker's restart, up to kafkaPatience
 	p.Return.Successes, p.Return.Errors = true, true
 	p.Transaction.Timeout = txnTimeout
@@ -1489,14 +1503,10 @@ func (k *kafka) message(e *event) (*sarama.ProducerMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &sarama.ProducerMessage{Topic: k.events, Key: sarama.StringEncoder(strconv.FormatInt(e.walletID, 10)), Value: sarama.ByteEncoder(e.payload),
-		Headers: make([]sarama.RecordHeader, len(headers))}
-	for i, h := range headers {
-		m.Headers[i] = sarama.RecordHeader{Key: []byte(h.key), Value: []byte(h.value)}
-	}
+	m := &sarama.ProducerMessage{Topic: k.events, Key: sarama.ByteEncoder(strconv.AppendInt(nil, e.walletID, 10)), Value: sarama.ByteEncoder(e.payload), Headers: headers}
 	text, err := eventTime(e.payload)
 	if err == nil {
-		m.Timestamp, err = time.Parse(timeFormat, text)
+		m.Timestamp, err = time.Parse(time.RFC3339Nano, string(text)) // a case of timeFormat that Go parses four times as fast
 	}
 	return m, err
 }

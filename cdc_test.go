@@ -1090,9 +1090,9 @@ func TestSecuredKafka(t *testing.T) {
 	for _, c := range []struct{ settings, fault string }{
 		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"}, // not by that one
 		{"KAFKA_TLS_CA=" + testFolder + "/absent", "set KAFKA_TLS_CA to a file that can be read"},
-		{"KAFKA_TLS_CERT=", "remote error: tls: "},
-		{"KAFKA_TLS=false", "run out of available brokers"}, // it hangs up without a word
-		{"KAFKA_SASL_MECHANISM=", "run out of available brokers"},
+		{"KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "remote error: tls: "},
+		{"KAFKA_TLS=false KAFKA_TLS_CA= KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "run out of available brokers"}, // it hangs up without a word
+		{"KAFKA_SASL_MECHANISM= KAFKA_SASL_USER= KAFKA_SASL_PASSWORD=", "run out of available brokers"},
 		{"KAFKA_SASL_MECHANISM=PLAIN KAFKA_SASL_PASSWORD=wrong", "Invalid username or password"},
 		{"KAFKA_SASL_MECHANISM=PLAIN", ""},
 		{"KAFKA_SASL_MECHANISM=SCRAM-SHA-256 KAFKA_SASL_PASSWORD=wrong", "invalid credentials"},

@@ -527,6 +527,15 @@ func TestConfigurationRefusals(t *testing.T) {
 			t.Errorf("%s=%s: %v", name, bad, err)
 		}
 	}
+	for _, half := range []map[string]string{
+		{"KAFKA_TLS_CA": "ca.pem"}, {"KAFKA_TLS": "false", "KAFKA_TLS_CERT": "c.pem", "KAFKA_TLS_KEY": "k.pem"}, {"KAFKA_TLS": "true", "KAFKA_TLS_KEY": "k.pem"}, {"KAFKA_TLS": "true", "KAFKA_TLS_CERT": "c.pem"},
+		{"KAFKA_SASL_MECHANISM": "PLAIN"}, {"KAFKA_SASL_USER": "u", "KAFKA_SASL_PASSWORD": "p"}, {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USER": "u"},
+	} {
+		half["DATABASE_URL"] = good["DATABASE_URL"]
+		if _, err := readConfig(func(n string) string { return half[n] }); err == nil || !strings.HasPrefix(err.Error(), "set KAFKA_") {
+			t.Errorf("%v: %v", half, err)
+		}
+	}
 	if _, err := readConfig(func(string) string { return "" }); err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
 		t.Errorf("nothing set: %v", err)
 	}

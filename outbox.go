@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/IBM/sarama"
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -73,12 +74,12 @@ func appendEvent(dst []byte, e *entry) []byte {
 }
 
 // eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent wrote: the last member.
-func eventTime(payload []byte) (string, error) {
+func eventTime(payload []byte) ([]byte, error) {
 	tail := len(payload) - len(`"}`)
 	if tail < len(timeFormat) || !bytes.HasSuffix(payload[:tail-len(timeFormat)], []byte(`,"created_at":"`)) {
-		return "", fmt.Errorf("outbox payload does not end in created_at: %.300q", payload)
+		return nil, fmt.Errorf("outbox payload does not end in created_at: %.300q", payload)
 	}
-	return string(payload[tail-len(timeFormat) : tail]), nil
+	return payload[tail-len(timeFormat) : tail], nil
 }
 
 // eventText is a text member out of an event's JSON, by its name. No earlier member can contain the name: the only free text, the
@@ -93,30 +94,53 @@ func eventText(payload []byte, name string) (string, error) {
 }
 
 // header is one Kafka record header.
-type header struct{ key, value string }
+type header = sarama.RecordHeader
+
+// Headers that all events have alike, and the names of the others.
+var (
+	headerSpecVersion = header{Key: []byte("ce_specversion"), Value: []byte("1.0")}
+	headerSource      = header{Key: []byte("ce_source"), Value: []byte(eventSource)}
+	headerType        = header{Key: []byte("ce_type"), Value: []byte(eventType)}
+	headerContentType = header{Key: []byte("content-type"), Value: []byte("application/json")}
+
+	nameID, nameTime, nameSubject  = []byte("ce_id"), []byte("ce_time"), []byte("ce_subject")
+	nameCommitLSN, nameTraceparent = []byte("ce_commitlsn"), []byte("traceparent")
+)
 
 // eventHeaders are the headers of an event's Kafka record: CloudEvents 1.0 in Kafka's binary mode
 // (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the commit LSN of the
-// entry's transaction as an extension, and traceparent where the request had one.
+// entry's transaction as an extension, and traceparent where the request had one. They share memory with each other and the payload.
 func eventHeaders(walletID, seq int64, payload []byte, traceparent string, commitLSN pglogrepl.LSN) ([]header, error) {
 	at, err := eventTime(payload)
 	if err != nil {
 		return nil, err
 	}
-	headers := []header{
-		{"ce_specversion", "1.0"},
-		{"ce_id", entryID(walletID, seq)},
-		{"ce_source", eventSource},
-		{"ce_type", eventType},
-		{"ce_time", at},
-		{"ce_subject", strconv.FormatInt(walletID, 10)},
-		{"ce_commitlsn", commitLSN.String()},
-		{"content-type", "application/json"},
-	}
+	text := make([]byte, 0, 64)
+	text = strconv.AppendInt(text, walletID, 10)
+	subject := text[:len(text):len(text)]
+	id := appendEntryID(text[:0], walletID, seq) // begins with the subject
+	lsn := appendLSN(id[len(id):], commitLSN)
+	headers := make([]header, 0, 9)
+	headers = append(headers, headerSpecVersion, header{Key: nameID, Value: id}, headerSource, headerType, header{Key: nameTime, Value: at},
+		header{Key: nameSubject, Value: subject}, header{Key: nameCommitLSN, Value: lsn}, headerContentType)
 	if traceparent != "" {
-		headers = append(headers, header{"traceparent", traceparent})
+		headers = append(headers, header{Key: nameTraceparent, Value: []byte(traceparent)})
 	}
 	return headers, nil
+}
+
+// appendLSN appends a position in the WAL as Postgres writes it, such as 16/B374D848.
+func appendLSN(dst []byte, lsn pglogrepl.LSN) []byte {
+	start := len(dst)
+	dst = strconv.AppendUint(dst, uint64(lsn>>32), 16)
+	dst = append(dst, '/')
+	dst = strconv.AppendUint(dst, uint64(uint32(lsn)), 16)
+	for i, c := range dst[start:] {
+		if c >= 'a' {
+			dst[start+i] = c - 'a' + 'A'
+		}
+	}
+	return dst
 }
 
 const insertOutbox = `

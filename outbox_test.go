@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"testing"
 	"time"
 
@@ -26,7 +27,7 @@ func TestEventShape(t *testing.T) {
 	if !json.Valid(got) {
 		t.Error("not JSON")
 	}
-	if at, err := eventTime(got); err != nil || at != "2026-01-02T03:04:05.123456Z" {
+	if at, err := eventTime(got); err != nil || string(at) != "2026-01-02T03:04:05.123456Z" {
 		t.Errorf("time %s, %v", at, err)
 	}
 	if balance, err := eventText(got, "balance_after"); err != nil || balance != "9.5" {
@@ -44,6 +45,9 @@ func TestEventShape(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if lsn := appendLSN(nil, math.MaxUint64); string(lsn) != pglogrepl.LSN(math.MaxUint64).String() {
+		t.Errorf("LSN %s", lsn)
+	}
 	wantHeaders := map[string]string{
 		"ce_specversion": "1.0", "ce_id": "1-2", "ce_source": "/v1/wallets", "ce_type": "wallet.entry.v1", "ce_time": "2026-01-02T03:04:05.123456Z", "ce_subject": "1",
 		"ce_commitlsn": "16/B374D848", "content-type": "application/json", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
@@ -52,8 +56,8 @@ func TestEventShape(t *testing.T) {
 		t.Errorf("headers %v", headers)
 	}
 	for _, h := range headers {
-		if wantHeaders[h.key] != h.value {
-			t.Errorf("header %s is %q, want %q", h.key, h.value, wantHeaders[h.key])
+		if wantHeaders[string(h.Key)] != string(h.Value) {
+			t.Errorf("header %s is %q, want %q", h.Key, h.Value, wantHeaders[string(h.Key)])
 		}
 	}
 }

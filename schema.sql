@@ -181,11 +181,13 @@ BEGIN
     EXECUTE format('DROP TABLE %I', part);
 END $$;
 
--- Inserts only, and under the root's name: dropping a partition is silent.
+-- Inserts only, under the root's name (dropping a partition is silent), and only what an event is made of: each further column would
+-- be decoded, sent and dropped.
 DO $$ BEGIN
-    CREATE PUBLICATION wallet_outbox FOR TABLE outbox WITH (publish = 'insert', publish_via_partition_root = true);
+    CREATE PUBLICATION wallet_outbox WITH (publish = 'insert', publish_via_partition_root = true);
 EXCEPTION WHEN duplicate_object THEN NULL;
 END $$;
+ALTER PUBLICATION wallet_outbox SET TABLE outbox (aggregate_id, seq, payload, traceparent);
 
 -- ---------------------------------------------------------------------------------------------------------------------
 -- Rights
