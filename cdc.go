@@ -1318,7 +1318,7 @@ func kafkaConfig(cfg *config) (*sarama.Config, error) {
 	p.RequiredAcks, p.Idempotent = sarama.WaitForAll, true
 	p.Compression, p.CompressionLevel = sarama.CompressionZSTD, 1 // measured faster than lz4, snappy, none and higher levels
 	p.Timeout = 5 * time.Second
-	p.Flush.Frequency = time.Millisecond // else the first event of a transaction goes alone, and the others in a second request
+	p.Flush.Frequency = time.Millisecond                     // else the first event of a transaction goes alone, and the others in a second request
 	p.Retry.Max, p.Retry.Backoff = 100, 100*time.Millisecond // outlives a broker's restart, up to kafkaPatience
 	p.Return.Successes, p.Return.Errors = true, true
 	p.Transaction.Timeout = txnTimeout

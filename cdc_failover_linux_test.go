@@ -6,11 +6,14 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -160,4 +163,56 @@ func onlyHost(t *testing.T, databaseURL, port string) string {
 		t.Fatal(err)
 	}
 	return strings.Replace(databaseURL, u.Host, "127.0.0.1:"+port, 1)
+}
+
+// TestMemoryIsBoundedWhileServersStandStill: Kafka, then Postgres is frozen under load. What piles up is refused or stays where it is.
+func TestMemoryIsBoundedWhileServersStandStill(t *testing.T) {
+	s, err := startServers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	r := newReplica(t, map[string]string{"DATABASE_URL": s.DatabaseURL, "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "RATE_LIMIT": "0"}, "memory")
+	r.start(t)
+	eventually(t, 20*time.Second, "leading", r.leads)
+	var stop atomic.Bool
+	var answered, refused atomic.Int64
+	var clients sync.WaitGroup
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 200}}
+	for c := range 100 {
+		clients.Go(func() {
+			for i := 0; !stop.Load(); i++ {
+				body := fmt.Sprintf(`{"amount":"1","idempotency_key":"%d-%d"}`, c, i)
+				response, err := client.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, c+1), "application/json", strings.NewReader(body))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				response.Body.Close()
+				if response.StatusCode == 200 {
+					answered.Add(1)
+				} else {
+					refused.Add(1)
+				}
+			}
+		})
+	}
+	for _, server := range []string{"kafka", "postgres"} {
+		time.Sleep(time.Second)
+		s.command(t, "pause "+server)
+		time.Sleep(7 * time.Second)
+		s.command(t, "resume "+server)
+	}
+	time.Sleep(2 * time.Second)
+	stop.Store(true)
+	clients.Wait()
+	eventually(t, 60*time.Second, "published", func() bool {
+		return r.metric("wallet_relay_events_total") >= float64(answered.Load())
+	})
+	highest := r.memory("VmHWM")
+	t.Logf("%d answered, %d refused, at most %.0f MB resident", answered.Load(), refused.Load(), highest)
+	if highest == 0 || highest > 120 {
+		t.Errorf("%.0f MB resident", highest)
+	}
+	checkLedger(t, s.DatabaseURL)
 }
