@@ -726,7 +726,7 @@ type slowDisk struct {
 }
 
 func (d *slowDisk) Write(p []byte) (int, error) {
-	time.Sleep(5 * time.Millisecond)
+	time.Sleep(20 * time.Millisecond)
 	d.writes++
 	return d.Buffer.Write(p)
 }
@@ -736,7 +736,7 @@ func TestLogLinesAreWrittenTogether(t *testing.T) {
 	disk := new(slowDisk)
 	l := newLogWriter(disk)
 	var want strings.Builder
-	for i := range 1000 {
+	for i := range 4000 {
 		line := fmt.Sprintf("%d %s\n", i, strings.Repeat("x", 2000))
 		want.WriteString(line)
 		l.Write([]byte(line))
