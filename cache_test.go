@@ -133,12 +133,11 @@ func TestRedisAway(t *testing.T) {
 			}
 			s.command(t, fault[1]) // a paused Redis still holds the old balance
 			eventually(t, 10*time.Second, "cache in use again", func() bool { _, ok := w.balances.usable(); return ok })
-			balance("2")
 			hits := w.balances.hits.Load()
-			balance("2")
-			if w.balances.hits.Load() == hits {
-				t.Error("the cache is not used again")
-			}
+			eventually(t, 10*time.Second, "a hit again", func() bool { // on a starved machine a call may time out once more
+				balance("2")
+				return w.balances.hits.Load() > hits
+			})
 		})
 	}
 }

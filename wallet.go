@@ -192,6 +192,7 @@ type ledger struct {
 	queue  chan *operation
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
+	aside                               atomic.Int64 // operations that wait for a wallet in hand
 	batches, operations, reruns, splits atomic.Int64
 	batchSizes, batchSeconds            histogram
 }
@@ -291,6 +292,7 @@ func (l *ledger) run(ctx context.Context) error {
 				batch = append(batch, op)
 			}
 		}
+		l.aside.Store(int64(len(waiting)))
 		if len(batch) == 0 {
 			continue
 		}
@@ -946,7 +948,7 @@ func (l *ledger) writeMetrics(w io.Writer) {
 	writeMetric(w, "wallet_operations_total", "counter", "Operations decided, replays and refusals included.", sample{"", float64(l.operations.Load())})
 	writeMetric(w, "wallet_batch_reruns_total", "counter", "Batches run again after a fault.", sample{"", float64(l.reruns.Load())})
 	writeMetric(w, "wallet_batch_splits_total", "counter", "Batches halved because one operation failed them.", sample{"", float64(l.splits.Load())})
-	writeMetric(w, "wallet_queue_operations", "gauge", "Operations that wait for a batch.", sample{"", float64(len(l.queue))})
+	writeMetric(w, "wallet_queue_operations", "gauge", "Operations that wait for a batch.", sample{"", float64(len(l.queue)) + float64(l.aside.Load())})
 	writeHistogram(w, "wallet_batch_operations", "Operations of a batch.", func(yield func(string, *histogram)) { yield("", &l.batchSizes) })
 	writeHistogram(w, "wallet_batch_seconds", "From a batch's forming to its commit, reruns included.", func(yield func(string, *histogram)) { yield("", &l.batchSeconds) })
 	for _, pool := range []struct {
