@@ -95,7 +95,6 @@ func main() {
 	}
 	log := newLogWriter(os.Stderr)
 	slog.SetDefault(slog.New(logHandler(cfg, log)))
-	tuneCollector()
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -111,6 +110,7 @@ func main() {
 	case *adoptOnly:
 		err = adopt(ctx, cfg)
 	default:
+		tuneCollector()
 		var s *service
 		if s, err = newService(cfg); err != nil {
 			break
@@ -130,7 +130,7 @@ func main() {
 	os.Exit(exit)
 }
 
-// tuneCollector spends memory on fewer collections: a few MB live, so that by Go's default a fifth of the processor time under load went into
+// tuneCollector spends memory on fewer collections while serving: a few MB live, so that by Go's default a fifth of the processor time under load went into
 // collecting every few milliseconds. GOGC and GOMEMLIMIT, where set, decide instead: thousands of connections live in more than 90 MB, and
 // the collector would work hard to no avail.
 func tuneCollector() {
