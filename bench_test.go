@@ -3,7 +3,7 @@
 //
 //	WALLET_TEST_KAFKA=apache go test -run '^$' -bench . -benchtime 1x .
 //
-// Each benchmark's metrics end with what a transfer, event or read cost every process, in microseconds of processor time.
+// Metrics that end in -us and begin with a process' name are what a transfer, event or read cost it, in microseconds of processor time.
 
 package main
 
@@ -40,7 +40,7 @@ var (
 	benchFor     = flag.Duration("bench.for", 6*time.Second, "how long each side is driven")
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
 	benchSet     = flag.String("bench.set", "", "settings of the service under test, NAME=value separated by blanks")
-	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; half an hour, 30 GB")
+	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; some minutes, about 20 GB")
 )
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -815,7 +815,7 @@ func BenchmarkStart(b *testing.B) {
 // against an empty ledger's, in one run.
 func BenchmarkGrowth(b *testing.B) {
 	if !*large {
-		b.Skip("pass -large: it fills 30 GB")
+		b.Skip("pass -large: it fills about 20 GB")
 	}
 	const wallets, entries = 10_000_000, 50_000_000
 	small, _ := benchService(b, *benchWallets, "REDIS_URL=")

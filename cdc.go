@@ -1316,7 +1316,7 @@ func kafkaConfig(cfg *config) (*sarama.Config, error) {
 	conf.Consumer.IsolationLevel = sarama.ReadCommitted
 	p := &conf.Producer
 	p.RequiredAcks, p.Idempotent = sarama.WaitForAll, true
-	p.Compression, p.CompressionLevel = sarama.CompressionZSTD, 1 // measured faster than lz4, snappy, none and higher levels
+	p.Compression, p.CompressionLevel = sarama.CompressionZSTD, 1 // measured faster than lz4, snappy and none; the default level took half as much time again
 	p.Timeout = 5 * time.Second
 	p.Flush.Frequency = time.Millisecond                     // else the first event of a transaction goes alone, and the others in a second request
 	p.Retry.Max, p.Retry.Backoff = 100, 100*time.Millisecond // outlives a broker's restart, up to kafkaPatience
@@ -1506,7 +1506,7 @@ func (k *kafka) message(e *event) (*sarama.ProducerMessage, error) {
 	m := &sarama.ProducerMessage{Topic: k.events, Key: sarama.ByteEncoder(strconv.AppendInt(nil, e.walletID, 10)), Value: sarama.ByteEncoder(e.payload), Headers: headers}
 	text, err := eventTime(e.payload)
 	if err == nil {
-		m.Timestamp, err = time.Parse(time.RFC3339Nano, string(text)) // a case of timeFormat that Go parses four times as fast
+		m.Timestamp, err = time.Parse(time.RFC3339Nano, string(text)) // timeFormat is a case of it, for which Go has a fast path
 	}
 	return m, err
 }

@@ -1,4 +1,5 @@
-// The set-piece of a Postgres failover. For Linux: the standby is started as the stack starts its Postgres, which /proc tells.
+// The set-piece of a Postgres failover, and memory while servers stand still. For Linux: /proc tells how the stack starts its Postgres,
+// for the standby, and what the service holds.
 
 package main
 

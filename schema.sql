@@ -69,8 +69,8 @@ ALTER TABLE entry DROP CONSTRAINT IF EXISTS entry_wallet_exists; -- version 1's 
 CREATE UNIQUE INDEX IF NOT EXISTS idempotency_key_posts_once ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in';
 
 -- New entries fit the wallets that they belong to, whose rows are brought up to date first. A foreign key would say less (only that
--- the wallet exists) and cost twice as much: a query and a row lock for each entry, against a wallet that is never deleted.
-CREATE OR REPLACE FUNCTION entry_fits_wallet() RETURNS trigger LANGUAGE plpgsql AS $$
+-- the wallet exists) and cost more: a query and a row lock for each entry, against a wallet that is never deleted.
+CREATE OR REPLACE FUNCTION entry_fits_wallet() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
     misfit text;
 BEGIN

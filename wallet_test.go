@@ -523,6 +523,7 @@ func TestConstraintsStateTheRules(t *testing.T) {
 		{"entry_fits_wallet", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'k'`)},                                                                // beyond its wallet
 		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now(), 'deposit', 2, 7, 'k'`)}, // another balance
 		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now() + '1s', 'deposit', 1, 6, 'k'`)},
+		{"entry_fits_wallet", `CREATE TEMP TABLE wallet AS SELECT 99::bigint AS id, 1::bigint AS seq, 1::numeric AS balance, now() AS entry_at; ` + insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)}, // a decoy
 		{"entry_pkey", insert(`1, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
 		{"idempotency_key_posts_once", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'a'`)},
 		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'deposit', -1, 4, 'k'`)},
