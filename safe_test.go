@@ -762,7 +762,7 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 // without a flood; memory stays bounded. What can be written is made small, so that the flood is not about who gets the processor.
 func TestFlood(t *testing.T) {
 	const queue = 20
-	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue)))
+	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue), "REQUESTS_MAX=60"))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"seed"}`)
 	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(), `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
 		CREATE TRIGGER slow BEFORE INSERT ON entry FOR EACH STATEMENT EXECUTE FUNCTION slow()`); err != nil {
