@@ -31,6 +31,7 @@ import (
 	"hash/maphash"
 	"io"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -316,8 +317,7 @@ type identity struct {
 	history map[int32]pglogrepl.LSN
 }
 
-// connect opens the replication connection. From START_REPLICATION on one goroutine owns it, since a read's deadline applies to
-// writes as well.
+// connect opens the replication connection. From START_REPLICATION on one goroutine owns it.
 func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
@@ -400,14 +400,6 @@ func (p position) covered(commit pglogrepl.LSN) int64 {
 	return 0
 }
 
-// event is one outbox row.
-type event struct {
-	walletID, seq int64
-	payload       []byte
-	traceparent   string
-	commitLSN     pglogrepl.LSN
-}
-
 // batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One without events moves
 // only the checkpoint, one without a position only publishes.
 type batch struct {
@@ -452,9 +444,8 @@ type leadership struct {
 	handedAt  time.Time
 
 	// publish's own.
-	producer sarama.AsyncProducer
-	last     checkpoint  // as last committed, or as found
-	retried  atomic.Bool // sarama repeated a request of a transaction
+	producer *producer
+	last     checkpoint // as last committed, or as found
 }
 
 // run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when either side is silent.
@@ -525,17 +516,17 @@ func (l *leadership) run(ctx context.Context) error {
 
 // receive reads from the slot and hands batches to publish, until ctx ends or something fails.
 func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
-	heard := time.Now()
-	for {
-		// One deadline for all messages until the next status.
-		until, cancel := context.WithTimeout(ctx, statusInterval)
-		for until.Err() == nil {
-			msg, err := l.conn.ReceiveMessage(until)
+	// One deadline for all messages until the next status, rather than a context that pgx would have to watch for each.
+	socket := l.conn.Conn()
+	defer context.AfterFunc(ctx, func() { _ = socket.SetReadDeadline(time.Unix(1, 0)) })()
+	for heard := time.Now(); ; {
+		_ = socket.SetReadDeadline(time.Now().Add(statusInterval))
+		for ctx.Err() == nil {
+			msg, err := l.conn.ReceiveMessage(context.Background())
+			if pgconn.Timeout(err) {
+				break
+			}
 			if err != nil {
-				if pgconn.Timeout(err) || ctx.Err() != nil {
-					break
-				}
-				cancel()
 				return fmt.Errorf("replication connection: %w", err)
 			}
 			heard = time.Now()
@@ -544,11 +535,9 @@ func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
 				heard = time.Now()
 			}
 			if err != nil {
-				cancel()
 				return err
 			}
 		}
-		cancel()
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -839,7 +828,6 @@ func (l *leadership) publish(ctx context.Context) error {
 	if err := l.waitKafka(l.fence); err != nil {
 		return err
 	}
-	defer func() { go func() { l.k.close(); l.producer.Close() }() }()
 	from, err := l.settle(ctx)
 	if err != nil {
 		return err
@@ -876,14 +864,12 @@ func (l *leadership) waitKafka(op func() error) error {
 // called here only, after the slot was taken: one made "to be safe" by a leader that had lost it would fence its successor.
 func (l *leadership) fence() error {
 	if c, err := l.k.lastCheckpoint(); err == nil && c != nil && c.System != l.id.system { // adopting
-		old, err := l.k.newProducer(transactionalID(c.System, c.Slot), nil)
-		if err != nil {
+		if _, err := l.k.newProducer(transactionalID(c.System, c.Slot)); err != nil {
 			return fmt.Errorf("fence the former database's relay: %w", err)
 		}
-		old.Close()
 	}
 	var err error
-	if l.producer, err = l.k.newProducer(transactionalID(l.id.system, l.cfg.replicationSlot), &l.retried); err != nil {
+	if l.producer, err = l.k.newProducer(transactionalID(l.id.system, l.cfg.replicationSlot)); err != nil {
 		return fmt.Errorf("producer: %w", err)
 	}
 	return nil
@@ -951,15 +937,23 @@ func (l *leadership) commit(b *batch) error {
 	if b.upTo.commit != 0 {
 		next.CommitLSN = b.upTo.commit.String()
 	}
-	var record *sarama.ProducerMessage
+	var record []byte
 	if b.upTo != (position{}) {
-		value, err := json.Marshal(next)
-		if err != nil {
+		var err error
+		if record, err = json.Marshal(next); err != nil {
 			return err
 		}
-		record = &sarama.ProducerMessage{Topic: l.k.checkpoints, Key: sarama.StringEncoder("checkpoint"), Value: sarama.ByteEncoder(value)}
 	}
-	if err := l.waitKafka(func() error { return l.send(b.events, record) }); err != nil {
+	err := l.waitKafka(func() error {
+		if err := l.producer.send(b.events, record); err != nil {
+			return fmt.Errorf("publish: %w", explainFencing(err))
+		}
+		if err := l.producer.end(true); err != nil {
+			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
+		}
+		return nil
+	})
+	if err != nil {
 		return err
 	}
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
@@ -974,57 +968,6 @@ func (l *leadership) commit(b *batch) error {
 	l.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published", "events", len(b.events), "end", b.upTo.end, "seconds", time.Since(began).Seconds())
 	l.refreshCache(b.events)
-	return nil
-}
-
-// send is one Kafka transaction. Only nil means that it was committed; an error, that nobody knows.
-func (l *leadership) send(events []event, record *sarama.ProducerMessage) error {
-	if err := l.producer.BeginTxn(); err != nil {
-		return fmt.Errorf("begin Kafka transaction: %w", err)
-	}
-	total := len(events)
-	if record != nil {
-		total++
-	}
-	check := time.NewTicker(50 * time.Millisecond)
-	defer check.Stop()
-	// All acknowledgements are drained before CommitTxn, or it would deadlock, and so that a retry noted during it can only be
-	// of EndTxn.
-	var next *sarama.ProducerMessage
-	for sent, acked := 0, 0; acked < total; {
-		if next == nil && sent < len(events) {
-			var err error
-			if next, err = l.k.message(&events[sent]); err != nil {
-				return err
-			}
-		} else if next == nil && sent < total {
-			next = record
-		}
-		in := l.producer.Input()
-		if next == nil {
-			in = nil
-		}
-		select {
-		case in <- next:
-			sent, next = sent+1, nil
-		case <-l.producer.Successes():
-			acked++
-		case err := <-l.producer.Errors():
-			return fmt.Errorf("publish: %w", explainFencing(err.Err))
-		case <-check.C: // sarama knows that it is fenced, and goes on trying for as long as its retries last
-			if status := l.producer.TxnStatus(); status&sarama.ProducerTxnFlagInError != 0 {
-				return fmt.Errorf("publish: the producer is fenced, another relay leads, or has failed (%v)", status)
-			}
-		}
-	}
-	l.retried.Store(false)
-	if err := l.producer.CommitTxn(); err != nil {
-		return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
-	}
-	if l.retried.Load() {
-		// A delayed first EndTxn may still arrive and end a later transaction too early (KAFKA-17754).
-		return errors.New("the commit of a Kafka transaction was retried")
-	}
 	return nil
 }
 
@@ -1309,20 +1252,9 @@ func kafkaConfig(cfg *config) (*sarama.Config, error) {
 	conf := sarama.NewConfig()
 	conf.ClientID = "wallet-relay"
 	conf.Version = sarama.V2_8_0_0 // the oldest broker; the requests used are the same since
-	conf.Net.MaxOpenRequests = 1   // with more, a retry could reorder
-	conf.ChannelBufferSize = 4096
 	conf.Net.DialTimeout, conf.Net.ReadTimeout, conf.Net.WriteTimeout = 3*time.Second, 8*time.Second, 8*time.Second
 	conf.Metadata.AllowAutoTopicCreation = false
 	conf.Consumer.IsolationLevel = sarama.ReadCommitted
-	p := &conf.Producer
-	p.RequiredAcks, p.Idempotent = sarama.WaitForAll, true
-	p.Compression, p.CompressionLevel = sarama.CompressionZSTD, 1 // measured faster than lz4, snappy and none; the default level took half as much time again
-	p.Timeout = 5 * time.Second
-	p.Flush.Frequency = time.Millisecond                     // else the first event of a transaction goes alone, and the others in a second request
-	p.Retry.Max, p.Retry.Backoff = 100, 100*time.Millisecond // outlives a broker's restart, up to kafkaPatience
-	p.Return.Successes, p.Return.Errors = true, true
-	p.Transaction.Timeout = txnTimeout
-	p.Transaction.Retry.Max = 300 // about kafkaPatience, with the steps that newProducer sets
 	if cfg.kafkaTLS {
 		conf.Net.TLS.Enable = true
 		conf.Net.TLS.Config = &tls.Config{MinVersion: tls.VersionTLS12}
@@ -1461,54 +1393,211 @@ func keepsLonger(actual, want string) bool {
 	return errA == nil && errW == nil && (a < 0 || w >= 0 && a >= w)
 }
 
-// newProducer makes a transactional producer, and thereby fences any other of the same id and settles its open transaction.
-// retried is set whenever a request of a transaction is repeated.
-func (k *kafka) newProducer(id string, retried *atomic.Bool) (sarama.AsyncProducer, error) {
-	conf := k.client.Config()
-	conf.Producer.Transaction.ID = id
-	// The broker answers CONCURRENT_TRANSACTIONS while it writes the former transaction's markers, mostly for less than 2 ms;
-	// sarama's own pause is 20 ms, in every transaction.
-	conf.Producer.Transaction.Retry.BackoffFunc = func(retries, _ int) time.Duration {
-		if retried != nil {
-			retried.Store(true)
+// producer is a transactional producer, made of sarama's requests. sarama's own repeats requests by itself, the one that ends a
+// transaction as well, and a late first one may then end a later transaction too early (KAFKA-17754). Here each is sent once: whatever
+// is answered otherwise than by yes is an error, after which a producer is of no more use.
+type producer struct {
+	k     *kafka
+	id    string // transactional
+	pid   int64  // of this producer, and the epoch that fences those before it
+	epoch int16
+
+	sequences   map[topicPartition]int32 // of the next record
+	partitioner sarama.Partitioner
+	records     []eventRecord // of the transaction under way
+}
+
+type topicPartition struct {
+	topic     string
+	partition int32
+}
+
+const (
+	produceTimeout   = 5 * time.Second // for all in-sync replicas to have a batch
+	compressionLevel = 1               // of zstd, which was measured faster than lz4, snappy and none; its default level took half as much time again
+)
+
+// recordBatchBytesMax is below what a broker accepts by default (message.max.bytes: 1,048,588) even if nothing can be compressed.
+const recordBatchBytesMax = 1_000_000
+
+// newProducer makes a producer, and thereby fences any other of the same id and settles its open transaction.
+func (k *kafka) newProducer(id string) (*producer, error) {
+	p := &producer{k: k, id: id, sequences: make(map[topicPartition]int32), partitioner: sarama.NewMurmur2Partitioner(k.events)} // the Java clients' default
+	err := p.ask(func(coordinator *sarama.Broker) (sarama.KError, error) {
+		answer, err := coordinator.InitProducerID(&sarama.InitProducerIDRequest{Version: 4, TransactionalID: &id, TransactionTimeout: txnTimeout, ProducerID: -1, ProducerEpoch: -1})
+		if err != nil {
+			return 0, err
 		}
-		return 500 * time.Microsecond << min(retries, 6)
-	}
-	conf.Producer.Partitioner = func(topic string) sarama.Partitioner {
-		p := sarama.NewMurmur2Partitioner(topic) // the Java clients' default
-		if topic == k.events {
-			p = fixedPartitioner{p, k.partitions}
+		p.pid, p.epoch = answer.ProducerID, answer.ProducerEpoch
+		return answer.Err, nil
+	})
+	return p, err
+}
+
+// ask puts a question to the transaction coordinator, and puts it again after a "not yet". That is the answer while it writes the end
+// of the former transaction, mostly for less than 2 ms, and while another broker becomes the coordinator.
+func (p *producer) ask(question func(*sarama.Broker) (sarama.KError, error)) error {
+	began := time.Now()
+	for pause := 500 * time.Microsecond; ; pause = min(2*pause, 32*time.Millisecond) {
+		coordinator, err := p.k.client.TransactionCoordinator(p.id)
+		if err == nil {
+			var answer sarama.KError
+			if answer, err = question(coordinator); err == nil && answer != sarama.ErrNoError {
+				err = answer
+			}
 		}
-		return p
+		switch {
+		case err == nil || time.Since(began) > kafkaPatience:
+			return err
+		case errors.Is(err, sarama.ErrConcurrentTransactions):
+		case errors.Is(err, sarama.ErrConsumerCoordinatorNotAvailable), errors.Is(err, sarama.ErrNotCoordinatorForConsumer), errors.Is(err, sarama.ErrOffsetsLoadInProgress):
+			_ = p.k.client.RefreshTransactionCoordinator(p.id)
+		default:
+			return err
+		}
+		time.Sleep(pause)
 	}
-	return sarama.NewAsyncProducerFromClient(k.client)
 }
 
-// fixedPartitioner fails when partitions are added under a running relay; its next start refuses.
-type fixedPartitioner struct {
-	sarama.Partitioner
-	partitions int32
-}
-
-func (p fixedPartitioner) Partition(m *sarama.ProducerMessage, partitions int32) (int32, error) {
-	if partitions != p.partitions {
-		return 0, fmt.Errorf("the number of partitions changed from %d to %d", p.partitions, partitions)
-	}
-	return p.Partitioner.Partition(m, partitions)
-}
-
-// message is an event's Kafka record. Its timestamp is the entry's time.
-func (k *kafka) message(e *event) (*sarama.ProducerMessage, error) {
-	headers, err := eventHeaders(e.walletID, e.seq, e.payload, e.traceparent, e.commitLSN)
+// send begins a transaction and sends its records: those of the events, and the checkpoint's unless it is nil.
+func (p *producer) send(events []event, checkpoint []byte) error {
+	batches, err := p.pack(events, checkpoint)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	m := &sarama.ProducerMessage{Topic: k.events, Key: sarama.ByteEncoder(strconv.AppendInt(nil, e.walletID, 10)), Value: sarama.ByteEncoder(e.payload), Headers: headers}
-	text, err := eventTime(e.payload)
-	if err == nil {
-		m.Timestamp, err = time.Parse(time.RFC3339Nano, string(text)) // timeFormat is a case of it, for which Go has a fast path
+	partitions := make(map[string][]int32)
+	for at := range batches {
+		partitions[at.topic] = append(partitions[at.topic], at.partition)
 	}
-	return m, err
+	err = p.ask(func(coordinator *sarama.Broker) (sarama.KError, error) {
+		answer, err := coordinator.AddPartitionsToTxn(&sarama.AddPartitionsToTxnRequest{Version: 3, TransactionalID: p.id, ProducerID: p.pid, ProducerEpoch: p.epoch, TopicPartitions: partitions})
+		if err != nil {
+			return 0, err
+		}
+		for _, results := range answer.Errors {
+			for _, result := range results {
+				if result.Err != sarama.ErrNoError && result.Err != sarama.ErrOperationNotAttempted { // because of another one
+					return result.Err, nil
+				}
+			}
+		}
+		return sarama.ErrNoError, nil
+	})
+	if err != nil {
+		return fmt.Errorf("begin Kafka transaction: %w", err)
+	}
+	// A request has at most one batch of a partition. The next one is sent after the answer, or it might overtake.
+	for round := 0; ; round++ {
+		requests := make(map[*sarama.Broker]*produceRequest)
+		for at, list := range batches {
+			if round >= len(list) {
+				continue
+			}
+			leader, err := p.k.client.Leader(at.topic, at.partition)
+			if err != nil {
+				return fmt.Errorf("leader of %s/%d: %w", at.topic, at.partition, err)
+			}
+			r := requests[leader]
+			if r == nil {
+				r = &produceRequest{ProduceRequest: sarama.ProduceRequest{Version: 7, TransactionalID: &p.id, RequiredAcks: sarama.WaitForAll, Timeout: int32(produceTimeout.Milliseconds())}}
+				requests[leader] = r
+			}
+			r.AddBatch(at.topic, at.partition, list[round])
+			r.batches++
+		}
+		if len(requests) == 0 {
+			return nil
+		}
+		answers := make(chan error, len(requests))
+		for leader, r := range requests {
+			go func() { answers <- r.send(leader) }()
+		}
+		for range requests {
+			if err := <-answers; err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// produceRequest is what goes to one broker.
+type produceRequest struct {
+	sarama.ProduceRequest
+	batches int
+}
+
+func (r *produceRequest) send(leader *sarama.Broker) error {
+	answer, err := leader.Produce(&r.ProduceRequest)
+	if err != nil {
+		return err
+	}
+	taken := 0
+	for topic, blocks := range answer.Blocks {
+		for partition, block := range blocks {
+			if block.Err != sarama.ErrNoError {
+				return fmt.Errorf("%s/%d: %w", topic, partition, block.Err)
+			}
+			taken++
+		}
+	}
+	if taken != r.batches {
+		return sarama.ErrIncompleteResponse
+	}
+	return nil
+}
+
+// pack makes the record batches of each partition.
+func (p *producer) pack(events []event, checkpoint []byte) (map[topicPartition][]*sarama.RecordBatch, error) {
+	batches := make(map[topicPartition][]*sarama.RecordBatch)
+	rooms := make(map[topicPartition]int) // bytes left in the last batch
+	add := func(to topicPartition, record *sarama.Record, at time.Time, size int) {
+		at = at.Truncate(time.Millisecond)
+		list := batches[to]
+		if rooms[to] < size {
+			list = append(list, &sarama.RecordBatch{Version: 2, Codec: sarama.CompressionZSTD, CompressionLevel: compressionLevel, FirstTimestamp: at, MaxTimestamp: at,
+				LastOffsetDelta: -1, ProducerID: p.pid, ProducerEpoch: p.epoch, FirstSequence: p.sequences[to], IsTransactional: true})
+			batches[to], rooms[to] = list, recordBatchBytesMax
+		}
+		b := list[len(list)-1]
+		b.LastOffsetDelta++
+		b.MaxTimestamp = later(b.MaxTimestamp, at)
+		record.OffsetDelta, record.TimestampDelta = int64(b.LastOffsetDelta), at.Sub(b.FirstTimestamp)
+		b.Records = append(b.Records, record)
+		rooms[to] -= size
+		p.sequences[to] = (p.sequences[to] + 1) & math.MaxInt32 // 0 follows the highest
+	}
+	p.records = slices.Grow(p.records[:0], len(events))[:len(events)]
+	var message sarama.ProducerMessage
+	for i := range events {
+		record := &p.records[i]
+		if err := record.set(&events[i]); err != nil {
+			return nil, err
+		}
+		// By the number of partitions at the start of this stay, should some have been added: the next start refuses those.
+		message.Key = sarama.ByteEncoder(record.Key)
+		partition, err := p.partitioner.Partition(&message, p.k.partitions)
+		if err != nil {
+			return nil, err
+		}
+		add(topicPartition{p.k.events, partition}, &record.Record, record.at, len(record.Value)+recordOverheadMax)
+	}
+	if checkpoint != nil {
+		add(topicPartition{p.k.checkpoints, 0}, &sarama.Record{Key: []byte("checkpoint"), Value: checkpoint}, time.Now(), len(checkpoint))
+	}
+	return batches, nil
+}
+
+// end commits the transaction, or aborts it. The coordinator is asked once: after an error nobody knows what came of it.
+func (p *producer) end(commit bool) error {
+	coordinator, err := p.k.client.TransactionCoordinator(p.id)
+	if err != nil {
+		return err
+	}
+	answer, err := coordinator.EndTxn(&sarama.EndTxnRequest{Version: 3, TransactionalID: p.id, ProducerID: p.pid, ProducerEpoch: p.epoch, TransactionResult: commit})
+	if err == nil && answer.Err != sarama.ErrNoError {
+		err = answer.Err
+	}
+	return err
 }
 
 // span is a range of a partition's offsets, to exclusive.

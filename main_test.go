@@ -560,8 +560,7 @@ func TestLogsShowLSNsAsPostgresDoes(t *testing.T) {
 
 var walletBinary = sync.OnceValues(func() (string, error) {
 	binary := filepath.Join(testFolder, "wallet")
-	// Without the race detector, also under -race: what is killed here is what users run, and sarama's producer has a race of its own
-	// where it fails (transaction_manager.go:249 and :884 in 1.61.1), which the loop that kills meets.
+	// Without the race detector, also under -race: what is killed here is what users run.
 	out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("build the service: %w\n%s", err, out)

@@ -53,11 +53,11 @@ func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, `","currency":"`...)
 	dst = append(dst, e.Currency...)
 	dst = append(dst, `","amount":"`...)
-	dst = append(dst, e.Amount.String()...)
+	dst = appendDecimal(dst, e.Amount)
 	dst = append(dst, `","balance_before":"`...)
-	dst = append(dst, e.Balance.Sub(e.Amount).String()...)
+	dst = appendDecimal(dst, e.Balance.Sub(e.Amount))
 	dst = append(dst, `","balance_after":"`...)
-	dst = append(dst, e.Balance.String()...)
+	dst = appendDecimal(dst, e.Balance)
 	if e.CounterpartyID != 0 {
 		dst = append(dst, `","counterparty":{"wallet_id":`...)
 		dst = strconv.AppendInt(dst, e.CounterpartyID, 10)
@@ -93,40 +93,62 @@ func eventText(payload []byte, name string) (string, error) {
 	return string(text), nil
 }
 
-// header is one Kafka record header.
-type header = sarama.RecordHeader
-
 // Headers that all events have alike, and the names of the others.
 var (
-	headerSpecVersion = header{Key: []byte("ce_specversion"), Value: []byte("1.0")}
-	headerSource      = header{Key: []byte("ce_source"), Value: []byte(eventSource)}
-	headerType        = header{Key: []byte("ce_type"), Value: []byte(eventType)}
-	headerContentType = header{Key: []byte("content-type"), Value: []byte("application/json")}
+	headerSpecVersion = &sarama.RecordHeader{Key: []byte("ce_specversion"), Value: []byte("1.0")}
+	headerSource      = &sarama.RecordHeader{Key: []byte("ce_source"), Value: []byte(eventSource)}
+	headerType        = &sarama.RecordHeader{Key: []byte("ce_type"), Value: []byte(eventType)}
+	headerContentType = &sarama.RecordHeader{Key: []byte("content-type"), Value: []byte("application/json")}
 
 	nameID, nameTime, nameSubject  = []byte("ce_id"), []byte("ce_time"), []byte("ce_subject")
 	nameCommitLSN, nameTraceparent = []byte("ce_commitlsn"), []byte("traceparent")
 )
 
-// eventHeaders are the headers of an event's Kafka record: CloudEvents 1.0 in Kafka's binary mode
-// (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the commit LSN of the
-// entry's transaction as an extension, and traceparent where the request had one. They share memory with each other and the payload.
-func eventHeaders(walletID, seq int64, payload []byte, traceparent string, commitLSN pglogrepl.LSN) ([]header, error) {
-	at, err := eventTime(payload)
+// event is one outbox row.
+type event struct {
+	walletID, seq int64
+	payload       []byte
+	traceparent   string
+	commitLSN     pglogrepl.LSN // of the transaction that wrote it
+}
+
+// eventRecord is an event's Kafka record and the memory that it is made of, which may be used again once the record has been sent.
+type eventRecord struct {
+	sarama.Record
+	at time.Time // its timestamp: the entry's time
+
+	headers [9]*sarama.RecordHeader
+	own     [5]sarama.RecordHeader
+	text    [64]byte
+}
+
+const recordOverheadMax = 400 // bytes of a record besides its payload
+
+// set makes r the record of e, with whose payload it shares memory. The key is the wallet's id; headers are CloudEvents 1.0 in Kafka's
+// binary mode (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the commit LSN of the
+// entry's transaction as an extension, and traceparent where the request had one.
+func (r *eventRecord) set(e *event) error {
+	at, err := eventTime(e.payload)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	text := make([]byte, 0, 64)
-	text = strconv.AppendInt(text, walletID, 10)
-	subject := text[:len(text):len(text)]
-	id := appendEntryID(text[:0], walletID, seq) // begins with the subject
-	lsn := appendLSN(id[len(id):], commitLSN)
-	headers := make([]header, 0, 9)
-	headers = append(headers, headerSpecVersion, header{Key: nameID, Value: id}, headerSource, headerType, header{Key: nameTime, Value: at},
-		header{Key: nameSubject, Value: subject}, header{Key: nameCommitLSN, Value: lsn}, headerContentType)
-	if traceparent != "" {
-		headers = append(headers, header{Key: nameTraceparent, Value: []byte(traceparent)})
+	if r.at, err = time.Parse(time.RFC3339Nano, string(at)); err != nil { // timeFormat is a case of it, for which Go has a fast path
+		return fmt.Errorf("outbox payload: %w", err)
 	}
-	return headers, nil
+	text := strconv.AppendInt(r.text[:0], e.walletID, 10)
+	key := text[:len(text):len(text)]
+	id := appendEntryID(text[:0], e.walletID, e.seq) // begins with the key
+	lsn := appendLSN(id[len(id):], e.commitLSN)
+	r.own = [5]sarama.RecordHeader{{Key: nameID, Value: id}, {Key: nameTime, Value: at}, {Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
+	r.headers = [9]*sarama.RecordHeader{headerSpecVersion, &r.own[0], headerSource, headerType, &r.own[1], &r.own[2], &r.own[3], headerContentType}
+	n := 8
+	if e.traceparent != "" {
+		r.own[4] = sarama.RecordHeader{Key: nameTraceparent, Value: []byte(e.traceparent)}
+		r.headers[n] = &r.own[4]
+		n++
+	}
+	r.Record = sarama.Record{Key: key, Value: e.payload, Headers: r.headers[:n]}
+	return nil
 }
 
 // appendLSN appends a position in the WAL as Postgres writes it, such as 16/B374D848.

@@ -41,9 +41,13 @@ func TestEventShape(t *testing.T) {
 		t.Error("no error for a payload of another shape")
 	}
 
-	headers, err := eventHeaders(1, 2, []byte(want), "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", pglogrepl.LSN(0x16B374D848))
+	var record eventRecord
+	err := record.set(&event{walletID: 1, seq: 2, payload: []byte(want), traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", commitLSN: 0x16B374D848})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if at := "2026-01-02T03:04:05.123456Z"; string(record.Key) != "1" || string(record.Value) != want || record.at.Format(timeFormat) != at {
+		t.Errorf("record %s at %v: %s", record.Key, record.at, record.Value)
 	}
 	if lsn := appendLSN(nil, math.MaxUint64); string(lsn) != pglogrepl.LSN(math.MaxUint64).String() {
 		t.Errorf("LSN %s", lsn)
@@ -52,10 +56,10 @@ func TestEventShape(t *testing.T) {
 		"ce_specversion": "1.0", "ce_id": "1-2", "ce_source": "/v1/wallets", "ce_type": "wallet.entry.v1", "ce_time": "2026-01-02T03:04:05.123456Z", "ce_subject": "1",
 		"ce_commitlsn": "16/B374D848", "content-type": "application/json", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 	}
-	if len(headers) != len(wantHeaders) {
-		t.Errorf("headers %v", headers)
+	if len(record.Headers) != len(wantHeaders) {
+		t.Errorf("headers %v", record.Headers)
 	}
-	for _, h := range headers {
+	for _, h := range record.Headers {
 		if wantHeaders[string(h.Key)] != string(h.Value) {
 			t.Errorf("header %s is %q, want %q", h.Key, h.Value, wantHeaders[string(h.Key)])
 		}
