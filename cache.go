@@ -200,7 +200,7 @@ func (c *cache) put(balances map[int64]cachedBalance) {
 	}
 }
 
-// storeNewer sets each wallet's key if the new value has a higher seq than the one there, or that one is of another generation.
+// storeNewer sets each wallet's key, and sets it back if what was there has a higher seq and is of the same generation.
 // KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the generation demanded (or empty), a new generation in case there is
 // none, then seq and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
 var storeNewer = redis.NewScript(`
@@ -211,10 +211,13 @@ if not generation then
     redis.call('SET', KEYS[1], generation)
 end
 for i = 2, #KEYS do
-    local seq, value = ARGV[2 * i], ARGV[2 * i + 1]
-    local g, s = string.match(redis.call('GET', KEYS[i]) or '', '^(%S+) (%d+) ')
-    if g ~= generation or tonumber(s) < tonumber(seq) then
-        redis.call('SET', KEYS[i], generation .. ' ' .. seq .. ' ' .. value, 'PX', ARGV[1])
+    local seq = ARGV[2 * i]
+    local was = redis.call('SET', KEYS[i], generation .. ' ' .. seq .. ' ' .. ARGV[2 * i + 1], 'PX', ARGV[1], 'GET')
+    if was then
+        local g, s = string.match(was, '^(%S+) (%d+) ')
+        if g == generation and tonumber(s) > tonumber(seq) then
+            redis.call('SET', KEYS[i], was, 'PX', ARGV[1])
+        end
     end
 end
 return 1`)

@@ -52,6 +52,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/shopspring/decimal"
 )
 
 func main() {
@@ -994,6 +995,7 @@ func appendReceipt(dst []byte, m *posted) []byte {
 	dst = append(dst, '"')
 	integer := func(name string, v int64) { dst = strconv.AppendInt(append(dst, name...), v, 10) }
 	text := func(name, v string) { dst = append(append(append(dst, name...), v...), '"') }
+	number := func(name string, v decimal.Decimal) { dst = append(appendDecimal(append(dst, name...), v), '"') }
 	if m.Kind == kindTransferOut {
 		integer(`,"from_id":`, m.WalletID)
 		integer(`,"to_id":`, m.CounterpartyID)
@@ -1001,14 +1003,14 @@ func appendReceipt(dst []byte, m *posted) []byte {
 		integer(`,"wallet_id":`, m.WalletID)
 	}
 	text(`,"currency":"`, m.Currency)
-	text(`,"amount":"`, m.Amount.Abs().String())
+	number(`,"amount":"`, m.Amount.Abs())
 	if m.Kind == kindTransferOut {
-		text(`,"from_balance":"`, m.Balance.String())
-		text(`,"to_balance":"`, m.toBalance.String())
+		number(`,"from_balance":"`, m.Balance)
+		number(`,"to_balance":"`, m.toBalance)
 		integer(`,"from_seq":`, m.Seq)
 		integer(`,"to_seq":`, m.CounterpartySeq)
 	} else {
-		text(`,"balance":"`, m.Balance.String())
+		number(`,"balance":"`, m.Balance)
 		integer(`,"seq":`, m.Seq)
 	}
 	dst = append(dst, `,"created_at":"`...)

@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -161,6 +162,35 @@ func parseAmount(s string) (amount, error) {
 		return amount{}, refuse("amount_not_positive", "The amount must be greater than zero; the route says in which direction the money moves.")
 	}
 	return amount{value, int32(len(fraction))}, nil
+}
+
+// appendDecimal appends d as decimal.String writes it, without trailing zeros. Up to 18 digits take no arithmetic of big numbers.
+func appendDecimal(dst []byte, d decimal.Decimal) []byte {
+	places := int(-d.Exponent())
+	if places < 0 || d.NumDigits() > 18 {
+		return append(dst, d.String()...)
+	}
+	n := d.CoefficientInt64()
+	for ; places > 0 && n%10 == 0; places-- {
+		n /= 10
+	}
+	if n < 0 {
+		dst, n = append(dst, '-'), -n
+	}
+	start := len(dst)
+	dst = strconv.AppendInt(dst, n, 10)
+	if places == 0 {
+		return dst
+	}
+	for len(dst)-start <= places { // a digit before the point
+		dst = slices.Insert(dst, start, '0')
+	}
+	return slices.Insert(dst, len(dst)-places, '.')
+}
+
+func decimalText(d decimal.Decimal) string {
+	var room [48]byte
+	return string(appendDecimal(room[:0], d))
 }
 
 // parseKey checks an idempotency key: 1-255 printable ASCII characters.
@@ -401,7 +431,7 @@ func (l *ledger) announce(batch []*operation) {
 		heads := make(map[int64]cachedBalance, len(batch))
 		newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
 			if heads[walletID].seq < seq {
-				heads[walletID] = cachedBalance{walletID, seq, currency, balance.String()}
+				heads[walletID] = cachedBalance{walletID, seq, currency, decimalText(balance)}
 			}
 		}
 		for _, op := range batch {
@@ -799,7 +829,7 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 		for i := range p.entries {
 			e := &p.entries[i]
 			ids[i], seqs[i], toIDs[i], toSeqs[i], ats[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq, e.CreatedAt
-			kinds[i], amounts[i], balances[i], keys[i] = e.Kind, e.Amount.String(), e.Balance.String(), e.Key
+			kinds[i], amounts[i], balances[i], keys[i] = e.Kind, decimalText(e.Amount), decimalText(e.Balance), e.Key
 		}
 		b.Queue(insertEntries, ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys)
 		queueOutbox(&b, p.entries)
@@ -829,7 +859,7 @@ func walletColumns(wallets []*wallet) walletArrays {
 			entryAt = &w.EntryAt
 		}
 		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
-		c.currencies, c.balances, c.creationKeys = append(c.currencies, w.Currency), append(c.balances, w.Balance.String()), append(c.creationKeys, w.creationKey)
+		c.currencies, c.balances, c.creationKeys = append(c.currencies, w.Currency), append(c.balances, decimalText(w.Balance)), append(c.creationKeys, w.creationKey)
 		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
 	}
 	return c
@@ -887,7 +917,7 @@ func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cac
 	if err != nil {
 		return cachedBalance{}, err
 	}
-	b := cachedBalance{w.ID, w.Seq, w.Currency, w.Balance.String()}
+	b := cachedBalance{w.ID, w.Seq, w.Currency, decimalText(w.Balance)}
 	if b.seq < minSeq {
 		return b, refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", id, b.seq, minSeq)
 	}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/shopspring/decimal"
 )
 
 // movement is one acknowledged operation, as a client remembers it.
@@ -93,6 +94,23 @@ func checkAcknowledged(tb testing.TB, w *wallets, acknowledged []movement) {
 	}
 	if after := w.mustCount(tb); after != before {
 		tb.Errorf("replays moved money: %s, before %s", after, before)
+	}
+}
+
+// TestAppendDecimal: as decimal.String, whatever the size, sign and places.
+func TestAppendDecimal(t *testing.T) {
+	for _, text := range []string{"0", "0.00", "1", "-1", "0.5", "-0.05", "10.50", "-100", "1000000", "999999999999999999", "-999999999999999999", "0.000000000000000001",
+		"-0.999999999999999999", "99999999999999999999.999999999999999999", "1e3", "-12e2", "123456789012345678901234567890e-5"} {
+		d := dec(text)
+		if got := decimalText(d); got != d.String() {
+			t.Errorf("%s is written %s, want %s", text, got, d)
+		}
+	}
+	for range 10_000 {
+		d := decimal.New(rand.Int64()>>rand.IntN(64), -int32(rand.IntN(20))).Mul(decimal.New(1-2*rand.Int64N(2), 0))
+		if got := string(appendDecimal([]byte("-0."), d)); got != "-0."+d.String() {
+			t.Fatalf("%s is written %s", d, got)
+		}
 	}
 }
 
