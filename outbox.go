@@ -167,8 +167,7 @@ func appendLSN(dst []byte, lsn pglogrepl.LSN) []byte {
 
 const insertOutbox = `
 INSERT INTO outbox (aggregate_id, seq, event_type, payload, traceparent)
-SELECT id, seq, '` + eventType + `', payload, nullif(traceparent, '')
-FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS e (id, seq, payload, traceparent)`
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), '` + eventType + `', unnest($3::text[]), nullif(unnest($4::text[]), '')`
 
 // queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event exists if and only
 // if its entry does.
