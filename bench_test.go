@@ -8,14 +8,14 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"math"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -251,43 +251,31 @@ func (l latencies) report(b *testing.B, prefix string) {
 	b.ReportMetric(float64(l.at(.99).Microseconds())/1000, prefix+"p99-ms")
 }
 
-// client does one request or transaction after another.
-type client struct {
-	do   func(from, to int64, key string) error
-	shut func()
-}
-
-// drive has clients at work until the time is up, and returns how much they did a second and how long each took. pace, if not 0, is the
-// least time from one of a client's requests to its next. Keys are run, client and number.
-func drive(b *testing.B, clients int, how, pace time.Duration, run string, pick pair, open func(number int) client) (perSecond float64, l latencies) {
+// driveSQL has clients at work until the time is up, and returns how many transfers they did a second and how long each took.
+func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pick pair, transfer func(ctx context.Context, db *pgxpool.Conn, from, to int64, key string) error) (float64, latencies) {
 	b.Helper()
-	all := make([]latencies, clients)
+	all, run := make([]latencies, clients), newRun()
 	var failed atomic.Pointer[error]
 	var running sync.WaitGroup
 	begin := make(chan struct{})
 	var began time.Time
 	for c := range clients {
-		client := open(c)
+		conn, err := db.Acquire(context.Background())
+		if err != nil {
+			b.Fatal(err)
+		}
 		running.Go(func() {
-			defer client.shut()
-			dice := rand.New(rand.NewPCG(uint64(c), uint64(time.Now().UnixNano())))
+			defer conn.Release()
+			dice := newDice()
 			<-begin
-			if pace > 0 {
-				time.Sleep(time.Duration(dice.Int64N(int64(pace))))
-			}
-			next := time.Now()
 			for i := 0; time.Since(began) < how && failed.Load() == nil; i++ {
 				from, to := pick(dice)
 				at := time.Now()
-				if err := client.do(from, to, run+"-"+strconv.Itoa(c)+"-"+strconv.Itoa(i)); err != nil {
+				if err := transfer(context.Background(), conn, from, to, string(appendKey(nil, run, c, i))); err != nil {
 					failed.Store(&err)
 					return
 				}
 				all[c] = append(all[c], time.Since(at))
-				if pace > 0 {
-					next = next.Add(pace)
-					time.Sleep(time.Until(next))
-				}
 			}
 		})
 	}
@@ -298,83 +286,130 @@ func drive(b *testing.B, clients int, how, pace time.Duration, run string, pick 
 	if err := failed.Load(); err != nil {
 		b.Fatal(*err)
 	}
-	l = slices.Concat(all...)
+	l := slices.Concat(all...)
 	slices.Sort(l)
 	return float64(len(l)) / took.Seconds(), l
 }
 
 func newRun() string { return strconv.FormatInt(time.Now().UnixNano(), 36) }
 
-func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pick pair, transfer func(context.Context, *pgxpool.Conn, int64, int64, string) error) (float64, latencies) {
-	b.Helper()
-	return drive(b, clients, how, 0, newRun(), pick, func(int) client {
-		conn, err := db.Acquire(context.Background())
-		if err != nil {
-			b.Fatal(err)
-		}
-		return client{func(from, to int64, key string) error { return transfer(context.Background(), conn, from, to, key) }, conn.Release}
-	})
+func newDice() *rand.Rand { return rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())) }
+
+// appendKey appends the idempotency key of a client's request number i in a run.
+func appendKey(dst []byte, run string, client, i int) []byte {
+	dst = append(append(dst, run...), '-')
+	dst = append(strconv.AppendInt(dst, int64(client), 10), '-')
+	return strconv.AppendInt(dst, int64(i), 10)
 }
 
-// openHTTP is a client that speaks HTTP/1.1 by hand over a kept connection: the load generator shares the machine, and net/http's client
-// costs as much as the server. write appends one request.
-func openHTTP(b *testing.B, address string, write func(dst []byte, from, to int64, key string) []byte) client {
-	conn, err := net.Dial("tcp", address)
+// httpLoad is what HTTP clients do, each over a connection of its own: one request after another.
+type httpLoad struct {
+	clients  int
+	how      time.Duration
+	pace     time.Duration                                       // the least time from one of a client's requests to its next
+	write    func(dst []byte, from, to int64, key []byte) []byte // appends one request
+	answered func(key []byte)                                    // told of each response, if not nil
+}
+
+// never is when clients without a pace are due while all wait.
+const never = time.Duration(math.MaxInt64)
+
+// drive has the clients at work until the time is up, and returns how much they did a second and how long each request took. It speaks
+// HTTP/1.1 by hand, for all of them in one goroutine: the load generator shares the machine, and net/http's client costs as much as the server.
+func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond float64, took latencies) {
+	b.Helper()
+	conns, err := dial(address, l.clients)
 	if err != nil {
 		b.Fatal(err)
 	}
-	reader := bufio.NewReaderSize(conn, 1024)
-	var request []byte
-	return client{func(from, to int64, key string) error {
-		request = write(request[:0], from, to, key)
-		if _, err := conn.Write(request); err != nil {
-			return err
+	defer conns.close()
+	clients := make([]struct {
+		sent, due time.Duration // its last request, its next one
+		n         int           // its requests so far
+		waits     bool          // for a response
+	}, l.clients)
+	dice, run := newDice(), newRun()
+	for c := range clients {
+		clients[c].due = time.Duration(dice.Float64() * float64(l.pace))
+	}
+	var request, key []byte
+	began := time.Now()
+	for {
+		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, never)
+		for c := range clients {
+			client := &clients[c]
+			if !client.waits && max(now, client.due) >= l.how {
+				continue
+			}
+			busy = true
+			switch {
+			case client.waits:
+			case client.due > now:
+				rest = min(rest, client.due-now)
+			default:
+				from, to := pick(dice)
+				key = appendKey(key[:0], run, c, client.n)
+				request = l.write(request[:0], from, to, key)
+				client.sent, client.waits = time.Since(began), true
+				if err := conns.send(c, request); err != nil {
+					b.Fatal(err)
+				}
+			}
 		}
-		return readOK(reader)
-	}, func() { conn.Close() }}
-}
-
-func writeTransfer(dst []byte, from, to int64, key string) []byte {
-	var room [128]byte
-	body := fmt.Appendf(room[:0], `{"to_id":%d,"amount":"0.01","idempotency_key":"%s"}`, to, key)
-	return fmt.Appendf(dst, "POST /v1/wallets/%d/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", from, len(body), body)
+		if !busy {
+			break
+		}
+		for c, err := range conns.answered(rest) {
+			if err != nil {
+				b.Fatal(err)
+			}
+			client := &clients[c]
+			took = append(took, time.Since(began)-client.sent)
+			if l.answered != nil {
+				l.answered(appendKey(key[:0], run, c, client.n))
+			}
+			client.n, client.due, client.waits = client.n+1, client.due+l.pace, false
+		}
+	}
+	ended := time.Since(began)
+	slices.Sort(took)
+	return float64(len(took)) / ended.Seconds(), took
 }
 
 func driveHTTP(b *testing.B, address string, clients int, how time.Duration, pick pair) (float64, latencies) {
 	b.Helper()
-	return drive(b, clients, how, 0, newRun(), pick, func(int) client { return openHTTP(b, address, writeTransfer) })
+	return httpLoad{clients: clients, how: how, write: writeTransfer}.drive(b, address, pick)
 }
 
-// readOK reads one response to its end.
-func readOK(reader *bufio.Reader) error {
-	status, err := reader.ReadSlice('\n')
-	if err != nil {
-		return err
+func writeTransfer(dst []byte, from, to int64, key []byte) []byte {
+	var room [128]byte
+	body := strconv.AppendInt(append(room[:0], `{"to_id":`...), to, 10)
+	body = append(append(append(body, `,"amount":"0.01","idempotency_key":"`...), key...), `"}`...)
+	dst = strconv.AppendInt(append(dst, "POST /v1/wallets/"...), from, 10)
+	dst = append(dst, "/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
+	dst = append(strconv.AppendInt(dst, int64(len(body)), 10), "\r\n\r\n"...)
+	return append(dst, body...)
+}
+
+// wholeOK is whether a response has arrived to its end; one that is not a 200 is an error.
+func wholeOK(response []byte) (bool, error) {
+	head, body, found := bytes.Cut(response, []byte("\r\n\r\n"))
+	if !found {
+		return false, nil
 	}
-	failed := ""
-	if !bytes.HasPrefix(status, []byte("HTTP/1.1 200")) {
-		failed = string(status)
+	_, rest, found := bytes.Cut(head, []byte("\r\nContent-Length: "))
+	digits, _, _ := bytes.Cut(rest, []byte("\r\n"))
+	length, err := strconv.Atoi(string(digits))
+	if !found || err != nil || len(body) > length {
+		return false, fmt.Errorf("not a response with a length: %s", response)
 	}
-	length := 0
-	for {
-		line, err := reader.ReadSlice('\n')
-		if err != nil {
-			return err
-		}
-		if len(line) <= 2 {
-			break
-		}
-		if value, found := bytes.CutPrefix(line, []byte("Content-Length: ")); found {
-			length, _ = strconv.Atoi(string(bytes.TrimSpace(value)))
-		}
+	if len(body) < length {
+		return false, nil
 	}
-	if failed != "" {
-		body := make([]byte, length)
-		reader.Read(body)
-		return fmt.Errorf("%s%s", failed, body)
+	if !bytes.HasPrefix(response, []byte("HTTP/1.1 200 ")) {
+		return false, fmt.Errorf("%s", response)
 	}
-	_, err = reader.Discard(length)
-	return err
+	return true, nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -687,18 +722,8 @@ func BenchmarkEventLatency(b *testing.B) {
 // eventLatency has clients make transfers, one in a pace each, and returns how long after its answer each event arrived (0 if before).
 func (r *replica) eventLatency(b *testing.B, arrivals *keyTimes, clients int, how, pace time.Duration, pick pair) latencies {
 	b.Helper()
-	run := newRun()
 	answered := &keyTimes{at: make(map[string]time.Time)}
-	drive(b, clients, how, pace, run, pick, func(int) client {
-		c := openHTTP(b, r.address(), writeTransfer)
-		do := c.do
-		c.do = func(from, to int64, key string) error {
-			err := do(from, to, key)
-			answered.add(key)
-			return err
-		}
-		return c
-	})
+	httpLoad{clients, how, pace, writeTransfer, func(key []byte) { answered.add(string(key)) }}.drive(b, r.address(), pick)
 	var l latencies
 	for key, at := range answered.at {
 		eventually(b, 30*time.Second, "the event of "+key, func() bool { return !arrivals.of(key).IsZero() })
@@ -767,8 +792,8 @@ func consumeKeys(b *testing.B, topic string) *keyTimes {
 func BenchmarkBalance(b *testing.B) {
 	r, _ := benchService(b, *benchWallets)
 	pick := anyOf(*benchWallets)
-	read := func(header string) func(dst []byte, from, to int64, key string) []byte {
-		return func(dst []byte, from, _ int64, _ string) []byte {
+	read := func(header string) func(dst []byte, from, to int64, key []byte) []byte {
+		return func(dst []byte, from, _ int64, _ []byte) []byte {
 			return fmt.Appendf(dst, "GET /v1/wallets/%d/balance HTTP/1.1\r\nHost: b\r\n%s\r\n", from, header)
 		}
 	}
@@ -778,7 +803,7 @@ func BenchmarkBalance(b *testing.B) {
 		for range 2 { // in turns; the first fills the cache
 			for _, side := range sides {
 				before := r.cpu(b)
-				rate, l := drive(b, 64, *benchFor/2, 0, "", pick, func(int) client { return openHTTP(b, r.address(), read(side.header)) })
+				rate, l := httpLoad{clients: 64, how: *benchFor / 2, write: read(side.header)}.drive(b, r.address(), pick)
 				rates[side.name] = rate
 				b.ReportMetric(rate, side.name+"-reads/s")
 				l.report(b, side.name+"-")
@@ -829,11 +854,9 @@ func BenchmarkGrowth(b *testing.B) {
 		"between-times": "/history?limit=20&since=2020-01-01T00:00:00Z&until=2040-01-01T00:00:00Z",
 	}
 	read := func(r *replica, path string, how time.Duration) time.Duration {
-		_, l := drive(b, 1, how, 0, "", anyOf(*benchWallets), func(int) client {
-			return openHTTP(b, r.address(), func(dst []byte, from, _ int64, _ string) []byte {
-				return fmt.Appendf(dst, "GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n", from, path)
-			})
-		})
+		_, l := httpLoad{clients: 1, how: how, write: func(dst []byte, from, _ int64, _ []byte) []byte {
+			return fmt.Appendf(dst, "GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n", from, path)
+		}}.drive(b, r.address(), anyOf(*benchWallets))
 		return l.at(.5)
 	}
 	for _, path := range reads {

@@ -1,0 +1,116 @@
+// The load generator's connections on Linux: epoll tells which have a response. bench_other_test.go is the same elsewhere, at twice the cost.
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"iter"
+	"net/netip"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// connections are blocking sockets: a write ends when all is written, and a read begins when epoll says that there is something.
+type connections struct {
+	epoll    int
+	sockets  []int
+	readable []syscall.EpollEvent
+	response []byte
+}
+
+func dial(address string, n int) (*connections, error) {
+	to, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, err
+	}
+	s := &connections{readable: make([]syscall.EpollEvent, n), response: make([]byte, 1<<20)}
+	if s.epoll, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
+		return nil, err
+	}
+	for c := range n {
+		socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return nil, err
+		}
+		s.sockets = append(s.sockets, socket)
+		if err := syscall.Connect(socket, &syscall.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil {
+			return nil, fmt.Errorf("connect to %s: %w", address, err)
+		}
+		// Edge-triggered: told once of a response, which is then read to its end. Fd is ours to use.
+		event := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLET&0xffffffff, Fd: int32(c)}
+		if err := syscall.EpollCtl(s.epoll, syscall.EPOLL_CTL_ADD, socket, &event); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+func (s *connections) close() {
+	for _, socket := range s.sockets {
+		syscall.Close(socket)
+	}
+	syscall.Close(s.epoll)
+}
+
+func (s *connections) send(c int, request []byte) error {
+	for len(request) > 0 {
+		n, err := systemCall(syscall.SYS_WRITE, s.sockets[c], unsafe.Pointer(&request[0]), len(request), 0)
+		if err != nil {
+			return err
+		}
+		request = request[n:]
+	}
+	return nil
+}
+
+// answered waits until responses arrive, at most so long or for ever, and yields their connections as it reads them.
+func (s *connections) answered(most time.Duration) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		var n int
+		var err error
+		if most == never {
+			n, err = systemCall(syscall.SYS_EPOLL_PWAIT, s.epoll, unsafe.Pointer(&s.readable[0]), len(s.readable), -1)
+		} else { // at a pace, the consumer of the events in this process is measured, and has the scheduler to itself
+			n, err = syscall.EpollWait(s.epoll, s.readable, int((most+time.Millisecond-1)/time.Millisecond))
+		}
+		if err != nil && err != syscall.EINTR {
+			yield(0, err)
+			return
+		}
+		for _, event := range s.readable[:max(0, n)] {
+			if c := int(event.Fd); !yield(c, s.receive(c)) {
+				return
+			}
+		}
+	}
+}
+
+// receive reads a response: one read, which finds something there, unless the service wrote it in parts.
+func (s *connections) receive(c int) error {
+	length, err := systemCall(syscall.SYS_READ, s.sockets[c], unsafe.Pointer(&s.response[0]), len(s.response), 0)
+	for n := length; ; length += n {
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return io.ErrUnexpectedEOF
+		}
+		if whole, err := wholeOK(s.response[:length]); whole || err != nil {
+			return err
+		}
+		n, err = syscall.Read(s.sockets[c], s.response[length:])
+	}
+}
+
+// systemCall is one that Go's scheduler does not know of. It would see a goroutine that never yields, take its processor away every 10 ms
+// in the midst of a call, and poll at 20 us for a while each time: a sixth of all that the load generator spends. It must not block, unless
+// a signal ends it, as epoll's: the collector waits for it.
+func systemCall(number, fd int, buffer unsafe.Pointer, length, timeout int) (int, error) {
+	n, _, err := syscall.RawSyscall6(uintptr(number), uintptr(fd), uintptr(buffer), uintptr(length), uintptr(timeout), 0, 0)
+	if err != 0 {
+		return 0, err
+	}
+	return int(n), nil
+}
