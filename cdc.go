@@ -58,6 +58,10 @@ const (
 	batchEventsMax = 10_000
 	batchBytesMax  = 16 << 20
 
+	// A transaction costs the broker milliseconds, whatever it holds. After one, the relay rests for as long as it took, up to this, and
+	// the next batch gathers; not so when it works off a backlog.
+	restMax = 50 * time.Millisecond
+
 	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the time of a takeover from
 	// one that was cut off. statusInterval must stay well below it.
 	walSenderTimeout = 5 * time.Second
@@ -421,8 +425,8 @@ type leadership struct {
 	past *pgx.Conn     // when the slot was made by us: the ledger as of at
 	at   pglogrepl.LSN // where such a slot begins
 
-	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka transactions grow under backlog
-	// and stay small when idle, with no timer.
+	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka transactions grow under load
+	// and stay small when idle.
 	mail  chan *batch
 	ready chan position // publish's first word: where to go on from
 	ended chan error    // publish's last
@@ -844,8 +848,12 @@ func (l *leadership) publish(ctx context.Context) error {
 			if !more {
 				return nil
 			}
+			began := time.Now()
 			if err := l.commit(b); err != nil {
 				return err
+			}
+			if len(b.events) < batchEventsMax/2 {
+				_ = sleep(ctx, min(time.Since(began), restMax))
 			}
 		case <-ctx.Done():
 			return ctx.Err()
