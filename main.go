@@ -283,13 +283,12 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 // listen serves a handler on a listener. The timeouts let no slow client hold anything for long.
 func (s *service) listen(g *group, listener net.Listener, handler http.Handler, writeTimeout time.Duration) *http.Server {
 	server := &http.Server{
-		Handler:           handler,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
+		Handler:        handler,
+		ReadTimeout:    10 * time.Second,
+		WriteTimeout:   writeTimeout,
+		IdleTimeout:    2 * time.Minute,
+		MaxHeaderBytes: 16 << 10,
+		ErrorLog:       slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
 	}
 	g.run(func(context.Context) (err error) {
 		if s.certificate != nil {
@@ -1403,10 +1402,8 @@ func (s *server) serve(route route) http.Handler {
 		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), requestIDKey{}, id), s.requestTimeout)
 		defer cancel()
 		h := w.Header()
-		h.Set("X-Request-Id", id)
-		h.Set("Content-Type", "application/json")
-		h.Set("Cache-Control", "no-store")
-		h.Set("X-Content-Type-Options", "nosniff")
+		h["X-Request-Id"] = []string{id}
+		h["Content-Type"], h["Cache-Control"], h["X-Content-Type-Options"] = contentJSON, noStore, noSniff
 		if s.draining.Load() {
 			h.Set("Connection", "close") // else Shutdown may close a kept connection just as the next request arrives on it
 		}
@@ -1448,10 +1445,24 @@ func (s *server) serve(route route) http.Handler {
 		}
 		took := time.Since(started)
 		s.observe(route.path, r.Method, status, took)
-		slog.LogAttrs(ctx, accessLevel(route.path, status), "request", slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
-			slog.String("code", code), slog.String("client", client), slog.Float64("seconds", took.Seconds()), slog.String("request_id", id),
+		s.log(ctx, accessLevel(route.path, status), slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
+			slog.String("code", code), slog.String("client", client), slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
 			slog.String("trace", traceparent(r.Header)))
 	})
+}
+
+// Headers that all answers have alike; not to be changed in place.
+var contentJSON, noStore, noSniff = []string{"application/json"}, []string{"no-store"}, []string{"nosniff"}
+
+// log writes a request's line, without attributes that say nothing. slog's own functions look up their caller each time.
+func (s *server) log(ctx context.Context, level slog.Level, attrs ...slog.Attr) {
+	handler := slog.Default().Handler()
+	if !handler.Enabled(ctx, level) {
+		return
+	}
+	line := slog.NewRecord(time.Now(), level, "request", 0)
+	line.AddAttrs(slices.DeleteFunc(attrs, func(a slog.Attr) bool { return a.Value.Kind() == slog.KindString && a.Value.String() == "" })...)
+	_ = handler.Handle(ctx, line)
 }
 
 // admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then whether we have started. A panic of one

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -67,7 +68,11 @@ func appendEvent(dst []byte, e *entry) []byte {
 	} else {
 		dst = append(dst, `","idempotency_key":`...)
 	}
-	dst = strconv.AppendQuote(dst, e.Key) // printable ASCII only (parseKey), where Go's quoting is JSON's
+	if strings.ContainsAny(e.Key, `"\`) {
+		dst = strconv.AppendQuote(dst, e.Key) // printable ASCII only (parseKey), where Go's quoting is JSON's
+	} else {
+		dst = append(append(append(dst, '"'), e.Key...), '"')
+	}
 	dst = append(dst, `,"created_at":"`...)
 	dst = e.CreatedAt.UTC().AppendFormat(dst, timeFormat)
 	return append(dst, `"}`...)
