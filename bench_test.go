@@ -35,7 +35,7 @@ import (
 
 var (
 	benchWallets = flag.Int("bench.wallets", 10_000, "wallets that transfers go between")
-	benchClients = flag.Int("bench.clients", 256, "connections of the HTTP benchmarks")
+	benchClients = flag.Int("bench.clients", 512, "connections of the HTTP benchmarks")
 	benchBacklog = flag.Int("bench.backlog", 2_000_000, "events that the relay catches up with")
 	benchFor     = flag.Duration("bench.for", 6*time.Second, "how long each side is driven")
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
