@@ -60,7 +60,7 @@ const (
 
 	// A transaction costs the broker milliseconds, whatever it holds. After one, the relay rests for as long as it took, up to this, and
 	// the next batch gathers; not so when it works off a backlog.
-	restMax = 50 * time.Millisecond
+	restMax = 10 * time.Millisecond
 
 	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the time of a takeover from
 	// one that was cut off. statusInterval must stay well below it.

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"hash"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -966,6 +967,79 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if c, err := k.lastCheckpoint(); err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v after a fenced producer", c, err)
 	}
+}
+
+// TestRecordBatches: a partition's are in order, small enough for a broker, and numbered on, also past the highest sequence number.
+func TestRecordBatches(t *testing.T) {
+	to := topicPartition{"events", 0}
+	sequence := int32(math.MaxInt32 - 1000)
+	p := &producer{k: &kafka{events: "events", checkpoints: "checkpoints", partitions: 1}, partitioner: sarama.NewMurmur2Partitioner("events"), sequences: map[topicPartition]int32{to: sequence}}
+	began := time.Date(2026, 1, 2, 3, 4, 5, 123456000, time.UTC)
+	events, times := make([]event, 5000), make([]time.Time, 5000)
+	for i := range events {
+		times[i] = began.Add(time.Duration(i*7%1000) * time.Second)
+		e := &entry{WalletID: 7, Seq: int64(i + 1), Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("20"), Key: strings.Repeat("k", keyLenMax), CreatedAt: times[i]}
+		events[i] = event{walletID: 7, seq: e.Seq, payload: appendEvent(nil, e)}
+	}
+	batches, err := p.pack(events, []byte("{}"))
+	if err != nil || len(batches) != 2 || len(batches[to]) < 3 {
+		t.Fatalf("%d batches in %d partitions, %v", len(batches[to]), len(batches), err)
+	}
+	n := 0
+	for _, b := range batches[to] {
+		if b.FirstSequence != sequence || int(b.LastOffsetDelta) != len(b.Records)-1 || !b.IsTransactional {
+			t.Errorf("a batch of %d records begins at %d and ends at offset %d, want %d", len(b.Records), b.FirstSequence, b.LastOffsetDelta, sequence)
+		}
+		size := 0
+		for i, r := range b.Records {
+			at := b.FirstTimestamp.Add(r.TimestampDelta)
+			if r.OffsetDelta != int64(i) || !bytes.Equal(r.Value, events[n].payload) || !at.Equal(times[n].Truncate(time.Millisecond)) || at.After(b.MaxTimestamp) {
+				t.Fatalf("record %d: offset %d, %v until %v, %s", n, r.OffsetDelta, at, b.MaxTimestamp, r.Value)
+			}
+			size += len(r.Key) + len(r.Value)
+			for _, h := range r.Headers {
+				size += len(h.Key) + len(h.Value)
+			}
+			if n++; sequence == math.MaxInt32 {
+				sequence = 0
+			} else {
+				sequence++
+			}
+		}
+		if size > recordBatchBytesMax {
+			t.Errorf("a batch of %d bytes", size)
+		}
+	}
+	if n != len(events) {
+		t.Errorf("%d of %d records", n, len(events))
+	}
+}
+
+// TestRefusedRecordsAreAnError: a broker that begins the transaction but does not take its records.
+func TestRefusedRecordsAreAnError(t *testing.T) {
+	b := newBench(t)
+	k, err := openKafka(b.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.close()
+	admin, err := sarama.NewClusterAdminFromClient(k.client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bytesMax := "100"
+	err = admin.IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
+	eventually(t, 10*time.Second, "refused for its size", func() bool { // the broker hears of the setting a moment later
+		producer, err := k.newProducer("test-" + b.cfg.replicationSlot)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return errors.Is(producer.send([]event{{walletID: 1, seq: 1, payload: payload}}, []byte(`{}`)), sarama.ErrMessageSizeTooLarge)
+	})
 }
 
 // TestUnreachableKafka: the relay says so and goes on trying, and ends when told to.

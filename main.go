@@ -1873,7 +1873,7 @@ func (c *config) settings() []setting {
 		{"REPLICATION_SLOT", "wallet_relay", "name of the relay's replication slot (unique in the Postgres cluster)", matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_")},
 		{"OUTBOX_RETENTION", "24h", "how long a published outbox row is kept, in whole partitions of an hour", duration(&c.outboxRetention, 0, 90*24*time.Hour)},
 
-		{"REDIS_URL", "", "Redis, which caches balances; without it there is no cache. redis://host:6379/0", urlText(&c.redisURL, "redis", "rediss")},
+		{"REDIS_URL", "", "Redis (6.2 or later), which caches balances; without it there is no cache. redis://host:6379/0", urlText(&c.redisURL, "redis", "rediss")},
 		{"CACHE_TTL", "10m", "how long a balance stays cached, and so the bound for one that a fault left behind", duration(&c.cacheTTL, time.Second, 30*24*time.Hour)},
 		{"CACHE_TIMEOUT", "50ms", "how long a read waits for Redis before it asks Postgres", duration(&c.cacheTimeout, time.Millisecond, 10*time.Second)},
 
