@@ -1422,7 +1422,7 @@ type topicPartition struct {
 
 const (
 	produceTimeout   = 5 * time.Second // for all in-sync replicas to have a batch
-	compressionLevel = 1               // of zstd, which was measured faster than lz4, snappy and none; its default level took half as much time again
+	compressionLevel = 1               // of zstd: about as fast as snappy and lz4 (0.5 us an event more), and 7.7 to 1 where they reach 4.5; its default level takes half as much time again
 )
 
 // recordBatchBytesMax is below what a broker accepts by default (message.max.bytes: 1,048,588) even if nothing can be compressed.
