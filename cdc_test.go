@@ -957,9 +957,15 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v", c, err)
 	}
-	// A successor fences it.
+	// A successor fences it: it can neither end what it had begun nor begin anew.
+	if err := producer.send(nil, []byte(`{"events":1500}`)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := k.newProducer("test-" + b.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
+	}
+	if err := producer.end(true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
+		t.Errorf("a fenced producer was told %v at its transaction's end", err)
 	}
 	if err := write(2000, true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v", err)
