@@ -283,12 +283,13 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 // listen serves a handler on a listener. The timeouts let no slow client hold anything for long.
 func (s *service) listen(g *group, listener net.Listener, handler http.Handler, writeTimeout time.Duration) *http.Server {
 	server := &http.Server{
-		Handler:        handler,
-		ReadTimeout:    10 * time.Second,
-		WriteTimeout:   writeTimeout,
-		IdleTimeout:    2 * time.Minute,
-		MaxHeaderBytes: 16 << 10,
-		ErrorLog:       slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
+		Handler:           handler,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
 	}
 	g.run(func(context.Context) (err error) {
 		if s.certificate != nil {
