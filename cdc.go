@@ -14,6 +14,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/pbkdf2"
@@ -1469,6 +1470,10 @@ func (p *producer) ask(question func(*sarama.Broker) (sarama.KError, error)) err
 
 // send begins a transaction and sends its records: those of the events, and the checkpoint's unless it is nil.
 func (p *producer) send(events []event, checkpoint []byte) error {
+	// As sarama last heard, within ten minutes: partitions added under a running relay end its stay, and the next start refuses.
+	if all, err := p.k.client.Partitions(p.k.events); err != nil || len(all) != int(p.k.partitions) {
+		return fmt.Errorf("topic %s has %d partitions and had %d at the start: %w", p.k.events, len(all), p.k.partitions, cmp.Or(err, sarama.ErrInvalidPartition))
+	}
 	batches, err := p.pack(events, checkpoint)
 	if err != nil {
 		return err
@@ -1581,7 +1586,6 @@ func (p *producer) pack(events []event, checkpoint []byte) (map[topicPartition][
 		if err := record.set(&events[i]); err != nil {
 			return nil, err
 		}
-		// By the number of partitions at the start of this stay, should some have been added: the next start refuses those.
 		message.Key = sarama.ByteEncoder(record.Key)
 		partition, err := p.partitioner.Partition(&message, p.k.partitions)
 		if err != nil {

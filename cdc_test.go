@@ -896,6 +896,16 @@ func TestAuditFinds(t *testing.T) {
 	}
 }
 
+func (b *bench) openKafka(t *testing.T) *kafka {
+	t.Helper()
+	k, err := openKafka(b.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(k.close)
+	return k
+}
+
 func (b *bench) mustExec(t *testing.T, sql string) {
 	t.Helper()
 	if _, err := b.conn.Exec(context.Background(), sql); err != nil {
@@ -925,11 +935,7 @@ func forge(t *testing.T, b *bench, key, id, value string) {
 // TestLastCheckpointIsFoundBackwards: behind markers and aborted transactions, without reading the topic.
 func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	b := newBench(t)
-	k, err := openKafka(b.cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.close()
+	k := b.openKafka(t)
 	if c, err := k.lastCheckpoint(); c != nil || err != nil {
 		t.Fatalf("%v, %v in an empty topic", c, err)
 	}
@@ -1024,11 +1030,7 @@ func TestRecordBatches(t *testing.T) {
 // TestRefusedRecordsAreAnError: a broker that begins the transaction but does not take its records.
 func TestRefusedRecordsAreAnError(t *testing.T) {
 	b := newBench(t)
-	k, err := openKafka(b.cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.close()
+	k := b.openKafka(t)
 	admin, err := sarama.NewClusterAdminFromClient(k.client)
 	if err != nil {
 		t.Fatal(err)
@@ -1045,6 +1047,31 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 			t.Fatal(err)
 		}
 		return errors.Is(producer.send([]event{{walletID: 1, seq: 1, payload: payload}}, []byte(`{}`)), sarama.ErrMessageSizeTooLarge)
+	})
+}
+
+// TestAddedPartitionsEndAStay: they would break each wallet's order, and the next start says so.
+func TestAddedPartitionsEndAStay(t *testing.T) {
+	b := newBench(t)
+	k := b.openKafka(t)
+	producer, err := k.newProducer("test-" + b.cfg.replicationSlot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin, err := sarama.NewClusterAdminFromClient(k.client)
+	if err == nil {
+		err = admin.CreatePartitions(b.cfg.kafkaTopic, 5, nil, false)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "refused for its partitions", func() bool {
+		_ = k.client.RefreshMetadata(b.cfg.kafkaTopic)
+		err := producer.send(nil, []byte(`{}`))
+		if err == nil {
+			err = producer.end(false)
+		}
+		return errors.Is(err, sarama.ErrInvalidPartition)
 	})
 }
 
