@@ -222,7 +222,7 @@ type ledger struct {
 	queue  chan *operation
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
-	aside                               atomic.Int64 // operations that wait for a wallet in hand
+	aside                               atomic.Int64 // operations that gather, or wait for a wallet in hand
 	batches, operations, reruns, splits atomic.Int64
 	batchSizes, batchSeconds            histogram
 }
@@ -275,41 +275,60 @@ func (l *ledger) do(ctx context.Context, op *operation) error {
 	}
 }
 
-// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those before it are at Postgres, never by
-// waiting for company: whenever a writer is free it gets all that are waiting, except operations on a wallet that another writer has in hand.
-// At Postgres those would only wait for a lock, and everything else in their batch with them.
+// A batch costs Postgres as much as a dozen operations, whatever it holds, and its flush waits for another's. So beside one that is at
+// Postgres a further one starts only when it is worth it, or when that one has been there for so long that something must hold it up.
+const (
+	furtherBatchMin   = 32 // operations
+	furtherBatchAfter = 20 * time.Millisecond
+)
+
+// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those before it are at Postgres: when
+// none is there it starts at once, however small. It gets all that have gathered, except operations on a wallet that another writer has in
+// hand. At Postgres those would only wait for a lock, and everything else in their batch with them.
 func (l *ledger) run(ctx context.Context) error {
 	free, finished := l.writers, make(chan []*operation, l.writers)
 	inHand := make(map[int64]bool) // wallets of the batches at Postgres
-	var waiting []*operation       // for a wallet in hand, in order of arrival
+	var gathered []*operation      // for the next batch, in order of arrival
+	var waiting []*operation       // for a wallet in hand, likewise
 	awaited := make(map[int64]bool)
+	var overdue <-chan time.Time // set while operations gather beside a batch at Postgres
 	stop := ctx.Done()
-	for stop != nil || free < l.writers || len(waiting) > 0 || len(l.queue) > 0 {
-		var candidates []*operation
+	for stop != nil || free < l.writers || len(gathered) > 0 || len(waiting) > 0 || len(l.queue) > 0 {
+		l.aside.Store(int64(len(gathered) + len(waiting)))
+		further := min(furtherBatchMin, l.batchOpsMax)
 		queue := l.queue
 		if free == 0 || len(waiting) >= l.batchOpsMax {
 			queue = nil // what arrives waits there, up to its bound
 		}
 		select {
 		case op := <-queue:
-			candidates = []*operation{op}
+			gathered = append(gathered, op)
 		case batch := <-finished:
 			free++
 			for _, op := range batch {
 				delete(inHand, op.walletID)
 				delete(inHand, op.toID)
 			}
-			candidates, waiting = waiting, nil
+			gathered, waiting = append(waiting, gathered...), nil
 			clear(awaited)
+		case <-overdue:
+			further = 0
 		case <-stop:
 			stop = nil
 			continue
 		}
-		for len(candidates) < l.batchOpsMax && len(l.queue) > 0 {
-			candidates = append(candidates, <-l.queue)
+		for len(gathered) < l.batchOpsMax && len(l.queue) > 0 {
+			gathered = append(gathered, <-l.queue)
 		}
-		batch := make([]*operation, 0, len(candidates))
-		for _, op := range candidates {
+		if free < l.writers && len(gathered) < further {
+			if overdue == nil && len(gathered) > 0 {
+				overdue = time.After(furtherBatchAfter)
+			}
+			continue
+		}
+		overdue = nil
+		batch := make([]*operation, 0, len(gathered))
+		for _, op := range gathered {
 			switch {
 			case op.ctx.Err() != nil:
 				op.err = errUnavailable // nobody is waiting any more, and nothing was done
@@ -322,7 +341,7 @@ func (l *ledger) run(ctx context.Context) error {
 				batch = append(batch, op)
 			}
 		}
-		l.aside.Store(int64(len(waiting)))
+		gathered = nil
 		if len(batch) == 0 {
 			continue
 		}

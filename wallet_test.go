@@ -394,6 +394,37 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
+// TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few to be worth it as they are.
+func TestStalledBatchHoldsUpNobody(t *testing.T) {
+	w := start(t, testEnv(t))
+	for id := 1; id <= 2; id++ {
+		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
+	}
+	conn := connect(t, w.env["DATABASE_URL"])
+	tx, err := conn.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	stalled := make(chan answer)
+	go func() { stalled <- w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) }()
+	eventually(t, 400*time.Millisecond, "the first batch waits for the lock", func() bool {
+		var waiting int
+		err := tx.QueryRow(context.Background(), `SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`).Scan(&waiting)
+		return err == nil && waiting > 0
+	})
+	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"b"}`)
+	if n := w.ledger.reruns.Load(); n > 0 {
+		t.Error("the second batch was answered only after the first had given up")
+	}
+	tx.Rollback(context.Background())
+	if a := <-stalled; a.status != 200 {
+		t.Errorf("the first batch: %s", a)
+	}
+}
+
 // TestBadNeighbour: one operation that the database refuses fails alone.
 func TestBadNeighbour(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
@@ -740,7 +771,7 @@ func FuzzCursor(f *testing.F) {
 
 // TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the wallets, and nobody starves.
 func TestWritersShareNoWallet(t *testing.T) {
-	w := start(t, testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=8"))
+	w := start(t, testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=2"))
 	conn := connect(t, w.env["DATABASE_URL"])
 	moved := make(chan struct{})
 	go func() {
