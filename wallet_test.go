@@ -364,20 +364,26 @@ func TestPostgresAway(t *testing.T) {
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
 }
 
+// holdWallet locks a wallet, as somebody who is not one of our writers, until the transaction ends.
+func holdWallet(t *testing.T, w *wallets, id int64) pgx.Tx {
+	t.Helper()
+	tx, err := connect(t, w.env["DATABASE_URL"]).Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = $1 FOR UPDATE`, id); err != nil {
+		t.Fatal(err)
+	}
+	return tx
+}
+
 // TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are answered.
 func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	for id := 1; id <= 4; id++ {
 		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
 	}
-	conn := connect(t, w.env["DATABASE_URL"])
-	tx, err := conn.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR UPDATE`); err != nil {
-		t.Fatal(err)
-	}
+	tx := holdWallet(t, w, 1)
 	statuses := make([]int, 5)
 	var clients sync.WaitGroup
 	for id := 1; id <= 4; id++ {
@@ -400,14 +406,7 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 	for id := 1; id <= 2; id++ {
 		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
 	}
-	conn := connect(t, w.env["DATABASE_URL"])
-	tx, err := conn.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR UPDATE`); err != nil {
-		t.Fatal(err)
-	}
+	tx := holdWallet(t, w, 1)
 	stalled := make(chan answer)
 	go func() { stalled <- w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) }()
 	eventually(t, 400*time.Millisecond, "the first batch waits for the lock", func() bool {
