@@ -1905,7 +1905,7 @@ func (c *config) settings() []setting {
 		{"CONNECTIONS_MAX", "10000", "connections at a time; further ones wait", integer(&c.connectionsMax, 1, 1_000_000)},
 		{"REQUESTS_MAX", "5000", "requests at a time; further ones are answered 503", integer(&c.requestsMax, 1, 1_000_000)},
 		{"DEFAULT_CURRENCY", "USD", "currency of a wallet that is made by a deposit or transfer that names none", text(&c.defaultCurrency)},
-		{"WRITERS", "2", "batches at Postgres at the same time", integer(&c.writers, 1, 64)},
+		{"WRITERS", "2", "batches at Postgres at the same time, at most", integer(&c.writers, 1, 64)},
 		{"WRITE_BATCH_MAX", "1000", "operations in one batch, at most", integer(&c.batchOpsMax, 1, 10_000)},
 		{"WRITE_QUEUE_MAX", "4000", "operations that wait for a batch, at most; further ones are answered 503", integer(&c.queueOpsMax, 1, 1_000_000)},
 		{"READ_CONNECTIONS", "8", "Postgres connections for reads, at most", integer(&c.readConns, 1, 1000)},
