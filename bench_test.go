@@ -949,7 +949,7 @@ func BenchmarkBatches(b *testing.B) {
 					from, to := pick(dice)
 					batch[i] = &operation{kind: kindTransferOut, walletID: from, toID: to, amount: cent, key: run + "-" + strconv.Itoa(n*size+i), ctx: context.Background()}
 				}
-				l.post(batch)
+				l.post(batch, make(map[int64]cachedBalance))
 				if batch[0].err != nil {
 					b.Fatal(batch[0].err)
 				}

@@ -1,18 +1,30 @@
-// The cache: the newest known (seq, balance) of each wallet, in Redis.
+// The cache: balances of wallets that were asked for, in Redis.
 //
 // Touches: Redis only. Never authoritative: whatever goes wrong here is counted, logged once and answered from Postgres.
-// Promises: an entry is replaced only by a newer one (by seq), and entries of another database, another timeline or from before
-// an outage are never served. Writers put balances before they answer; the relay puts them again, which repairs what a crash
-// between commit and put left out; CACHE_TTL bounds what nobody repaired.
+// Promises: a balance read from here is never behind anything that was answered before the read was sent. Why:
+//
+//  1. A wallet's key holds nothing, a balance, or a reader's token. It may become empty at any time: it expires, Redis
+//     evicts or loses it, a new generation begins.
+//  2. An empty key is filled by readers only. A reader leaves a token there, or shares the one that it finds; then it
+//     reads Postgres; then it replaces that very token, and nothing else.
+//  3. Whoever is about to answer with something from Postgres puts it first: an older balance gives way to it, a token
+//     is removed, an empty key stays empty.
+//  4. So no key holds a balance older than one that was put. A fill read Postgres after its token came, and a put since
+//     then took the token away. A put replaces only what is older. How late either arrives makes no difference.
+//  5. A put that failed may leave an older balance behind, and a server that was restarted may hold older data. Then
+//     this replica begins a new generation, in which everything of before counts as nothing, and reads nothing until
+//     then.
+//
+// Not promised: while Redis answers others but not this replica, they may serve what this one could not replace.
 
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"strconv"
 	"strings"
@@ -29,27 +41,38 @@ type cachedBalance struct {
 	currency, balance string
 }
 
-// cache is safe for concurrent use. A value in Redis is "generation seq currency balance"; it counts only while its generation
-// is the one in the generation key. A new generation forgets everything at once.
+// cache is safe for concurrent use.
+//
+// The generation key, one for a ledger, holds a random word. A wallet's key holds "generation seq currency balance", or
+// "generation ?word" for a token; it counts only in its own generation. Wallets' keys also name the life of the database
+// (its timeline and the start of its server), so that a balance of before a failover or a restored volume has no place
+// to go, however late it comes.
 type cache struct {
 	redis   *redis.Client
 	ttl     time.Duration
 	timeout time.Duration
 
-	// prefix of all keys: the database's system identifier and timeline, since after a failover or a restore "only if newer"
-	// would pin balances that never were. Nil until the first Postgres connection tells.
-	prefix atomic.Pointer[string]
+	keys atomic.Pointer[cacheKeys] // nil until the first Postgres connection tells
 
-	// lost: a put may not have arrived, so what Redis holds may be old. Nothing is read or put until a new generation has
-	// begun. True at first: nobody knows what this replica's former life left out.
-	lost atomic.Bool
+	// losses counts the times from which on Redis may hold what is older than an answer; mended is how many of them a new
+	// generation has made up for. Only while both are equal is anything read. It begins with one loss: nobody knows what
+	// this replica's former life left out.
+	losses, mended atomic.Int64
+	// away: the last call failed. Puts are left out, each a loss, until run has reached Redis again.
+	away atomic.Bool
 
-	// sent holds the newest seq of each wallet that this process has put under prefix: the relay need not put again what a writer beside it has.
-	sentMu sync.Mutex
-	sent   map[int64]int64
+	mu     sync.Mutex
+	server string          // run id of the Redis that answered last
+	sent   map[int64]int64 // newest seq of each wallet that was put under sentTo: it need not be put again
+	sentTo *cacheKeys
 
 	hits, misses, errors, puts, generations atomic.Int64
 }
+
+// cacheKeys is where one life of one ledger has its balances.
+type cacheKeys struct{ generation, wallets string }
+
+func (k *cacheKeys) wallet(id int64) string { return k.wallets + strconv.FormatInt(id, 10) }
 
 const sentMax = 50_000 // wallets; then sent begins anew
 
@@ -58,44 +81,70 @@ func newCache(cfg *config) (*cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set REDIS_URL to a URL such as redis://host:6379/0: %w", err)
 	}
+	c := &cache{ttl: cfg.cacheTTL, timeout: cfg.cacheTimeout, sent: make(map[int64]int64)}
 	options.DialTimeout, options.ReadTimeout, options.WriteTimeout = time.Second, cfg.cacheTimeout, cfg.cacheTimeout
 	options.ContextTimeoutEnabled = true
 	options.MaxRetries = -1
-	c := &cache{redis: redis.NewClient(options), ttl: cfg.cacheTTL, timeout: cfg.cacheTimeout, sent: make(map[int64]int64)}
-	c.lost.Store(true)
+	options.OnConnect = c.greet
+	c.redis = redis.NewClient(options)
+	c.losses.Store(1)
 	return c, nil
 }
 
-// enter tells which database the balances are of. Each new Postgres connection says it again: that is how a failover shows.
-func (c *cache) enter(systemIdentifier, timeline string) {
-	prefix := "wallet:{" + systemIdentifier + "." + timeline + "}:" // one hash slot, should Redis be a cluster
-	if old := c.prefix.Load(); old == nil || *old != prefix {
-		c.prefix.Store(&prefix)
-		c.lost.Store(true)
-		c.sentMu.Lock()
-		clear(c.sent)
-		c.sentMu.Unlock()
+// enter tells which ledger the balances are of, and which life of its database. Each new Postgres connection says it
+// again: that is how a failover, a restart and a restored volume show.
+func (c *cache) enter(ledger, life string) {
+	prefix := "wallet:{" + ledger + "}:" // one hash slot, should Redis be a cluster
+	keys := &cacheKeys{generation: prefix + "generation", wallets: prefix + life + ":"}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old := c.keys.Load(); old == nil || *old != *keys {
+		c.keys.Store(keys)
+		c.losses.Add(1)
 	}
 }
 
-// run begins a new generation whenever something was lost, as soon as Redis can be reached.
+// greet looks who answers on a new connection to Redis. Another run id is another server, or the same one after a
+// restart: it may hold older data.
+func (c *cache) greet(ctx context.Context, conn *redis.Conn) error {
+	info, err := conn.Info(ctx, "server").Result()
+	var refusal redis.Error
+	if err != nil && !errors.As(err, &refusal) { // one that does not know INFO, or does not let us, is taken as it is
+		return err
+	}
+	_, id, _ := strings.Cut(info, "run_id:")
+	id, _, _ = strings.Cut(id, "\r")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server != "" && c.server != id {
+		c.losses.Add(1)
+	}
+	c.server = id
+	return nil
+}
+
+// run begins a new generation whenever something was lost and no put does it first, as soon as Redis can be reached.
 func (c *cache) run(ctx context.Context) error {
 	defer c.redis.Close()
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
-	logged := false
+	inUse, logged := false, false
 	for {
-		if prefix := c.prefix.Load(); prefix != nil && c.lost.Load() {
-			err := c.begin(ctx, *prefix)
+		if keys := c.keys.Load(); keys != nil {
+			var err error
+			if _, _, usable := c.usable(); !usable {
+				err = c.begin(ctx, keys)
+			}
+			_, _, usable := c.usable()
 			switch {
 			case ctx.Err() != nil:
 				return nil
-			case err == nil:
+			case usable && !inUse:
 				slog.Info("cache in use")
-				logged = false
-			case !logged:
+				inUse, logged = true, false
+			case err != nil && !logged:
 				slog.Warn("cache out of use, reads go to Postgres", "error", err)
-				logged = true
+				inUse, logged = false, true
 			}
 		}
 		select {
@@ -106,140 +155,220 @@ func (c *cache) run(ctx context.Context) error {
 	}
 }
 
-// begin starts a new generation. Lost is cleared first: a put that fails meanwhile sets it again.
-func (c *cache) begin(ctx context.Context, prefix string) error {
+// begin starts a new generation. It makes up for the losses of before, and not for one that happens meanwhile.
+func (c *cache) begin(ctx context.Context, keys *cacheKeys) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	c.lost.Store(false)
-	if err := c.redis.Set(ctx, prefix+"generation", newGeneration(), 0).Err(); err != nil {
-		c.lost.Store(true)
+	losses := c.losses.Load()
+	if err := c.redis.Set(ctx, keys.generation, newWord(), 0).Err(); err != nil {
 		return err
 	}
-	c.generations.Add(1)
+	c.away.Store(false)
+	c.mend(losses)
 	return nil
 }
 
-func newGeneration() string { return strconv.FormatUint(rand.Uint64(), 36) }
-
-// usable returns the prefix of all keys, or false while the cache must not be used.
-func (c *cache) usable() (string, bool) {
-	prefix := c.prefix.Load()
-	if prefix == nil || c.lost.Load() {
-		return "", false
+func (c *cache) mend(losses int64) {
+	c.generations.Add(1)
+	for {
+		mended := c.mended.Load()
+		if mended >= losses || c.mended.CompareAndSwap(mended, losses) {
+			return
+		}
 	}
-	return *prefix, true
 }
 
-// fail counts a fault of Redis; everything it holds is forgotten before it is used again.
+func newWord() string { return strconv.FormatUint(rand.Uint64(), 36) }
+
+// usable says whether balances may be read, from where, and after how many losses: while that number stands, what was
+// read counts.
+func (c *cache) usable() (keys *cacheKeys, losses int64, ok bool) {
+	losses = c.losses.Load()
+	keys = c.keys.Load()
+	return keys, losses, keys != nil && c.mended.Load() == losses
+}
+
+// fail counts a fault of Redis. Whatever the call was for may not have arrived.
 func (c *cache) fail(err error) {
 	c.errors.Add(1)
-	if !c.lost.Swap(true) {
+	c.losses.Add(1)
+	if !c.away.Swap(true) {
 		slog.Warn("cache failed", "error", err)
 	}
 }
 
-// get looks a balance up. Where it finds none, generation is what fill needs to bring one in.
-func (c *cache) get(ctx context.Context, walletID int64) (b cachedBalance, generation string, ok bool) {
-	prefix, usable := c.usable()
+// ticket says under which circumstances something is read from Postgres or committed there; it is taken before. The zero
+// ticket is that of nobody who has spoken to Postgres before.
+type ticket struct {
+	keys   *cacheKeys
+	losses int64
+	found  string // what a reader saw in the wallet's key: a token, or a balance that was not new enough
+}
+
+func (c *cache) ticket() ticket {
+	if c == nil {
+		return ticket{}
+	}
+	return ticket{keys: c.keys.Load(), losses: c.losses.Load()}
+}
+
+// claimKey returns what a wallet's key holds in the present generation, or leaves a token there.
+// KEYS: the generation key, the wallet's. ARGV: a generation in case there is none, a token, TTL in ms.
+var claimKey = redis.NewScript(`
+local generation = redis.call('GET', KEYS[1])
+if not generation then
+    generation = ARGV[1]
+    redis.call('SET', KEYS[1], generation)
+end
+local found = redis.call('GET', KEYS[2])
+if found and string.sub(found, 1, #generation + 1) == generation .. ' ' then return found end
+local token = generation .. ' ?' .. ARGV[2]
+redis.call('SET', KEYS[2], token, 'PX', ARGV[3])
+return token`)
+
+// get looks a balance up that is at least as new as entry minSeq. Where it finds none, the ticket lets put bring in what
+// is then read from Postgres.
+func (c *cache) get(ctx context.Context, walletID, minSeq int64) (b cachedBalance, t ticket, ok bool) {
+	if c == nil {
+		return b, t, false
+	}
+	keys, losses, usable := c.usable()
+	t = ticket{keys: keys, losses: losses}
 	if !usable {
-		return b, "", false
+		return b, t, false
 	}
 	timed, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	values, err := c.redis.MGet(timed, prefix+"generation", prefix+strconv.FormatInt(walletID, 10)).Result()
+	values, err := c.redis.MGet(timed, keys.generation, keys.wallet(walletID)).Result()
+	var found string
+	if err == nil {
+		generation, _ := values[0].(string)
+		found, _ = values[1].(string)
+		if generation == "" || !strings.HasPrefix(found, generation+" ") {
+			found, err = c.claim(timed, keys, walletID)
+		}
+	}
 	if err != nil {
 		if ctx.Err() == nil { // else it was the client who left
 			c.fail(err)
 		}
-		return b, "", false
+		return b, t, false
 	}
-	generation, _ = values[0].(string)
-	value, _ := values[1].(string)
-	fields := strings.Fields(value)
-	if generation == "" || len(fields) != 4 || fields[0] != generation {
+	if c.losses.Load() != losses { // such as another server on a new connection
 		c.misses.Add(1)
-		return b, generation, false
+		return b, t, false
 	}
-	seq, err := strconv.ParseInt(fields[1], 10, 64)
-	if err != nil {
+	t.found = found
+	if b, ok = parseBalance(walletID, found); !ok || b.seq < minSeq {
 		c.misses.Add(1)
-		return b, generation, false
+		return b, t, false
 	}
 	c.hits.Add(1)
-	return cachedBalance{walletID, seq, fields[2], fields[3]}, generation, true
+	return b, t, true
 }
 
-// fill brings in a balance that was read from Postgres after a miss. It counts only in the generation of that miss: between
-// the two, a newer balance may have been put, lost and forgotten.
-func (c *cache) fill(b cachedBalance, generation string) {
-	if generation != "" {
-		c.store(map[int64]cachedBalance{b.walletID: b}, generation)
+func (c *cache) claim(ctx context.Context, keys *cacheKeys, walletID int64) (found string, err error) {
+	return claimKey.Run(ctx, c.redis, []string{keys.generation, keys.wallet(walletID)}, newWord(), newWord(), c.ttl.Milliseconds()).Text()
+}
+
+// parseBalance reads a wallet's key; ok is false for a token.
+func parseBalance(walletID int64, value string) (b cachedBalance, ok bool) {
+	fields := strings.Fields(value)
+	if len(fields) != 4 {
+		return b, false
 	}
+	seq, err := strconv.ParseInt(fields[1], 10, 64)
+	return cachedBalance{walletID, seq, fields[2], fields[3]}, err == nil
 }
 
-// put brings in balances that were just committed (or just published), and drops from the map those that this process has put before. It takes
-// at most CACHE_TIMEOUT and never fails: what does not arrive is made up for by a new generation.
-func (c *cache) put(balances map[int64]cachedBalance) {
-	prefix := c.prefix.Load()
-	c.sentMu.Lock()
-	maps.DeleteFunc(balances, func(id int64, b cachedBalance) bool { return c.sent[id] >= b.seq })
-	c.sentMu.Unlock()
-	if len(balances) == 0 || !c.store(balances, "") {
+// put takes balances that were read from Postgres, or committed there, since the ticket was taken, and that are about to
+// be answered. It drops from the map those that this process has put before. It takes at most CACHE_TIMEOUT and never
+// fails: what does not arrive is made up for by a new generation.
+func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
+	if c == nil {
 		return
 	}
-	c.sentMu.Lock()
-	defer c.sentMu.Unlock()
-	if c.prefix.Load() != prefix {
-		return // the seqs of another timeline say nothing
+	keys := c.keys.Load()
+	c.mu.Lock()
+	for id, b := range balances {
+		known := c.sentTo == keys && c.sent[id] >= b.seq || b.seq == 0 // nothing is older than seq 0
+		if known && t.found == "" {
+			delete(balances, id)
+		}
 	}
-	if len(c.sent) > sentMax {
-		clear(c.sent)
+	c.mu.Unlock()
+	if keys == nil || len(balances) == 0 {
+		return
+	}
+	if c.away.Load() {
+		c.losses.Add(1)
+		return
+	}
+	if t.keys != keys {
+		c.losses.Add(1) // the database began another life meanwhile: of which are they?
+	}
+	if t.losses != c.losses.Load() {
+		t.found = ""
+	}
+	if !c.store(keys, t.found, balances) {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.keys != keys {
+		return
+	}
+	if c.sentTo != keys || len(c.sent) > sentMax {
+		c.sent, c.sentTo = make(map[int64]int64, len(balances)), keys
 	}
 	for id, b := range balances {
 		c.sent[id] = max(c.sent[id], b.seq)
 	}
 }
 
-// storeNewer sets each wallet's key, and sets it back if what was there has a higher seq and is of the same generation.
-// KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the generation demanded (or empty), a new generation in case there is
-// none, then seq and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
+// storeNewer puts balances where older ones are, and removes tokens but for the one that is the ticket.
+// KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the ticket or empty, a new generation or empty, then seq
+// and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
 var storeNewer = redis.NewScript(`
-local generation = redis.call('GET', KEYS[1])
-if ARGV[2] ~= '' and ARGV[2] ~= generation then return 0 end
-if not generation then
-    generation = ARGV[3]
-    redis.call('SET', KEYS[1], generation)
+if ARGV[3] ~= '' then
+    redis.call('SET', KEYS[1], ARGV[3])
+    return
 end
+local generation = redis.call('GET', KEYS[1])
 for i = 2, #KEYS do
-    local seq = ARGV[2 * i]
-    local was = redis.call('SET', KEYS[i], generation .. ' ' .. seq .. ' ' .. ARGV[2 * i + 1], 'PX', ARGV[1], 'GET')
-    if was then
-        local g, s = string.match(was, '^(%S+) (%d+) ')
-        if g == generation and tonumber(s) > tonumber(seq) then
-            redis.call('SET', KEYS[i], was, 'PX', ARGV[1])
+    local found, seq = redis.call('GET', KEYS[i]), ARGV[2 * i]
+    if found then
+        local its, older = string.match(found, '^(%S+) (%d+) ')
+        if found == ARGV[2] or its and its == generation and tonumber(older) < tonumber(seq) then
+            its = string.match(found, '^%S+')
+            redis.call('SET', KEYS[i], its .. ' ' .. seq .. ' ' .. ARGV[2 * i + 1], 'PX', ARGV[1])
+        elseif not its then
+            redis.call('DEL', KEYS[i])
         end
     end
-end
-return 1`)
+end`)
 
-// store says whether the balances arrived.
-func (c *cache) store(balances map[int64]cachedBalance, generation string) bool {
-	prefix, usable := c.usable()
-	if !usable {
-		return false // a new generation will begin after this, and Postgres has the balance
+// store runs storeNewer, and says whether it arrived. Where something was lost before, it begins a new generation
+// instead: in that, there is nothing to replace.
+func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBalance) bool {
+	losses, generation := c.losses.Load(), ""
+	if c.mended.Load() < losses {
+		generation = newWord()
+	}
+	names := append(make([]string, 0, 1+len(balances)), keys.generation)
+	args := append(make([]any, 0, 3+2*len(balances)), c.ttl.Milliseconds(), found, generation)
+	for _, b := range balances {
+		names = append(names, keys.wallet(b.walletID))
+		args = append(args, b.seq, b.currency+" "+b.balance)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
 	defer cancel()
-	keys := make([]string, 0, 1+len(balances))
-	args := make([]any, 0, 3+2*len(balances))
-	keys, args = append(keys, prefix+"generation"), append(args, c.ttl.Milliseconds(), generation, newGeneration())
-	for _, b := range balances {
-		keys = append(keys, prefix+strconv.FormatInt(b.walletID, 10))
-		args = append(args, b.seq, b.currency+" "+b.balance)
-	}
-	if err := storeNewer.Run(ctx, c.redis, keys, args...).Err(); err != nil {
+	if err := storeNewer.Run(ctx, c.redis, names, args...).Err(); err != nil && !errors.Is(err, redis.Nil) {
 		c.fail(err)
 		return false
+	}
+	if generation != "" {
+		c.mend(losses)
 	}
 	c.puts.Add(int64(len(balances)))
 	return true
@@ -247,7 +376,7 @@ func (c *cache) store(balances map[int64]cachedBalance, generation string) bool 
 
 func (c *cache) writeMetrics(w io.Writer) {
 	inUse := 0.0
-	if _, usable := c.usable(); usable {
+	if _, _, usable := c.usable(); usable {
 		inUse = 1
 	}
 	writeMetric(w, "wallet_cache_in_use", "gauge", "1 while Redis answers and its balances count.", sample{"", inUse})

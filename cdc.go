@@ -451,6 +451,7 @@ type leadership struct {
 	// publish's own.
 	producer *producer
 	last     checkpoint // as last committed, or as found
+	ticket   ticket     // for the cache
 }
 
 // run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when either side is silent.
@@ -838,6 +839,11 @@ func (l *leadership) publish(ctx context.Context) error {
 		return err
 	}
 	l.published.Store(uint64(from.end))
+	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the events.
+	if err := l.db.Ping(ctx); err != nil {
+		return err
+	}
+	l.ticket = l.cache.ticket()
 	select {
 	case l.ready <- from:
 	case <-ctx.Done():
@@ -1006,7 +1012,7 @@ func (l *leadership) refreshCache(events []event) {
 		}
 		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
 	}
-	l.cache.put(balances)
+	l.cache.put(l.ticket, balances)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -404,13 +404,14 @@ func openPool(cfg *config, connections int, name string, balances *cache) (*pgxp
 	}
 	pool.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for us.
-		var system, timeline string
+		var ledger, life string
 		err := conn.QueryRow(ctx, `
-SELECT system_identifier::text, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
+SELECT format('%s.%s.%s', system_identifier, d.oid, current_schema()),
+       format('%s.%s', substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), extract(epoch FROM pg_postmaster_start_time())),
        CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END
-FROM pg_control_system()`).Scan(&system, &timeline, nil)
+FROM pg_control_system(), pg_database d WHERE d.datname = current_database()`).Scan(&ledger, &life, nil)
 		if err == nil && balances != nil {
-			balances.enter(system, timeline)
+			balances.enter(ledger, life)
 		}
 		return err
 	}
@@ -840,7 +841,6 @@ func (s *server) getBalance(r *http.Request) (*reply, error) {
 const (
 	historyLimit    = 50
 	historyLimitMax = 1000
-	historySpan     = 24 * time.Hour
 )
 
 // endOfTime is the until of a history that has none.
@@ -875,15 +875,14 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 		default:
 			return nil, refuse("parameter_malformed", "order is asc or desc.")
 		}
-		since, err := query.time("since", time.Now().Add(-historySpan))
+		since, err := query.time("since", time.Time{})
 		if err != nil {
 			return nil, err
 		}
-		until, err := query.time("until", endOfTime)
-		if err != nil {
-			return nil, err
+		if query["since"] != "" {
+			p.since = &since
 		}
-		if p.from, p.to, err = s.ledger.seqRange(r.Context(), id, since, until); err != nil {
+		if p.until, err = query.time("until", endOfTime); err != nil {
 			return nil, err
 		}
 		if !p.descending && query["until"] == "" {
@@ -891,7 +890,7 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 		}
 	}
 	p.limit = int(limit) + 1 // one more tells whether there is a next page
-	entries, err := s.ledger.history(r.Context(), id, p)
+	entries, err := s.ledger.history(r.Context(), id, &p)
 	if err != nil {
 		return nil, err
 	}

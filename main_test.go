@@ -427,6 +427,32 @@ func TestHistory(t *testing.T) {
 	}
 }
 
+// TestHistoryBesideTheFirstEntry: a wallet that a deposit makes has an entry from its first moment on.
+func TestHistoryBesideTheFirstEntry(t *testing.T) {
+	env := testEnv(t)
+	w, reader := start(t, env), start(t, env)
+	for id := 1; id <= 150; id++ {
+		made := make(chan answer)
+		go func() {
+			made <- w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
+		}()
+		for seen := false; !seen; {
+			switch a := reader.get(fmt.Sprintf("/v1/wallets/%d/history", id)); {
+			case a.status == 200 && a.body == "[]":
+				t.Errorf("wallet %d exists without an entry", id)
+				seen = true
+			case a.status == 200:
+				seen = true
+			case a.status != 404:
+				t.Fatal(a)
+			}
+		}
+		if a := <-made; a.status != 200 {
+			t.Fatal(a)
+		}
+	}
+}
+
 func TestTransactionByID(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)

@@ -74,7 +74,7 @@ func TestEventEqualsEntry(t *testing.T) {
 	w.mustPost(t, 200, "/v1/wallets/7/withdraw", `{"amount":"0.50","idempotency_key":"c"}`)
 	conn := connect(t, w.env["DATABASE_URL"])
 	for _, wallet := range []int64{1, 7} {
-		entries, err := w.ledger.history(context.Background(), wallet, page{from: 1, to: 100, limit: 100})
+		entries, err := w.ledger.history(context.Background(), wallet, &page{from: 1, to: 100, limit: 100})
 		if err != nil || len(entries) != 2 {
 			t.Fatalf("%d entries, %v", len(entries), err)
 		}

@@ -350,21 +350,23 @@ func (l *ledger) run(ctx context.Context) error {
 		}
 		free--
 		go func() {
-			l.post(batch)
+			t, heads := l.cache.ticket(), make(map[int64]cachedBalance, len(batch))
+			l.post(batch, heads)
 			finished <- batch
-			l.announce(batch)
+			l.announce(batch, t, heads)
 		}()
 	}
 	return nil
 }
 
 // post brings a batch into the ledger, or settles each operation's error. Running a batch again is always safe, also when its
-// commit's outcome is unknown: the idempotency keys find what was written.
-func (l *ledger) post(batch []*operation) {
+// commit's outcome is unknown: the idempotency keys find what was written. heads takes what the answers are about to tell
+// of each wallet, for the cache.
+func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 	started := time.Now()
 	lock := lockWallets
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		err := l.tryPost(batch, lock)
+		err := l.tryPost(batch, lock, heads)
 		if err == nil {
 			l.batches.Add(1)
 			l.operations.Add(int64(len(batch)))
@@ -378,8 +380,8 @@ func (l *ledger) post(batch []*operation) {
 			// One operation's fault must not fail its neighbours: halve until it stands alone.
 			slog.Warn("batch split", "operations", len(batch), "error", err)
 			l.splits.Add(1)
-			l.post(batch[:len(batch)/2])
-			l.post(batch[len(batch)/2:])
+			l.post(batch[:len(batch)/2], heads)
+			l.post(batch[len(batch)/2:], heads)
 			return
 		case rerun && time.Since(started)+pause < l.rerunBudget:
 			slog.Warn("batch is run again", "operations", len(batch), "error", err)
@@ -444,25 +446,10 @@ func (l *ledger) putOff(op *operation) {
 	}
 }
 
-// announce tells the cache and then the clients. The cache comes first, so that a read sent after the answer finds it there.
-func (l *ledger) announce(batch []*operation) {
-	if l.cache != nil {
-		heads := make(map[int64]cachedBalance, len(batch))
-		newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
-			if heads[walletID].seq < seq {
-				heads[walletID] = cachedBalance{walletID, seq, currency, decimalText(balance)}
-			}
-		}
-		for _, op := range batch {
-			if p := &op.posted; op.err == nil && !op.replayed && p.Seq > 0 {
-				newest(p.WalletID, p.Seq, p.Currency, p.Balance)
-				if p.CounterpartyID != 0 {
-					newest(p.CounterpartyID, p.CounterpartySeq, p.Currency, p.toBalance)
-				}
-			}
-		}
-		l.cache.put(heads)
-	}
+// announce tells the cache and then the clients. The cache comes first, so that a read sent after the answer is not
+// served anything older from there.
+func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBalance) {
+	l.cache.put(t, heads)
 	for _, op := range batch {
 		if op.err == errLocked {
 			go l.putOff(op)
@@ -520,7 +507,7 @@ SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 
 
 // tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something unknown, happened.
 // lock is lockWallets or lockFreeWallets.
-func (l *ledger) tryPost(batch []*operation, lock string) error {
+func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cachedBalance) error {
 	// The server's own timeouts (openPool) are shorter: this one is for a network that swallows everything.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -535,13 +522,57 @@ func (l *ledger) tryPost(batch []*operation, lock string) error {
 		return err
 	}
 	for _, op := range batch {
+		former := outcome{op.posted, op.created}
 		op.err, op.replayed, op.posted, op.created = nil, false, posted{}, wallet{} // of a former try
 		op.err = p.decide(op)
+		if op.replayed && former.is(op) {
+			op.replayed = false // it was our own try that posted it, whose answer was lost
+		}
 	}
 	if err := p.check(); err != nil {
 		return err
 	}
-	return p.commit(ctx, conn) // after this, what was accepted is durable
+	if err := p.commit(ctx, conn); err != nil {
+		return err
+	}
+	// What was accepted is durable.
+	if l.cache != nil {
+		p.collectHeads(batch, heads)
+	}
+	return nil
+}
+
+// outcome is what a try of a batch came to for one operation.
+type outcome struct {
+	posted  posted
+	created wallet
+}
+
+// is says whether the ledger holds just what this try wanted to write: nobody else's has the same time as well.
+func (o *outcome) is(op *operation) bool {
+	if op.kind == kindCreation {
+		return o.created.ID == op.created.ID && o.created.CreatedAt.Equal(op.created.CreatedAt)
+	}
+	return o.posted.Seq == op.posted.Seq && o.posted.CreatedAt.Equal(op.posted.CreatedAt)
+}
+
+// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay tells of it as
+// well. Of a wallet that could not be locked, a replay tells what it was.
+func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance) {
+	newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
+		if heads[walletID].seq < seq {
+			heads[walletID] = cachedBalance{walletID, seq, currency, decimalText(balance)}
+		}
+	}
+	for _, w := range p.wallets {
+		newest(w.ID, w.Seq, w.Currency, w.Balance)
+	}
+	for _, op := range batch {
+		if m := &op.posted; op.replayed {
+			newest(m.WalletID, m.Seq, m.Currency, m.Balance)
+			newest(m.CounterpartyID, m.CounterpartySeq, m.Currency, m.toBalance)
+		}
+	}
 }
 
 // posting is one batch on its way: the wallets under lock, what the keys stand for, and the new entries.
@@ -654,17 +685,10 @@ SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterpar
        e.balance::text, e.idempotency_key, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
        coalesce((SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq), 0)::text`
 
-// scanPosted reads what selectPosted selects.
-func scanPosted(row pgx.Row, m *posted) error {
-	var amount, balance, toBalance string
-	if err := row.Scan(&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &amount, &balance, &m.Key, &m.Currency, &toBalance); err != nil {
-		return err
-	}
-	var errs [3]error
-	m.Amount, errs[0] = decimal.NewFromString(amount)
-	m.Balance, errs[1] = decimal.NewFromString(balance)
-	m.toBalance, errs[2] = decimal.NewFromString(toBalance)
-	return errors.Join(errs[:]...)
+// scanPosted reads what selectPosted selects, and what stands behind it.
+func scanPosted(row pgx.Row, m *posted, more ...any) error {
+	return row.Scan(append([]any{&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &m.Amount,
+		&m.Balance, &m.Key, &m.Currency, &m.toBalance}, more...)...)
 }
 
 func (p *posting) scanCreations(rows pgx.Rows) error {
@@ -700,7 +724,7 @@ func (p *posting) decide(op *operation) error {
 	}
 	opens := op.kind == kindDeposit // may make its wallet
 	if from.Currency == "" && !opens {
-		return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", op.walletID)
+		return errNoWallet(op.walletID)
 	}
 	currency := cmp.Or(op.currency, from.Currency, p.defaultCurrency)
 	scale, known := p.scales[currency]
@@ -901,54 +925,68 @@ const (
 	selectTransaction = selectPosted + `
 FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
 
-	selectRange = `SELECT seq_since($1, $2), seq_since($1, $3)`
+	selectPageUp   = selectPage + `ASC LIMIT $6) e ON true ORDER BY e.seq ASC`
+	selectPageDown = selectPage + `DESC LIMIT $6) e ON true ORDER BY e.seq DESC`
 
-	selectEntries = selectPosted + `
-FROM entry e WHERE e.wallet_id = $1 AND e.seq >= $2 AND e.seq < $3 ORDER BY e.seq `
+	// The wallet's head and the page's bounds stand beside each entry, and beside none where there is none.
+	selectPage = `
+WITH s AS MATERIALIZED (
+    SELECT w.id, w.currency, w.balance, w.seq,
+           coalesce(nullif($2::bigint, 0), seq_since(w.id, coalesce($4, now() - interval '24 hours'))) AS low,
+           coalesce(nullif($3::bigint, 0), seq_since(w.id, $5)) AS high
+    FROM wallet w WHERE w.id = $1
+)` + selectPosted + `, s.currency, s.balance::text, s.seq, s.low, s.high
+FROM s LEFT JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
 )
 
 // wallet reads one wallet from Postgres.
 func (l *ledger) wallet(ctx context.Context, id int64) (*wallet, error) {
-	var found posting
-	found.wallets = make(map[int64]*wallet)
+	return l.readWallet(ctx, id, l.cache.ticket())
+}
+
+// readWallet reads a wallet, and puts what it found into the cache.
+func (l *ledger) readWallet(ctx context.Context, id int64, t ticket) (*wallet, error) {
+	found := posting{wallets: make(map[int64]*wallet)}
 	rows, _ := l.reads.Query(ctx, selectWallet, id)
 	if err := found.scanWallets(rows); err != nil {
 		return nil, fmt.Errorf("read wallet: %w", err)
 	}
 	w := found.wallets[id]
 	if w == nil {
-		return nil, refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", id)
+		return nil, errNoWallet(id)
 	}
+	l.cache.put(t, map[int64]cachedBalance{id: w.cached()})
 	return w, nil
+}
+
+func (w *wallet) cached() cachedBalance {
+	return cachedBalance{w.ID, w.Seq, w.Currency, decimalText(w.Balance)}
 }
 
 // balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
 func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cachedBalance, error) {
-	generation := ""
-	if l.cache != nil && !fresh {
-		var b cachedBalance
-		var ok bool
-		if b, generation, ok = l.cache.get(ctx, id); ok && b.seq >= minSeq {
+	t := l.cache.ticket()
+	if !fresh {
+		b, found, ok := l.cache.get(ctx, id, minSeq)
+		if ok {
 			return b, nil
 		}
+		t = found
 	}
-	w, err := l.wallet(ctx, id)
+	w, err := l.readWallet(ctx, id, t)
 	if err != nil {
 		return cachedBalance{}, err
 	}
-	b := cachedBalance{w.ID, w.Seq, w.Currency, decimalText(w.Balance)}
-	if b.seq < minSeq {
-		return b, refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", id, b.seq, minSeq)
+	if w.Seq < minSeq {
+		return cachedBalance{}, refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", id, w.Seq, minSeq)
 	}
-	if generation != "" {
-		l.cache.fill(b, generation)
-	}
-	return b, nil
+	return w.cached(), nil
 }
 
 // transaction reads a movement by its initiating entry.
 func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
 	var m posted
+	t := l.cache.ticket()
 	err := scanPosted(l.reads.QueryRow(ctx, selectTransaction, walletID, seq), &m)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
@@ -956,40 +994,60 @@ func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted,
 	if err != nil {
 		return nil, fmt.Errorf("read transaction: %w", err)
 	}
+	told := map[int64]cachedBalance{walletID: {walletID, seq, m.Currency, decimalText(m.Balance)}}
+	if m.CounterpartyID != 0 {
+		told[m.CounterpartyID] = cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, decimalText(m.toBalance)}
+	}
+	l.cache.put(t, told)
 	return &m, nil
 }
 
-// page is a stretch of a wallet's history: entries of from <= seq < to, ascending or descending, limit at most.
+// page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <= seq < to or,
+// where these are 0, of since <= created_at < until. A nil since means 24 hours ago, by the database's clock as the
+// entries' times are.
 type page struct {
 	from, to   int64
+	since      *time.Time
+	until      time.Time
 	descending bool
 	limit      int
 }
 
-// seqRange finds, by bisecting the primary key, the entries with since <= created_at < until.
-func (l *ledger) seqRange(ctx context.Context, walletID int64, since, until time.Time) (from, to int64, err error) {
-	if err := l.reads.QueryRow(ctx, selectRange, walletID, since, until).Scan(&from, &to); err != nil {
-		return 0, 0, fmt.Errorf("find history's range: %w", err)
+// history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so that everything
+// is of one moment.
+func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []entry, err error) {
+	query := selectPageUp
+	if p.descending {
+		query = selectPageDown
 	}
-	return from, to, nil
+	t := l.cache.ticket()
+	rows, _ := l.reads.Query(ctx, query, walletID, p.from, p.to, p.since, p.until, p.limit)
+	defer rows.Close()
+	head := wallet{ID: walletID}
+	for rows.Next() {
+		var m posted
+		of := []any{&head.Currency, &head.Balance, &head.Seq, &p.from, &p.to}
+		if rows.RawValues()[0] == nil { // no entry
+			err = rows.Scan(append(make([]any, len(rows.RawValues())-len(of)), of...)...)
+		} else if err = scanPosted(rows, &m, of...); err == nil {
+			entries = append(entries, m.entry)
+		}
+		if err != nil {
+			break
+		}
+	}
+	if err = cmp.Or(err, rows.Err()); err != nil {
+		return nil, fmt.Errorf("read history: %w", err)
+	}
+	if head.Currency == "" {
+		return nil, errNoWallet(walletID)
+	}
+	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
+	return entries, nil
 }
 
-// history reads one page of a wallet's entries.
-func (l *ledger) history(ctx context.Context, walletID int64, p page) ([]entry, error) {
-	order := "ASC LIMIT $4"
-	if p.descending {
-		order = "DESC LIMIT $4"
-	}
-	rows, _ := l.reads.Query(ctx, selectEntries+order, walletID, p.from, p.to, p.limit)
-	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (entry, error) {
-		var m posted
-		err := scanPosted(row, &m)
-		return m.entry, err
-	})
-	if err == nil && len(entries) == 0 {
-		_, err = l.wallet(ctx, walletID) // nothing to show, or nobody there?
-	}
-	return entries, err
+func errNoWallet(id int64) *refusal {
+	return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", id)
 }
 
 func (l *ledger) writeMetrics(w io.Writer) {

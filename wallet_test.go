@@ -292,14 +292,83 @@ func TestLostConnectionAtCommit(t *testing.T) {
 			if a.json(t)["balance"] != "90" || proxy.cuts.Load() != 1 || w.ledger.reruns.Load() != 1 {
 				t.Errorf("%s after %d cuts and %d reruns", a, proxy.cuts.Load(), w.ledger.reruns.Load())
 			}
-			if replayed := a.header.Get("Idempotent-Replayed") == "true"; replayed != (when != "failed") {
-				t.Errorf("replayed: %v", replayed)
+			if a.header.Get("Idempotent-Replayed") != "" {
+				t.Error("a request that was sent once is called a replay") // it was the service's own rerun
+			}
+			again := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			if again.header.Get("Idempotent-Replayed") != "true" || again.body != a.body {
+				t.Errorf("sent again: %s, first %s", again, a)
 			}
 			if got := w.get("/v1/wallets/1").json(t); fmt.Sprint(got["seq"]) != "2" {
 				t.Errorf("wallet: %v", got)
 			}
 			checkLedger(t, direct)
 		})
+	}
+}
+
+// TestCacheAfterALostAnswer: the balance is cached; then a movement's COMMIT is answered to nobody, and it is the rerun
+// that answers. A cached read at another replica shows the movement.
+func TestCacheAfterALostAnswer(t *testing.T) {
+	env := testEnv(t)
+	proxy, through := newCutter(t, env["DATABASE_URL"])
+	cached := start(t, env)
+	env = maps.Clone(env)
+	env["DATABASE_URL"] = through
+	w := start(t, env)
+	inUse(t, w.balances)
+	inUse(t, cached.balances)
+	for round := range 20 {
+		key := fmt.Sprintf("marker-of-round-%d-", round)
+		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"d%d"}`, round))
+		cached.get("/v1/wallets/1/balance")
+		isCommit := commitMessage(key)
+		var messages atomic.Int64
+		cut := func(message []byte) (before, after bool) { return false, isCommit(message) && messages.Add(1) == 2 }
+		proxy.cut.Store(&cut)
+		a := w.mustPost(t, 200, "/v1/wallets/1/transfer", fmt.Sprintf(`{"amount":"1","to_id":2,"idempotency_key":%q}`, key))
+		seq := fmt.Sprint(a.json(t)["from_seq"])
+		for _, path := range []string{"/v1/wallets/1/balance", "/v1/wallets/1/balance?min_seq=" + seq} {
+			if b := cached.get(path); fmt.Sprint(b.json(t)["seq"]) != seq {
+				t.Fatalf("round %d: %s: %s, but seq %s was answered", round, path, b, seq)
+			}
+		}
+	}
+	if n := proxy.cuts.Load(); n != 20 {
+		t.Errorf("%d answers were lost, want 20", n)
+	}
+}
+
+// TestCacheAfterARetryElsewhere: a writer dies between its commit and its put; the client sends its request to another
+// replica, which answers with a replay. So does a movement that this replica knows of only by a refusal or a read.
+func TestCacheAfterARetryElsewhere(t *testing.T) {
+	env := testEnv(t)
+	dies := maps.Clone(env)
+	dies["REDIS_URL"] = "" // it puts nothing
+	dying, w, cached := start(t, dies), start(t, env), start(t, env)
+	inUse(t, w.balances)
+	inUse(t, cached.balances)
+	seq := 0
+	for name, learn := range map[string]func(body string) answer{
+		"replay": func(body string) answer { return w.post("/v1/wallets/1/deposit", body) },
+		"refusal": func(string) answer {
+			return w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"r"}`)
+		},
+		"wallet":      func(string) answer { return w.get("/v1/wallets/1") },
+		"fresh":       func(string) answer { return w.get("/v1/wallets/1/balance", "Cache-Control", "no-cache") },
+		"history":     func(string) answer { return w.get("/v1/wallets/1/history") },
+		"transaction": func(string) answer { return w.get(fmt.Sprintf("/v1/transactions/1-%d", seq)) },
+	} {
+		cached.get("/v1/wallets/1/balance")
+		body := fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, name)
+		dying.mustPost(t, 200, "/v1/wallets/1/deposit", body)
+		seq++
+		if a := learn(body); a.status != 200 && a.status != 422 {
+			t.Fatalf("%s: %s", name, a)
+		}
+		if b := cached.get("/v1/wallets/1/balance").json(t); fmt.Sprint(b["seq"]) != fmt.Sprint(seq) {
+			t.Errorf("after a %s that knew of seq %d: %v", name, seq, b)
+		}
 	}
 }
 
@@ -617,7 +686,7 @@ func checkPlans(t *testing.T, w *wallets, seqSince string) {
 	t.Helper()
 	for name, query := range map[string]string{
 		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
-		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectEntries + "DESC LIMIT $4",
+		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectPageUp, "history backwards": selectPageDown,
 		"seq_since": seqSince, // EXPLAIN of a call does not show it
 	} {
 		conn, err := w.reads.Acquire(context.Background())
