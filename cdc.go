@@ -32,6 +32,7 @@ import (
 	"hash/maphash"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -48,7 +49,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/shopspring/decimal"
 )
 
 const (
@@ -79,9 +79,7 @@ const (
 	refusalInterval = 15 * time.Second       // between attempts at what only an operator can put right
 	drainPatience   = 5 * time.Second        // for the last Kafka transaction at shutdown
 
-	// recoveryMargin is how much older than the checkpoint an entry may be and yet have been committed after it: the longest
-	// transaction that a recovery accounts for. The service's own take less than seconds.
-	recoveryMargin = time.Hour
+	horizonInterval = 2 * time.Second // between horizons; a recovery does again what was published since the last
 )
 
 // relayRefusal is what only an operator can put right, in one sentence that says how.
@@ -103,17 +101,22 @@ type relay struct {
 	cache    *cache // may be nil
 	adopting bool   // -adopt: accept another database, recover, and end
 
+	born time.Time // what is timed counts from here, untouched by steps of the clock
+
 	gap atomic.Uint64 // LSN where a slot begins that was found to begin too late; it is made anew, if nobody has done so
 
 	// What writeMetrics shows.
 	state                                 atomic.Value // string
 	batches, events, skipped              atomic.Int64
 	takeovers, recoveries, restarts       atomic.Int64
-	pendingSince, checkpointAt, lastBatch atomic.Int64 // Unix ns or 0; Unix ns; ns
+	pendingSince, checkpointAt, lastBatch atomic.Int64 // ns since born or 0; Unix ns; ns
 }
 
+// age is a time on a clock that never steps.
+func (r *relay) age() time.Duration { return time.Since(r.born) }
+
 func newRelay(cfg *config, db *pgxpool.Pool, cache *cache) *relay {
-	r := &relay{cfg: cfg, db: db, cache: cache}
+	r := &relay{cfg: cfg, db: db, cache: cache, born: time.Now()}
 	r.state.Store("starting")
 	return r
 }
@@ -198,6 +201,11 @@ func (r *relay) lead(ctx context.Context) error {
 	if err := r.fits(last, id, k); err != nil {
 		return err
 	}
+	if last != nil && (r.adopting || id.continues(last, math.MaxUint64)) {
+		if err := r.checkTail(ctx, k); err != nil {
+			return err
+		}
+	}
 
 	l := &leadership{relay: r, k: k, conn: conn, id: id, slot: slot,
 		mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
@@ -221,6 +229,10 @@ func (r *relay) lead(ctx context.Context) error {
 	return l.run(ctx) // the slot is held: this replica leads
 }
 
+// wayOutOfThePast is what to do when the topic knows more of the ledger than the ledger does.
+const wayOutOfThePast = "Bring back the newer data. If they are lost, run `wallet -adopt`, which goes on if the topic holds no event that this " +
+	"ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger as it is now"
+
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
 func (r *relay) fits(c *checkpoint, id identity, k *kafka) error {
 	switch {
@@ -232,6 +244,11 @@ func (r *relay) fits(c *checkpoint, id identity, k *kafka) error {
 	case r.adopting:
 		return nil
 	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
+		at, err := c.position()
+		if err == nil && c.Timeline == id.timeline && max(at.end, at.commit) > id.flushed {
+			return relayRefusal(fmt.Sprintf("topic %s follows this database to %v, and its WAL ends at %v: its data are those of an earlier day. "+
+				wayOutOfThePast, k.events, max(at.end, at.commit), id.flushed))
+		}
 		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
 			return relayRefusal(fmt.Sprintf("topic %s follows timeline %d of this database, and this server is on timeline %d, which does not descend from it: "+
 				"connect to the server that was promoted, or run `wallet -adopt` if this one was restored in its place", k.events, c.Timeline, id.timeline))
@@ -241,6 +258,35 @@ func (r *relay) fits(c *checkpoint, id identity, k *kafka) error {
 	return relayRefusal(fmt.Sprintf("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the same ledger, "+
 		"restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
 		k.events, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot))
+}
+
+// checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is published after its
+// entry's commit, so it always does, unless the data are those of an earlier day and went on from there: then the same
+// numbers mean other entries, and the WAL's positions other commits. The positions alone may have overtaken the checkpoint.
+func (r *relay) checkTail(ctx context.Context, k *kafka) error {
+	for p := range k.partitions {
+		tail, err := within(ctx, kafkaPatience, func() (*topicRecord, error) { return k.lastRecord(k.events, p) }, func(*topicRecord) {})
+		if err != nil {
+			return fmt.Errorf("last event of partition %d: %w", p, err)
+		}
+		if tail == nil {
+			continue
+		}
+		walletID, seq, err := tail.eventID()
+		if err != nil {
+			return relayRefusal(fmt.Sprintf("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC to a topic of its own", k.events, err))
+		}
+		var e *entry
+		err = readEntries(ctx, r.db, `WHERE e.wallet_id = $1 AND e.seq = $2`, []any{walletID, seq}, func(found *entry) error { e = found; return nil })
+		if err != nil {
+			return err
+		}
+		if e == nil || !bytes.Equal(appendEvent(nil, e), tail.Value) {
+			return relayRefusal(fmt.Sprintf("topic %s holds event %s, and this ledger has no such entry: its data are those of an earlier day. "+
+				wayOutOfThePast, k.events, entryID(walletID, seq)))
+		}
+	}
+	return nil
 }
 
 // adopt is `wallet -adopt`: it makes this database the topics', by the recovery that a lost slot gets.
@@ -274,6 +320,7 @@ FROM pg_database d LEFT JOIN pg_replication_slots s ON s.slot_name = $1
 WHERE d.datname = current_database()`
 
 type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
@@ -320,6 +367,17 @@ type identity struct {
 	timeline int32
 	// history gives where each former timeline ended: empty on the first one.
 	history map[int32]pglogrepl.LSN
+	flushed pglogrepl.LSN // the server's WAL reached at least this far
+}
+
+// continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a descendant that split
+// off no earlier.
+func (id *identity) continues(c *checkpoint, lsn pglogrepl.LSN) bool {
+	if c.System != id.system || c.DatabaseOID != id.database {
+		return false
+	}
+	end, ancestor := id.history[c.Timeline]
+	return c.Timeline == id.timeline || ancestor && lsn <= end
 }
 
 // connect opens the replication connection. From START_REPLICATION on one goroutine owns it.
@@ -349,7 +407,7 @@ func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
 		conn.Close(ctx)
 		return nil, id, err
 	}
-	id.system, id.timeline = sys.SystemID, sys.Timeline
+	id.system, id.timeline, id.flushed = sys.SystemID, sys.Timeline, sys.XLogPos
 	return conn, id, nil
 }
 
@@ -408,11 +466,11 @@ func (p position) covered(commit pglogrepl.LSN) int64 {
 // batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One without events moves
 // only the checkpoint, one without a position only publishes.
 type batch struct {
-	events []event
-	bytes  int
-	upTo   position
-	// The last commit's time by Postgres' clock. It says of everything committed before it that it was published.
-	committedAt time.Time
+	events      []event
+	bytes       int
+	upTo        position
+	committedAt time.Time     // of the last commit, by Postgres' clock
+	since       time.Duration // since born: when its first commit was, or 0 without events
 }
 
 // leadership is one stay in office. Two goroutines: run owns the replication connection, publish the producer. They share the
@@ -432,21 +490,23 @@ type leadership struct {
 	ready chan position // publish's first word: where to go on from
 	ended chan error    // publish's last
 
-	published atomic.Uint64 // end LSN: committed in Kafka, checkpoint included
-	waiting   atomic.Int64  // since when publish has been waiting for Kafka: Unix ns or 0
+	published atomic.Uint64           // end LSN: committed in Kafka, checkpoint included
+	waiting   atomic.Int64            // since when publish has been waiting for Kafka: ns since born, or 0
+	horizon   atomic.Pointer[horizon] // a new one, for the next checkpoint
 
 	// run's own.
-	from      position // what was published before this stay
-	received  pglogrepl.LSN
-	handed    pglogrepl.LSN // end of the last whole transaction given to publish
-	confirmed pglogrepl.LSN
-	txBegun   bool // between BEGIN and COMMIT
-	txCommit  pglogrepl.LSN
-	txCovered int64 // rows of it that were published before: -1 all
-	txRow     int64
-	building  *batch
-	relations map[uint32]*outboxColumns
-	handedAt  time.Time
+	from       position // what was published before this stay
+	received   pglogrepl.LSN
+	handed     pglogrepl.LSN // end of the last whole transaction given to publish
+	confirmed  pglogrepl.LSN
+	serverTime time.Time // Postgres', when it sent the last message
+	txBegun    bool      // between BEGIN and COMMIT
+	txCommit   pglogrepl.LSN
+	txCovered  int64 // rows of it that were published before: -1 all
+	txRow      int64
+	building   *batch
+	relations  map[uint32]*outboxColumns
+	handedAt   time.Time
 
 	// publish's own.
 	producer *producer
@@ -467,11 +527,14 @@ func (l *leadership) run(ctx context.Context) error {
 		wake()
 	}()
 
+	l.received = l.at
 	tick := time.NewTicker(statusInterval)
 	defer tick.Stop()
 	for started := false; !started; {
 		select {
 		case l.from = <-l.ready:
+			l.received = l.from.end
+			l.published.Store(uint64(l.from.end))
 			started = true
 		case err := <-l.ended:
 			return err
@@ -489,6 +552,7 @@ func (l *leadership) run(ctx context.Context) error {
 	l.handed, l.relations, l.building = l.from.end, make(map[uint32]*outboxColumns), new(batch)
 	l.enter("leader", "from", l.from.end, "timeline", l.id.timeline)
 	go l.keepOutbox(publishing)
+	go l.keepHorizon(publishing)
 
 	err := l.receive(receiving, tick)
 	select {
@@ -579,7 +643,7 @@ func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick
 		if err != nil {
 			return false, err
 		}
-		l.received = max(l.received, x.WALStart)
+		l.received, l.serverTime = max(l.received, x.WALStart), x.ServerTime
 		return l.decode(ctx, x.WALData, tick)
 	}
 	return false, nil
@@ -589,8 +653,11 @@ func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick
 // The WAL's end may be passed only while nothing received is unpublished; and the checkpoint goes first, Postgres hears of it
 // after. At once if Postgres asks, which it does when it cannot shut down before it is confirmed.
 func (l *leadership) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
-	end := alive.ServerWALEnd
-	if l.txBegun || end <= l.handed || l.published.Load() != uint64(l.handed) || time.Since(l.handedAt) < idleInterval && !alive.ReplyRequested {
+	end := max(alive.ServerWALEnd, l.handed)
+	if end == l.handed && l.horizon.Load() == nil {
+		return // nothing new
+	}
+	if l.txBegun || l.published.Load() != uint64(l.handed) || time.Since(l.handedAt) < idleInterval && !alive.ReplyRequested {
 		return
 	}
 	l.handed, l.handedAt = end, time.Now()
@@ -622,7 +689,11 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 			return false, nil // the checkpoint is past it
 		}
 		l.building.upTo, l.building.committedAt = position{end: m.TransactionEndLSN}, m.CommitTime
+		if l.building.since == 0 { // both times are by Postgres' clock
+			l.building.since = max(1, l.age()-max(0, l.serverTime.Sub(m.CommitTime)))
+		}
 		l.handed = m.TransactionEndLSN
+		l.received = max(l.received, l.handed)
 		return l.hand(ctx, tick)
 	case pglogrepl.MessageTypeRelation:
 		var m pglogrepl.RelationMessage
@@ -675,7 +746,10 @@ func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool,
 	case waiting := <-l.mail:
 		if len(waiting.events)+len(b.events) <= batchEventsMax && waiting.bytes+b.bytes <= batchBytesMax {
 			waiting.events, waiting.bytes = append(waiting.events, b.events...), waiting.bytes+b.bytes
-			waiting.upTo, waiting.committedAt = b.upTo, later(waiting.committedAt, b.committedAt)
+			waiting.upTo, waiting.since = b.upTo, cmp.Or(waiting.since, b.since)
+			if !b.committedAt.IsZero() {
+				waiting.committedAt = b.committedAt
+			}
 			b = waiting
 		} else {
 			l.mail <- waiting
@@ -699,13 +773,13 @@ func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool,
 
 // sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when publish has waited too long.
 func (l *leadership) sendStatus() error {
-	if since := l.waiting.Load(); since != 0 && time.Since(time.Unix(0, since)) > kafkaPatience {
+	if since := l.waiting.Load(); since != 0 && l.age()-time.Duration(since) > kafkaPatience {
 		return errKafkaSilent
 	}
 	// Before the start is settled this is 0, which confirms nothing.
 	published := pglogrepl.LSN(l.published.Load())
-	if published < l.confirmed {
-		panic(fmt.Sprintf("published %v is behind confirmed %v", published, l.confirmed))
+	if published < l.confirmed || published > l.received {
+		panic(fmt.Sprintf("confirmed %v <= published %v <= received %v does not hold", l.confirmed, published, l.received))
 	}
 	l.confirmed = published // from here on Postgres may forget everything that ends before
 	ctx, cancel := context.WithTimeout(context.Background(), postgresPatience)
@@ -817,6 +891,7 @@ type checkpoint struct {
 	Events      int64     `json:"events"`               // published in all
 	CommittedAt time.Time `json:"committed_at"`         // the last published commit's time, by Postgres' clock
 	WrittenAt   time.Time `json:"written_at"`           // by the relay's
+	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; without one it begins at the beginning
 }
 
 func (c *checkpoint) position() (p position, err error) {
@@ -838,7 +913,6 @@ func (l *leadership) publish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l.published.Store(uint64(from.end))
 	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the events.
 	if err := l.db.Ping(ctx); err != nil {
 		return err
@@ -870,7 +944,7 @@ func (l *leadership) publish(ctx context.Context) error {
 
 // waitKafka marks the time that op takes as waiting for Kafka, which run limits.
 func (l *leadership) waitKafka(op func() error) error {
-	l.waiting.Store(time.Now().UnixNano())
+	l.waiting.Store(int64(l.age()))
 	defer l.waiting.Store(0)
 	return op()
 }
@@ -904,6 +978,9 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 		if from, err = found.position(); err != nil {
 			return from, fmt.Errorf("checkpoint: %w", err)
 		}
+		if !l.holds(found) {
+			l.last.Horizon = nil
+		}
 	}
 	l.last.System, l.last.DatabaseOID, l.last.Slot, l.last.Partitions = l.id.system, l.id.database, l.cfg.replicationSlot, l.k.partitions
 	if l.past != nil {
@@ -927,6 +1004,15 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 	return from, nil
 }
 
+// holds says whether a checkpoint's horizon holds here.
+func (l *leadership) holds(c *checkpoint) bool {
+	if c.Horizon == nil || l.adopting || len(c.Horizon.Offsets) != int(l.k.partitions) {
+		return false
+	}
+	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
+	return err == nil && l.id.continues(c, lsn)
+}
+
 // switchTimeline is where to go on from after a promotion: what was published beyond the point where the timelines part was
 // never committed on this one.
 func switchTimeline(from position, end pglogrepl.LSN) position {
@@ -945,15 +1031,18 @@ func (l *leadership) commit(b *batch) error {
 	next.Events += int64(len(b.events))
 	next.WrittenAt = began.UTC()
 	if !b.committedAt.IsZero() {
-		l.pendingSince.Store(b.committedAt.UnixNano())
-		next.CommittedAt = later(next.CommittedAt, b.committedAt.UTC())
+		next.CommittedAt = b.committedAt.UTC()
 	}
+	l.pendingSince.Store(int64(b.since))
 	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.end.String(), "", b.upTo.rows
 	if b.upTo.commit != 0 {
 		next.CommitLSN = b.upTo.commit.String()
 	}
 	var record []byte
 	if b.upTo != (position{}) {
+		if h := l.horizon.Swap(nil); h != nil {
+			next.Horizon = h
+		}
 		var err error
 		if record, err = json.Marshal(next); err != nil {
 			return err
@@ -1100,41 +1189,130 @@ func awaitTransactions(ctx context.Context, db *pgx.Conn) error {
 	}
 }
 
+// horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has ended, and
+// what it wrote is in the topic; the events of all others lie at or beyond Offsets, if they are in the topic at all.
+//
+// The leader makes one in this order: it reads where the partitions end; it takes a transaction number of its own, which
+// is above all that were given out; it waits until all below that have ended, and notes where the WAL ends then; it waits
+// until everything up to there is published. What is below XID had committed before LSN, hence it is published. What is not
+// committed after the partitions' ends were read, hence its events lie beyond. A transaction that is open for an hour
+// only keeps the horizon from moving.
+type horizon struct {
+	XID     int64     `json:"xid,string"` // with its epoch: it never wraps
+	LSN     string    `json:"lsn"`        // published when this horizon was made
+	Offsets []int64   `json:"offsets"`    // by partition of the events topic
+	At      time.Time `json:"at"`         // by Postgres' clock; see errAmbiguous
+}
+
+// keepHorizon makes a new horizon every horizonInterval while events are published.
+func (l *leadership) keepHorizon(ctx context.Context) {
+	for made := int64(-1); sleep(ctx, horizonInterval) == nil; {
+		events := l.events.Load()
+		if events == made {
+			continue
+		}
+		h, err := l.makeHorizon(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				slog.Warn("no new horizon for a recovery, will try again", "error", err)
+			}
+			continue
+		}
+		l.horizon.Store(h)
+		made = events
+	}
+}
+
+func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
+	h := &horizon{Offsets: make([]int64, l.k.partitions)}
+	for p := range h.Offsets {
+		var err error
+		if h.Offsets[p], err = l.k.client.GetOffset(l.k.events, int32(p), sarama.OffsetNewest); err != nil {
+			return nil, fmt.Errorf("end of %s/%d: %w", l.k.events, p, err)
+		}
+	}
+	if err := l.db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`).Scan(&h.XID, &h.At); err != nil {
+		return nil, fmt.Errorf("number of a transaction: %w", err)
+	}
+	for oldest := int64(0); oldest < h.XID; {
+		// The snapshot is taken before the position is read.
+		err := l.db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(&oldest, &h.LSN)
+		if err == nil && oldest < h.XID {
+			err = sleep(ctx, 200*time.Millisecond)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("wait for the transactions below %d: %w", h.XID, err)
+		}
+	}
+	end, err := pglogrepl.ParseLSN(h.LSN)
+	if err != nil {
+		return nil, err
+	}
+	for l.published.Load() < uint64(end) {
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
+}
+
 const recoveryWalletsMax = 500_000 // whose state is in memory at a time; each lot reads the topic once more
 
-// recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's in order; the last Kafka
-// transaction sets the checkpoint to the slot's begin. Whoever crashes before leaves a slot that begins after the checkpoint, and the
-// next recovery finds less to do.
-//
-// A wallet's events are in the topic in order, so what it lacks is what follows the last one there. Both sides are looked at since
-// the last published commit, less recoveryMargin. An event's Kafka timestamp is its entry's time, so both have one clock.
+// errAmbiguous: a row shows the lower 32 bits of its transaction's number only. One that is four billion transactions old
+// may look new; its time gives it away, since four billion take days. Then the recovery begins at the beginning.
+var errAmbiguous = errors.New("an entry is too old for its transaction's number")
+
+const horizonDoubt = 24 * time.Hour
+
+// recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's in order; the
+// last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot still begins after the checkpoint,
+// so the next leader recovers again, with less to do.
 func (l *leadership) recover(ctx context.Context) error {
 	l.enter("recovering", "slot_begins", l.at, "checkpoint", l.last.EndLSN)
 	l.recoveries.Add(1)
-	var since time.Time
-	if !l.last.CommittedAt.IsZero() {
-		since = l.last.CommittedAt.Add(-recoveryMargin)
+	h := l.last.Horizon
+	if h != nil {
+		var distance int64
+		if err := l.past.QueryRow(ctx, `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`, h.XID).Scan(&distance); err != nil {
+			return fmt.Errorf("distance of the horizon: %w", err)
+		}
+		if distance < 0 || distance > 1<<30 { // age() would turn negative at 1<<31
+			h = nil
+		}
 	}
-	spans, err := l.k.spansSince(since, l.waitKafka)
+	err := l.recoverSince(ctx, h)
+	if errors.Is(err, errAmbiguous) {
+		slog.Warn("relay recovers from the beginning", "reason", err)
+		err = l.recoverSince(ctx, nil)
+	}
+	return err
+}
+
+// recoverSince recovers what lies beyond a horizon; nil is the beginning. A wallet's events are in the topic in order, so what it
+// lacks is what follows the last one there. Where the topic holds none beyond the horizon, it lacks all entries that are
+// not below: those that are not published are the end of the wallet's chain.
+func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
+	spans, err := l.k.spansSince(h, l.waitKafka)
 	if err != nil {
 		return err
 	}
 	b := &batch{}
-	published, beyond := 0, 0
+	wallets, published, beyond := 0, 0, 0
 	for lo, more := int64(0), true; more; {
-		wallets, hi, err := readWalletSeqs(ctx, l.past, lo, since, recoveryWalletsMax)
+		seqs, hi, err := readWalletSeqs(ctx, l.past, lo, h, recoveryWalletsMax)
 		if err != nil {
 			return err
 		}
-		more = len(wallets) == recoveryWalletsMax
-		if len(wallets) == 0 {
+		more = len(seqs) == recoveryWalletsMax
+		if len(seqs) == 0 {
 			break
 		}
-		next := make(map[int64]int64, len(wallets)) // the seq that the topic lacks first
+		wallets += len(seqs)
+		next := make(map[int64]int64, len(seqs)) // the seq that the topic lacks first
 		for _, s := range spans {
 			err := l.k.scan(ctx, s, l.waitKafka, func(r *topicRecord) error {
 				id, seq, err := r.eventID()
-				if _, known := wallets[id]; known && err == nil {
+				if _, known := seqs[id]; known && err == nil {
 					next[id] = max(next[id], seq+1)
 				}
 				return err
@@ -1144,14 +1322,17 @@ func (l *leadership) recover(ctx context.Context) error {
 			}
 		}
 		for id, n := range next {
-			if n > wallets[id]+1 {
+			if n > seqs[id]+1 {
 				beyond++
 			}
 		}
 		var buf []byte
-		err = readEntries(ctx, l.past, lo, hi, since, func(e *entry) error {
+		err = readChains(ctx, l.past, lo, hi, h, func(e *entry) error {
 			if e.Seq < next[e.WalletID] {
 				return nil
+			}
+			if h != nil && e.CreatedAt.Before(h.At.Add(-horizonDoubt)) {
+				return fmt.Errorf("%w: %s", errAmbiguous, entryID(e.WalletID, e.Seq))
 			}
 			buf = appendEvent(buf[:0], e)
 			b.events = append(b.events, event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
@@ -1176,14 +1357,32 @@ func (l *leadership) recover(ctx context.Context) error {
 	if beyond > 0 {
 		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
 	}
-	slog.Info("relay recovered", "events", published, "since", since, "checkpoint", l.at)
+	from := "the beginning"
+	if h != nil {
+		from = h.LSN
+	}
+	slog.Info("relay recovered", "events", published, "wallets", wallets, "from", from, "checkpoint", l.at)
 	return nil
 }
 
-// readWalletSeqs reads the wallets after lo that had an entry since then, at most n of them by id, with the seq of each one's
+// The conditions on wallets and entries that lie beyond a horizon: written by a transaction that is not below it. $4 is its number.
+const (
+	walletBeyond = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+	entryBeyond  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+)
+
+func beyond(h *horizon, condition string, args ...any) (string, []any) {
+	if h == nil {
+		return "", args
+	}
+	return condition, append(args, strconv.FormatInt(h.XID, 10))
+}
+
+// readWalletSeqs reads the wallets after lo that lie beyond the horizon, at most n of them by id, with the seq of each one's
 // last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, since time.Time, n int) (seqs map[int64]int64, hi int64, err error) {
-	rows, err := db.Query(ctx, `SELECT id, seq FROM wallet WHERE id > $1 AND seq > 0 AND entry_at >= $2 ORDER BY id LIMIT $3`, lo, since, n)
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n int) (seqs map[int64]int64, hi int64, err error) {
+	where, args := beyond(h, walletBeyond, lo, n, 0)
+	rows, err := db.Query(ctx, `SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
 	if err != nil {
 		return nil, 0, fmt.Errorf("read wallets: %w", err)
 	}
@@ -1196,31 +1395,35 @@ func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, since time.Time
 	return seqs, hi, nil
 }
 
+// readChains streams the entries of the wallets after lo and up to hi that lie beyond the horizon, wallet by wallet, in
+// order. visit's entry is used again.
+func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, h *horizon, visit func(*entry) error) error {
+	// Where a chain crosses the horizon is found by steps back from its end, each twice as long as the one before, up to an
+	// entry that lies below.
+	where, args := beyond(h, walletBeyond+` AND `+entryBeyond+` AND e.seq > coalesce((
+    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
+    WHERE 1::bigint << k < w.seq AND EXISTS (
+        SELECT FROM entry e WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entryBeyond+`)
+    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
+	return readEntries(ctx, db, `WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
+ORDER BY e.wallet_id, e.seq`, args, visit)
+}
+
 const queryEntries = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text, e.balance::text,
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount, e.balance,
        e.idempotency_key, w.currency
 FROM wallet w JOIN entry e ON e.wallet_id = w.id
-WHERE w.id > $1 AND w.id <= $2 AND w.entry_at >= $3 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND e.created_at >= $3
-ORDER BY e.wallet_id, e.seq`
+`
 
-// readEntries streams the entries of the wallets after lo and up to hi, wallet by wallet, in order. visit's entry is used again.
-func readEntries(ctx context.Context, db *pgx.Conn, lo, hi int64, since time.Time, visit func(*entry) error) error {
-	rows, err := db.Query(ctx, queryEntries, lo, hi, since)
+// readEntries streams entries. visit's entry is used again.
+func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
+	rows, err := db.Query(ctx, queryEntries+where, args...)
 	if err != nil {
 		return fmt.Errorf("read entries: %w", err)
 	}
 	var e entry
-	var amount, balance string
-	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &amount, &balance, &e.Key, &e.Currency}, func() error {
-		var err error
-		if e.Amount, err = decimal.NewFromString(amount); err != nil {
-			return err
-		}
-		if e.Balance, err = decimal.NewFromString(balance); err != nil {
-			return err
-		}
-		return visit(&e)
-	})
+	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount, &e.Balance,
+		&e.Key, &e.Currency}, func() error { return visit(&e) })
 	if err != nil {
 		return fmt.Errorf("read entries: %w", err)
 	}
@@ -1334,7 +1537,7 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		settings   map[string]string
 		checked    []string
 	}{
-		{k.events, cfg.kafkaPartitions, events, []string{"cleanup.policy", "retention.ms", "retention.bytes", "message.timestamp.type"}},
+		{k.events, cfg.kafkaPartitions, events, append([]string{"cleanup.policy", "retention.ms", "retention.bytes", "message.timestamp.type"}, timeLimits...)},
 		{k.checkpoints, 1, checkpoints, []string{"cleanup.policy"}},
 	} {
 		detail := &sarama.TopicDetail{NumPartitions: t.partitions, ReplicationFactor: cfg.kafkaReplication, ConfigEntries: make(map[string]*string)}
@@ -1368,6 +1571,7 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		if err != nil {
 			return fmt.Errorf("settings of topic %s: %w", t.name, err)
 		}
+		takeAnyTime(admin, t.name, actual[0].Configs)
 		for _, entry := range actual[0].Configs {
 			want, checked := t.settings[entry.Name]
 			if checked && slices.Contains(t.checked, entry.Name) && entry.Value != want && !(entry.Name == "retention.ms" && keepsLonger(entry.Value, want)) {
@@ -1399,6 +1603,33 @@ func (k *kafka) prepareTopics(cfg *config) error {
 		err = relayRefusal(fmt.Sprintf("topic %s has %d partitions but a checkpoint needs one: set KAFKA_CHECKPOINT_TOPIC to another", k.checkpoints, len(all)))
 	}
 	return err
+}
+
+// A record's time is its entry's, by Postgres' clock. A broker refuses one too far from its own, by default an hour ahead
+// (Kafka 4), and so one step of a clock would stop all events, also after it is right again. timeLimits are the settings of
+// this, as far as a broker has them: before 3.6 one, and none in the embedded broker.
+var timeLimits = []string{"message.timestamp.after.max.ms", "message.timestamp.before.max.ms", "message.timestamp.difference.max.ms"}
+
+const anyTime = "9223372036854775807"
+
+// takeAnyTime lifts the limits that a topic has. Where the broker does not let it, that is said once, and the relay goes on.
+func takeAnyTime(admin sarama.ClusterAdmin, topic string, configs []sarama.ConfigEntry) {
+	value := anyTime
+	changes := make(map[string]sarama.IncrementalAlterConfigsEntry)
+	for _, c := range configs {
+		if slices.Contains(timeLimits, c.Name) && c.Value != anyTime {
+			changes[c.Name] = sarama.IncrementalAlterConfigsEntry{Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}
+		}
+	}
+	if len(changes) == 0 {
+		return
+	}
+	if err := admin.IncrementalAlterConfig(sarama.TopicResource, topic, changes, false); err != nil {
+		slog.Warn("a step of a clock may stop all events: alter the topic's settings with kafka-configs, since this service may not",
+			"topic", topic, "settings", slices.Sorted(maps.Keys(changes)), "value", anyTime, "error", err)
+		return
+	}
+	slog.Info("topic takes records of any time", "topic", topic)
 }
 
 // keepsLonger compares two values of retention.ms; -1 is for ever.
@@ -1502,6 +1733,10 @@ func (p *producer) send(events []event, checkpoint []byte) error {
 		}
 		return sarama.ErrNoError, nil
 	})
+	var answer sarama.KError
+	if errors.As(err, &answer) {
+		err = refusedForGood("topics "+p.k.events+" and "+p.k.checkpoints, answer)
+	}
 	if err != nil {
 		return fmt.Errorf("begin Kafka transaction: %w", err)
 	}
@@ -1554,7 +1789,7 @@ func (r *produceRequest) send(leader *sarama.Broker) error {
 	for topic, blocks := range answer.Blocks {
 		for partition, block := range blocks {
 			if block.Err != sarama.ErrNoError {
-				return fmt.Errorf("%s/%d: %w", topic, partition, block.Err)
+				return refusedForGood(fmt.Sprintf("%s/%d", topic, partition), block.Err)
 			}
 			taken++
 		}
@@ -1563,6 +1798,26 @@ func (r *produceRequest) send(leader *sarama.Broker) error {
 		return sarama.ErrIncompleteResponse
 	}
 	return nil
+}
+
+// refusedForGood tells what no restart cures, and what does. Everything else may have another outcome next time.
+func refusedForGood(what string, answer sarama.KError) error {
+	var cure string
+	switch answer {
+	case sarama.ErrInvalidTimestamp:
+		cure = "look at the clocks of Postgres and of the brokers, and set the topic's message.timestamp.before.max.ms and " +
+			"message.timestamp.after.max.ms to " + anyTime + " with kafka-configs, since this service may not"
+	case sarama.ErrMessageSizeTooLarge:
+		cure = "set the topic's max.message.bytes to at least 1048588 with kafka-configs"
+	case sarama.ErrTopicAuthorizationFailed, sarama.ErrClusterAuthorizationFailed, sarama.ErrTransactionalIDAuthorizationFailed:
+		cure = "allow the relay's user to write to the topics and to use its transactional id, with kafka-acls"
+	case sarama.ErrInvalidRecord, sarama.ErrPolicyViolation, sarama.ErrUnsupportedForMessageFormat, sarama.ErrUnsupportedCompressionType:
+		cure = "see the broker's log for its reason, and alter the topic or its policy"
+	default:
+		return fmt.Errorf("%s: %w", what, answer)
+	}
+	return fmt.Errorf("%w: %w", relayRefusal(fmt.Sprintf("the broker refuses records of %s (%s), so no event is published; nothing is lost. To go on, %s",
+		what, strings.TrimSuffix(answer.Error(), "."), cure)), answer)
 }
 
 // pack makes the record batches of each partition.
@@ -1664,35 +1919,24 @@ func (k *kafka) bounds(topic string, partition int32) (span, error) {
 	return s, nil
 }
 
-// spansSince gives the span of each partition of the events topic in which all events of entries since then lie. It refuses
-// where some of them have been deleted.
-func (k *kafka) spansSince(since time.Time, wait func(func() error) error) (spans []span, err error) {
+// spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie; nil is the
+// beginning. It refuses where some of them have been deleted.
+func (k *kafka) spansSince(h *horizon, wait func(func() error) error) (spans []span, err error) {
 	for p := range k.partitions {
-		err := wait(func() error {
-			s, err := k.bounds(k.events, p)
-			if err != nil {
-				return err
-			}
-			from := s.from
-			if !since.IsZero() {
-				if from, err = k.client.GetOffset(k.events, p, since.UnixMilli()); err != nil {
-					return fmt.Errorf("offset at %v in %s/%d: %w", since, k.events, p, err)
-				}
-				if from < 0 { // nothing so young
-					from = s.to
-				}
-			}
-			if s.headless && from <= s.from {
-				return relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of topic %s was truncated to offset %d, within "+
-					"the span in question: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", p, k.events, s.from))
-			}
-			s.from = from
-			spans = append(spans, s)
-			return nil
-		})
-		if err != nil {
+		var s span
+		if err := wait(func() (err error) { s, err = k.bounds(k.events, p); return err }); err != nil {
 			return nil, err
 		}
+		from := int64(0)
+		if h != nil {
+			from = h.Offsets[p]
+		}
+		if from < s.from {
+			return nil, relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of topic %s was truncated to offset %d, within "+
+				"the span in question: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", p, k.events, s.from))
+		}
+		s.from = from
+		spans = append(spans, s)
 	}
 	return spans, nil
 }
@@ -1781,27 +2025,32 @@ func (k *kafka) fetch(topic string, partition int32, offset int64) (*sarama.Fetc
 	}
 }
 
-// lastCheckpoint finds the last committed record of the checkpoint topic: backwards, since before it there may be markers and
-// aborted ones, and after months millions that compaction has not reached. It returns nil if there is none.
-func (k *kafka) lastCheckpoint() (*checkpoint, error) {
-	bounds, err := k.bounds(k.checkpoints, 0)
+// lastRecord finds the last committed record of a partition, or nil: backwards, since before its end there may be markers
+// and aborted records, and after months millions that compaction has not reached.
+func (k *kafka) lastRecord(topic string, partition int32) (last *topicRecord, err error) {
+	bounds, err := k.bounds(topic, partition)
 	if err != nil {
 		return nil, err
 	}
-	var value []byte
-	for look, s := int64(16), bounds; value == nil && s.to > bounds.from; look *= 8 {
+	for look, s := int64(16), bounds; last == nil && s.to > bounds.from; look *= 8 {
 		s.from = max(bounds.from, s.to-look)
-		err := k.scan(context.Background(), s, func(op func() error) error { return op() }, func(r *topicRecord) error { value = r.Value; return nil })
+		err := k.scan(context.Background(), s, func(op func() error) error { return op() }, func(r *topicRecord) error { last = r; return nil })
 		if err != nil {
 			return nil, err
 		}
 		s.to = s.from
 	}
-	if value == nil {
-		return nil, nil
+	return last, nil
+}
+
+// lastCheckpoint returns nil if there is none.
+func (k *kafka) lastCheckpoint() (*checkpoint, error) {
+	last, err := k.lastRecord(k.checkpoints, 0)
+	if err != nil || last == nil {
+		return nil, err
 	}
 	c := new(checkpoint)
-	if err := json.Unmarshal(value, c); err != nil {
+	if err := json.Unmarshal(last.Value, c); err != nil {
 		return nil, relayRefusal(fmt.Sprintf("topic %s holds something else than this service's checkpoints (%v): set KAFKA_CHECKPOINT_TOPIC to a topic of its own", k.checkpoints, err))
 	}
 	return c, nil
@@ -1960,7 +2209,7 @@ func (a *audit) run(ctx context.Context) error {
 		}
 	}
 	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, a.past, lo, time.Time{}, auditWalletsMax)
+		seqs, hi, err := readWalletSeqs(ctx, a.past, lo, nil, auditWalletsMax)
 		if err != nil {
 			return err
 		}
@@ -2160,7 +2409,7 @@ func (a *audit) readLedger(ctx context.Context, wallets map[int64]*auditedWallet
 			a.find("wallet %d: among events %d to %d of the topic at least one differs from its entry", last.WalletID, w.first, w.seq)
 		}
 	}
-	err := readEntries(ctx, a.past, lo, hi, time.Time{}, func(e *entry) error {
+	err := readChains(ctx, a.past, lo, hi, nil, func(e *entry) error {
 		a.entries++
 		if a.entries%50_000 == 0 {
 			a.progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
@@ -2234,7 +2483,7 @@ func (r *relay) writeMetrics(w io.Writer) {
 	writeMetric(w, "wallet_relay_state", "gauge", "1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
 	lag := 0.0
 	if since := r.pendingSince.Load(); since != 0 {
-		lag = time.Since(time.Unix(0, since)).Seconds()
+		lag = (r.age() - time.Duration(since)).Seconds()
 	}
 	one("wallet_relay_lag_seconds", "gauge", "Leader: age of the oldest commit that is being published; 0 when none is.", lag)
 	one("wallet_relay_checkpoint_timestamp_seconds", "gauge", "Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))

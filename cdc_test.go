@@ -17,6 +17,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -785,6 +786,97 @@ func TestAnotherDatabase(t *testing.T) {
 	former.await(t, "refused")
 }
 
+// TestPutBackVolume: Postgres' data folder becomes a copy of an earlier moment: the same system on the same timeline, whose
+// positions and numbers now mean something else. The relay refuses, also when the WAL has grown past the checkpoint before
+// it looks, and so does -adopt; the cache forgets what never was. New topics get the ledger as it is.
+func TestPutBackVolume(t *testing.T) {
+	for _, overtaken := range []bool{false, true} {
+		t.Run(map[bool]string{false: "at once", true: "overtaken"}[overtaken], func(t *testing.T) {
+			s, err := startServers()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(s.stop)
+			env := testEnv(t, "DATABASE_URL="+s.database(t), "REDIS_URL="+s.RedisURL, "KAFKA_PARTITIONS=3")
+			without := start(t, env) // a relay
+			env = maps.Clone(env)
+			env["KAFKA_BROKERS"] = s.KafkaBrokers
+			w := start(t, env)
+			inUse(t, w.balances)
+			keys := 0
+			deposit := func(w *wallets, n int) {
+				t.Helper()
+				for range n {
+					keys++
+					w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+keys%3), fmt.Sprintf(`{"amount":"1","idempotency_key":"p%d"}`, keys))
+				}
+			}
+			deposit(w, 9)
+			checkStream(t, w.cfg)
+			var folder string
+			if err := connect(t, s.DatabaseURL).QueryRow(context.Background(), `SHOW data_directory`).Scan(&folder); err != nil {
+				t.Fatal(err)
+			}
+			copyFolder := func(from, to string) {
+				t.Helper()
+				s.command(t, "stop postgres")
+				if out, err := exec.Command("sh", "-c", `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`, "-", from, to).CombinedOutput(); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+				s.command(t, "start postgres")
+				eventually(t, 20*time.Second, "ready again", func() bool { return w.get("/readyz").status == 200 && without.get("/readyz").status == 200 })
+			}
+			copyFolder(folder, folder+"-copy")
+			deposit(w, 60)
+			for id := range 3 {
+				w.get(fmt.Sprintf("/v1/wallets/%d/balance", 1+id)) // cached
+			}
+			checkStream(t, w.cfg)
+			published := lastCheckpointOf(t, w.cfg)
+			if overtaken {
+				w.end()
+			}
+			copyFolder(folder+"-copy", folder)
+			if overtaken {
+				conn := connect(t, env["DATABASE_URL"])
+				for past := false; !past; {
+					if err := conn.QueryRow(context.Background(), `SELECT pg_current_wal_flush_lsn() > $1::pg_lsn FROM pg_logical_emit_message(false, 'filler', repeat('x', 100000))`,
+						published.EndLSN).Scan(&past); err != nil {
+						t.Fatal(err)
+					}
+				}
+				deposit(without, 6)
+				w = start(t, env)
+			}
+			eventually(t, 30*time.Second, "refused", func() bool { return w.relay.state.Load() == "refused" })
+			deposit(w, 21)
+			for id := range 3 {
+				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id), fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
+					fresh := w.get(path, "Cache-Control", "no-cache")
+					for _, replica := range []*wallets{w, without} {
+						if cached := replica.get(path); cached.body != fresh.body {
+							t.Errorf("cached %s, Postgres has %s", cached, fresh)
+						}
+					}
+				}
+			}
+			var refusal relayRefusal
+			if err := adopt(context.Background(), w.cfg); !errors.As(err, &refusal) {
+				t.Errorf("-adopt: %v", err)
+			}
+			if now := lastCheckpointOf(t, w.cfg); now.Events != published.Events {
+				t.Errorf("the checkpoint moved: %+v, was %+v", now, published)
+			}
+			w.end()
+			env["KAFKA_TOPIC"], env["KAFKA_CHECKPOINT_TOPIC"] = env["KAFKA_TOPIC"]+"-new", env["KAFKA_CHECKPOINT_TOPIC"]+"-new"
+			w = start(t, env)
+			eventually(t, 30*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
+			deposit(w, 3)
+			checkStream(t, w.cfg)
+		})
+	}
+}
+
 // TestPartitionsAreFinal: a partition more would move wallets to other partitions.
 func TestPartitionsAreFinal(t *testing.T) {
 	b := newBench(t)
@@ -834,25 +926,172 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 	}
 }
 
-// TestTruncatedTopic: a gap that cannot be filled exactly is refused; an audit compares what is left.
+// TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head is filled. An audit
+// compares what is left.
 func TestTruncatedTopic(t *testing.T) {
 	b := newBench(t)
 	r := startRelay(t, b.cfg)
 	b.deposit(t, 20)
 	checkStream(t, b.cfg)
+	b.awaitHorizon(t)
 	admin := clusterAdmin(t, b.cfg)
 	if err := admin.DeleteRecords(b.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
 		t.Fatal(err)
 	}
 	b.deposit(t, 20)
-	var said bytes.Buffer
-	if findings, err := runAudit(context.Background(), b.cfg, &said); err != nil || findings != 0 || !strings.Contains(said.String(), "head has been deleted") {
-		t.Errorf("%d findings, %v\n%s", findings, err, said.String())
+	findings := func() {
+		t.Helper()
+		var said bytes.Buffer
+		if n, err := runAudit(context.Background(), b.cfg, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
+			t.Errorf("%d findings, %v\n%s", n, err, said.String())
+		}
 	}
+	findings()
 	r.stop()
+	b.deposit(t, 20)
+	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+	r = startRelay(t, b.cfg)
+	r.await(t, "leader")
+	findings()
+
+	b.awaitHorizon(t)
+	tx := b.begin(t) // keeps the horizon where it is
+	defer tx.Rollback(context.Background())
+	time.Sleep(2 * horizonInterval)
+	b.deposit(t, 20)
+	findings()
+	r.stop()
+	beyond := make(map[int32]int64)
+	for p, offset := range lastCheckpointOf(t, b.cfg).Horizon.Offsets {
+		beyond[int32(p)] = offset + 1
+	}
+	if err := admin.DeleteRecords(b.cfg.kafkaTopic, beyond); err != nil {
+		t.Fatal(err)
+	}
+	b.deposit(t, 1)
+	tx.Rollback(context.Background())
 	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 	r = startRelay(t, b.cfg)
 	r.await(t, "refused")
+}
+
+// begin opens a transaction that has begun to write.
+func (b *bench) begin(t *testing.T) pgx.Tx {
+	t.Helper()
+	tx, err := connect(t, b.cfg.databaseURL).Begin(context.Background())
+	if err == nil {
+		_, err = tx.Exec(context.Background(), `SELECT pg_current_xact_id()`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tx
+}
+
+// awaitHorizon waits until the checkpoint has a horizon that covers all there is now.
+func (b *bench) awaitHorizon(t *testing.T) {
+	t.Helper()
+	var next int64
+	if err := b.conn.QueryRow(context.Background(), `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
+		t.Fatal(err)
+	}
+	b.deposit(t, 1) // a horizon moves only when there are events
+	eventually(t, 20*time.Second, "a horizon", func() bool {
+		c := lastCheckpointOf(t, b.cfg)
+		return c != nil && c.Horizon != nil && c.Horizon.XID > next
+	})
+}
+
+// TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction is open that began
+// long before. Nothing is missed, and nothing before the horizon is looked at.
+func TestRecoveryAsksNoClock(t *testing.T) {
+	for _, step := range []string{"-3 hours", "-2 days", "3 hours", "0"} {
+		t.Run(step, func(t *testing.T) {
+			b := newBench(t)
+			r := startRelay(t, b.cfg)
+			b.deposit(t, 20)
+			checkStream(t, b.cfg)
+			b.awaitHorizon(t)
+			open := b.begin(t)
+			time.Sleep(2 * horizonInterval)
+			b.deposit(t, 20)
+			checkStream(t, b.cfg)
+			r.stop()
+			was := lastCheckpointOf(t, b.cfg)
+
+			b.setClock(t, step)
+			insertByHand(t, open, 77, 5)
+			if err := open.Commit(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			for i := range 10 {
+				b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i), `{"amount":"1","idempotency_key":"late"}`)
+			}
+			b.deposit(t, 5)
+			b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+			if step == "0" { // a head that the horizon does not need is not asked for
+				heads := make(map[int32]int64)
+				for p, offset := range was.Horizon.Offsets {
+					heads[int32(p)] = offset
+				}
+				if err := clusterAdmin(t, b.cfg).DeleteRecords(b.cfg.kafkaTopic, heads); err != nil {
+					t.Fatal(err)
+				}
+				r = startRelay(t, b.cfg)
+				r.await(t, "leader")
+				checkAudit(t, b.cfg)
+				return
+			}
+			r = startRelay(t, b.cfg)
+			r.await(t, "leader")
+			checkStream(t, b.cfg)
+			if n := lastCheckpointOf(t, b.cfg).Events - was.Events; n != 20 {
+				t.Errorf("%d events were recovered, want 20", n)
+			}
+		})
+	}
+}
+
+// setClock steps the clock by which the ledger writes, for this database, and starts the service again.
+func (b *bench) setClock(t *testing.T, step string) {
+	t.Helper()
+	b.end()
+	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
+	b.mustExec(t, `CREATE SCHEMA clock; CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+		AS $$ SELECT pg_catalog.clock_timestamp() + interval '`+step+`' $$;
+		ALTER DATABASE `+name+` SET search_path = clock, pg_catalog, public`)
+	b.wallets = start(t, b.env)
+}
+
+// TestRecordsOfAnyTime: Postgres' clock is two hours ahead, which Kafka 4 refuses by default.
+func TestRecordsOfAnyTime(t *testing.T) {
+	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
+		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker takes any time")
+	}
+	b := newBench(t)
+	admin := clusterAdmin(t, b.cfg)
+	limit := func(value string) {
+		t.Helper()
+		err := admin.IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{
+			"message.timestamp.after.max.ms": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := startRelay(t, b.cfg)
+	r.await(t, "leader")
+	b.deposit(t, 5)
+	b.setClock(t, "2 hours")
+	b.deposit(t, 5)
+	checkStream(t, b.cfg)
+	if n := r.restarts.Load(); n != 0 {
+		t.Errorf("%d restarts", n)
+	}
+	limit("3600000") // somebody else sets it, under a running relay
+	time.Sleep(time.Second)
+	b.deposit(t, 5)
+	r.await(t, "refused")
+	checkStream(t, b.cfg) // the next attempt lifts the limit again
 }
 
 // TestAuditFinds: what must not be, staged.
@@ -1046,7 +1285,12 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return errors.Is(producer.send([]event{{walletID: 1, seq: 1, payload: payload}}, []byte(`{}`)), sarama.ErrMessageSizeTooLarge)
+		err = producer.send([]event{{walletID: 1, seq: 1, payload: payload}}, []byte(`{}`))
+		var refusal relayRefusal
+		if err != nil && !errors.As(err, &refusal) {
+			t.Errorf("%v is not taken for what an operator must put right", err)
+		}
+		return errors.Is(err, sarama.ErrMessageSizeTooLarge)
 	})
 }
 
