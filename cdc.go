@@ -9,6 +9,38 @@
 // There is one path for start and recovery, lead: hold the slot (whoever holds it leads), make the producer (which fences the
 // former leader and settles its transaction), read the checkpoint, drop what it covers, publish the rest. Any doubt, above all
 // about a Kafka transaction's outcome, ends in a return to that start.
+//
+// The states, as wallet_relay_state shows them:
+//
+//	           somebody holds the slot          it is free
+//	starting -------------------------> standby ----------+
+//	  ^  |                                                |
+//	  |  +------------- the slot is free -----------------+
+//	  |                                                   v
+//	  |        lead: connect, fits, checkTail; where the slot is missing, lost or has a gap: makeSlot;
+//	  |        START_REPLICATION takes the slot, fence, settle
+//	  |               | a slot was made            | the slot was there
+//	  |               v                            v
+//	  |           recovering -- gap filled --> leader
+//	  |               |                            |
+//	  +--- an error --+----------------------------+      also from standby, and within lead
+//	  |
+//	  +--- after refusalInterval --- refused <--- a relayRefusal, from anywhere
+//
+//	every state --- ctx ends; a leader first publishes and confirms what it has ---> stopped
+//
+// Where a crash may come, what is where then, and what the next start does. T is a transaction that ends
+// at E; checkpoint and slot stood at C before:
+//
+//	crash                                received  checkpoint  confirmed  the next start
+//	T received, not yet sent to Kafka       E          C          <= C    gets T again, publishes it
+//	T sent, its Kafka transaction open      E          C          <= C    fence aborts; T again, published
+//	EndTxn sent, no answer                  E        C or E       <= C    fence settles which; T again
+//	published, not yet confirmed            E          E          <= C    T again, dropped: its commit < E
+//	confirmed                               E          E            E     Postgres does not send T again
+//	slot made at P, gap not filled          -          C            P     C < P is a gap: a new slot, gap filled
+//	gap filled in part                      -          C            P     the same, without what the topic has
+//	gap filled                              -          P            P     streams from P
 
 package main
 
