@@ -38,7 +38,7 @@
 //	EndTxn sent, no answer                  E        C or E       <= C    fence settles which; T again
 //	published, not yet confirmed            E          E          <= C    T again, dropped: its commit < E
 //	confirmed                               E          E            E     Postgres does not send T again
-//	slot made at P, gap not filled          -          C            P     C < P is a gap: a new slot, gap filled
+//	slot made at P, gap not filled          -          C            P     C < P is a gap: makeSlot again
 //	gap filled in part                      -          C            P     the same, without what the topic has
 //	gap filled                              -          P            P     streams from P
 
