@@ -684,15 +684,18 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 			t.Fatal(err)
 		}
 		l := &leadership{relay: r, conn: conn}
-		// The last turn's walsender lets go of the slot a moment after its connection closed; makeSlot would
-		// take it for another relay. As awaitSlot, but looking often: the more slots the better.
-		eventually(t, 30*time.Second, "a free slot", func() bool {
-			l.slot, err = r.readSlot(ctx, db)
-			return err != nil || !l.slot.active
-		})
-		if err == nil {
+		// The last turn's backends let go of slot and lock a moment after their connections closed; makeSlot
+		// takes them for another relay until then. As run, but trying often: the more slots the better.
+		eventually(t, 30*time.Second, "slot and lock are free", func() bool {
+			if l.slot, err = r.readSlot(ctx, db); err != nil {
+				return true
+			}
+			if l.slot.active {
+				return false
+			}
 			err = l.makeSlot(ctx)
-		}
+			return !errors.Is(err, errSlotTaken)
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
