@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -537,6 +538,105 @@ func TestPostgresAsNobody(t *testing.T) {
 		t.Errorf("after -fresh: %s", is)
 	}
 	r.end()
+}
+
+// TestClocksAreStepped: each server's clock goes where it is told while the server runs, stays there over a restart, and comes back. Postgres is
+// root's double in a namespace, then the user nobody, who must be able to read where its clock is.
+func TestClocksAreStepped(t *testing.T) {
+	t.Parallel()
+	for _, namespace := range []string{"", "off"} {
+		data := t.TempDir()
+		if err := os.Chmod(filepath.Dir(data), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		kafka := "embedded"
+		if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
+			kafka = "apache"
+		}
+		cmd := exec.Command(program, "services", "-clocks", "-kafka", kafka, "-data", data)
+		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
+		r := startCommand(t, data, cmd)
+		// stands tells that a clock is that far from ours, but for what asking takes.
+		stands := func(name string, offset time.Duration, now func() time.Time) {
+			t.Helper()
+			began := time.Now()
+			if is := now().Add(-offset); is.Before(began.Add(-time.Second)) || is.After(time.Now().Add(time.Second)) {
+				t.Errorf("the clock of %s is %v from ours, want %v", name, is.Add(offset).Sub(began), offset)
+			}
+		}
+		for name, now := range map[string]func() time.Time{"postgres": r.postgresTime, "redis": r.redisTime, "kafka": r.kafkaTime} {
+			if name == "kafka" && kafka == "embedded" {
+				if _, refusal := r.order("clock kafka +1h"); !strings.Contains(refusal, "none can be") {
+					t.Errorf("clock of the embedded Kafka: %q", refusal)
+				}
+				continue
+			}
+			stands(name, 0, now)
+			r.obey("clock " + name + " -3h")
+			stands(name, -3*time.Hour, now)
+			r.obey("stop " + name)
+			r.obey("clock " + name + " +90s")
+			r.obey("start " + name)
+			stands(name, 90*time.Second, now)
+			r.obey("clock " + name + " 2d")
+			stands(name, 48*time.Hour, now)
+			r.obey("clock " + name + " 0")
+			stands(name, 0, now)
+		}
+		for _, nonsense := range []string{"clock postgres", "clock what 0", "clock postgres soon", "clock postgres xd"} {
+			if _, refusal := r.order(nonsense); refusal == "" {
+				t.Errorf("%q was obeyed", nonsense)
+			}
+		}
+		r.end()
+	}
+}
+
+func (r *running) postgresTime() time.Time {
+	r.t.Helper()
+	now, err := time.Parse("2006-01-02 15:04:05.999999-07", r.sql("SELECT (clock_timestamp() AT TIME ZONE 'UTC')::text || '+00'"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return now
+}
+
+func (r *running) redisTime() time.Time {
+	r.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(r.address.RedisURL, "redis://"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer conn.Close()
+	io.WriteString(conn, "*1\r\n$4\r\nTIME\r\n")
+	var length, seconds int64
+	if _, err := fmt.Fscanf(conn, "*2\r\n$%d\r\n%d\r\n", &length, &seconds); err != nil {
+		r.t.Fatal(err)
+	}
+	return time.Unix(seconds, 0)
+}
+
+// kafkaTime is what the broker stamps on a record.
+func (r *running) kafkaTime() time.Time {
+	r.t.Helper()
+	client := r.kafka()
+	request := kmsg.NewPtrCreateTopicsRequest()
+	topic := kmsg.NewCreateTopicsRequestTopic()
+	topic.Topic, topic.NumPartitions, topic.ReplicationFactor = "clock", 1, -1
+	stamped, broker := kmsg.NewCreateTopicsRequestTopicConfig(), "LogAppendTime"
+	stamped.Name, stamped.Value = "message.timestamp.type", &broker
+	topic.Configs = append(topic.Configs, stamped)
+	request.Topics = append(request.Topics, topic)
+	if _, err := request.RequestWith(r.t.Context(), client); err != nil { // or it is there already
+		r.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(r.t.Context(), time.Minute)
+	defer cancel()
+	record, err := client.ProduceSync(ctx, &kgo.Record{Topic: "clock", Value: []byte("x")}).First()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return record.Timestamp
 }
 
 func TestBadFlagsAreOneSentence(t *testing.T) {

@@ -37,6 +37,7 @@ type broker struct {
 	secured int // port of its second listener, under -secure
 	data    string
 	last    *child // its process, or the one it had
+	clock   *clock
 }
 
 func (b *broker) address() string        { return fmt.Sprintf("127.0.0.1:%d", b.port) }
@@ -153,8 +154,9 @@ const (
 )
 
 // newApache makes a controller and the brokers, and fetches Kafka if need be. It returns the brokers' addresses too and, under -secure, what
-// a client of their secured listeners sets.
-func newApache(ctx context.Context, procs *processes, cfg config, port func() int, say func(string, ...any)) ([]*server, string, map[string]string, error) {
+// a client of their secured listeners sets. With a faketime library each has a clock that can be stepped.
+func newApache(ctx context.Context, procs *processes, cfg config, faketime string, port func() int,
+	say func(string, ...any)) ([]*server, string, map[string]string, error) {
 	program, err := exec.LookPath("java")
 	if err != nil {
 		return nil, "", nil, errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
@@ -199,7 +201,13 @@ func newApache(ctx context.Context, procs *processes, cfg config, port func() in
 	for _, b := range brokers {
 		b.data = filepath.Join(data, b.name)
 		formats.Go(func() error { return a.format(together, b) })
-		s := &server{name: b.name, ready: b.ready, quit: syscall.SIGTERM}
+		if err := os.MkdirAll(data, 0o755); err != nil {
+			return nil, "", nil, err
+		}
+		if b.clock, err = newClock(faketime, b.data+".clock"); err != nil {
+			return nil, "", nil, err
+		}
+		s := &server{name: b.name, ready: b.ready, quit: syscall.SIGTERM, clock: b.clock}
 		s.start = func(ctx context.Context) (*child, error) {
 			if err := a.awaitExpiry(ctx, b); err != nil {
 				return nil, err
@@ -207,7 +215,9 @@ func newApache(ctx context.Context, procs *processes, cfg config, port func() in
 			// Its last resort is SIGKILL, which Kafka is made to survive: asked to end all at once, brokers would
 			// wait in vain for their controller.
 			var err error
-			b.last, err = procs.start(b.name, a.java(b.data, "kafka.Kafka", b.config()), syscall.SIGKILL)
+			cmd := a.java(b.data, "kafka.Kafka", b.config())
+			b.clock.give(cmd)
+			b.last, err = procs.start(b.name, cmd, syscall.SIGKILL)
 			return b.last, err
 		}
 		if b == controller {

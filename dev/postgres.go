@@ -49,6 +49,7 @@ type postgres struct {
 	data  string // the cluster
 	port  int
 	set   []string // further settings, name=value
+	clock *clock
 }
 
 // identity is who Postgres runs as: it refuses root. The zero value is ourselves.
@@ -349,6 +350,7 @@ func (p *postgres) start(context.Context) (*child, error) {
 	}
 	cmd := p.as.command(filepath.Join(p.bin, "postgres"), args...)
 	cmd.Dir = p.data
+	p.clock.give(cmd)
 	return p.procs.start("postgres", cmd, syscall.SIGINT)
 }
 

@@ -41,6 +41,7 @@ type config struct {
 	kafka       string
 	brokers     int
 	secure      bool
+	clocks      bool
 	java        string
 
 	listen    string
@@ -57,6 +58,7 @@ type server struct {
 	ready  func(context.Context) error
 	quit   syscall.Signal // stops it in order, where that is not what the child knows
 	noKill string         // why SIGKILL is refused, if it is
+	clock  *clock         // nil unless it can be stepped
 
 	child *child // nil while it is down by our doing
 }
@@ -90,7 +92,7 @@ type addresses struct {
 const addressFile = "stack.json"
 
 // ours are the names that a data folder may hold; -fresh removes these and nothing else.
-var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressFile}
+var ours = []string{"postgres-*", "redis", "redis.clock", "kafka-*", "logs", "wallet", addressFile}
 
 // runStack is the whole life of a stack; it returns when ctx ends, a server dies, or with services input ends.
 func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
@@ -233,15 +235,24 @@ func (s *stack) start(ctx context.Context) error {
 	// One goroutine makes all Kafka servers and takes all ports from here on.
 	var database, cache *server
 	var kafka []*server
-	var binary string
+	var binary, faketime string
+	if s.cfg.clocks {
+		var err error
+		if faketime, err = findFaketime(); err != nil {
+			return err
+		}
+	}
 	group, together := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		p, err := newPostgres(together, s.procs, s.cfg.postgres, s.cfg.data, ports[0], s.cfg.postgresSet, s.cfg.fresh, s.say("postgres"))
 		if err != nil {
 			return err
 		}
+		if p.clock, err = newClock(faketime, p.data+".clock"); err != nil {
+			return err
+		}
 		s.address.DatabaseURL = p.url("wallet")
-		database = &server{name: "postgres", start: p.start, ready: p.ready}
+		database = &server{name: "postgres", start: p.start, ready: p.ready, clock: p.clock}
 		return s.up(together, database)
 	})
 	group.Go(func() error {
@@ -249,8 +260,13 @@ func (s *stack) start(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if r.server != "" {
+			if r.clock, err = newClock(faketime, r.data+".clock"); err != nil {
+				return err
+			}
+		}
 		s.address.RedisURL = "redis://" + r.address()
-		cache = &server{name: "redis", start: r.start, ready: r.ready}
+		cache = &server{name: "redis", start: r.start, ready: r.ready, clock: r.clock}
 		return s.up(together, cache)
 	})
 	group.Go(func() error {
@@ -261,7 +277,7 @@ func (s *stack) start(ctx context.Context) error {
 			servers = make([]*server, 1)
 			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
 		case "apache":
-			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg, s.port, s.say("kafka"))
+			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg, faketime, s.port, s.say("kafka"))
 		default:
 			s.address.KafkaBrokers = s.cfg.kafka
 		}
@@ -391,8 +407,8 @@ var stopSignals = map[string]syscall.Signal{"fast": syscall.SIGINT, "immediate":
 
 // obey does what one control line says and returns when it is done.
 func (s *stack) obey(ctx context.Context, words []string) error {
-	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME")
-	if len(words) < 2 || len(words) > 2 && words[0] != "stop" || len(words) > 3 {
+	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME, clock NAME OFFSET")
+	if len(words) < 2 || len(words) > 2 && words[0] != "stop" && words[0] != "clock" || len(words) > 3 {
 		return usage
 	}
 	i := slices.IndexFunc(s.servers, func(x *server) bool { return x.name == words[1] })
@@ -404,6 +420,16 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 		return fmt.Errorf("there is no %q here, only %s", words[1], strings.Join(names, ", "))
 	}
 	server := s.servers[i]
+	if words[0] == "clock" { // also of one that is down
+		if len(words) < 3 {
+			return usage
+		}
+		offset, err := parseOffset(words[2])
+		if err != nil {
+			return err
+		}
+		return server.clock.step(offset)
+	}
 	if up := server.child != nil; up == (words[0] == "start") {
 		return fmt.Errorf("%s is %s", server.name, map[bool]string{true: "up already", false: "down"}[up])
 	}

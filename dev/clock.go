@@ -1,0 +1,74 @@
+// Clocks that a test may step, under -clocks: libfaketime stands between a server and its C library's clock, and reads
+// from a file how far the server's time is from the machine's. The monotonic clock, by which servers wait, stays.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// faketimeLibraries is where the Debian package libfaketime and others put the library, for programs with threads.
+var faketimeLibraries = []string{"/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1",
+	"/usr/lib64/faketime/libfaketimeMT.so.1"}
+
+func findFaketime() (library string, err error) {
+	for _, pattern := range faketimeLibraries {
+		if found, _ := filepath.Glob(pattern); len(found) > 0 {
+			return found[0], nil
+		}
+	}
+	return "", errors.New("-clocks needs libfaketime: install the Debian package libfaketime")
+}
+
+// clock is one server's. Nil is the machine's own, which nobody steps.
+type clock struct{ library, file string }
+
+// newClock makes a clock that tells the machine's time so far. Its file must be in reach of who the server runs as.
+func newClock(library, file string) (*clock, error) {
+	if library == "" {
+		return nil, nil
+	}
+	c := &clock{library, file}
+	return c, c.step(0)
+}
+
+// give has a program live by this clock.
+func (c *clock) give(cmd *exec.Cmd) {
+	if c == nil {
+		return
+	}
+	// The cache would hide a step for 10 s. A file's times stay the kernel's: they are compared with each other only.
+	cmd.Env = append(cmd.Environ(), "LD_PRELOAD="+c.library, "FAKETIME_TIMESTAMP_FILE="+c.file, "FAKETIME_NO_CACHE=1",
+		"DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "NO_FAKE_STAT=1")
+}
+
+// step sets the clock that far from the machine's. A reader sees the old offset or the new one, never half of one.
+func (c *clock) step(offset time.Duration) error {
+	if c == nil {
+		return errors.New("start with -clocks to step a clock; of the embedded Kafka and miniredis, which are Go, none can be")
+	}
+	next := c.file + ".next"
+	text := fmt.Sprintf("%+f\n", offset.Seconds())
+	if err := os.WriteFile(next, []byte(text), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(next, c.file)
+}
+
+// parseOffset reads a clock line's offset: 0, or a Go duration, or days as in -3d.
+func parseOffset(text string) (time.Duration, error) {
+	if n := len(text) - 1; n > 0 && text[n] == 'd' {
+		days, err := strconv.ParseFloat(text[:n], 64)
+		if err != nil || days < -10_000 || days > 10_000 {
+			return 0, fmt.Errorf("%s is no number of days", text)
+		}
+		return time.Duration(days * float64(24*time.Hour)), nil
+	}
+	return time.ParseDuration(text)
+}
