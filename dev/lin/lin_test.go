@@ -1,0 +1,464 @@
+// Package lin holds the service against a model of itself, with porcupine: replicas as processes, clients that move and read money
+// through all of them, faults all the while, and then the question whether what was answered could have been answered by one ledger
+// that does one thing after the other. If not, a minimal history is printed, and drawn in a file.
+//
+//	go test -C dev ./lin -v -timeout 60m -lin 30m
+//
+// What is demanded is what README.md guarantees. Everything that Postgres answers is linearizable: an operation takes effect at one moment
+// between its request and its answer. A balance out of the cache is behind no operation that had been answered before it was asked for; it
+// may be behind what others still wait for, although a read of Postgres may have shown it already.
+//
+// lin_test.go is the run, clients_test.go the load, faults_test.go what goes wrong, model_test.go what is right, shrink_test.go what is shown.
+package lin
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/jackc/pgx/v5"
+)
+
+var (
+	linFor  = flag.Duration("lin", 40*time.Second, "how long clients and faults go on")
+	linSeed = flag.Uint64("lin.seed", uint64(time.Now().UnixNano()), "the order of requests and faults (though not their timing)")
+	linOnly = flag.String("lin.only", "", "faults to have, comma-separated; default: all")
+	service = flag.String("lin.service", "../..", "folder of the service's module: a mutant, to see that it is found")
+)
+
+const (
+	replicas     = 3
+	teams        = 3 // groups of wallets in use at a time
+	clients      = 4 // of a team
+	findingsMost = 8 // violations that are made small and printed
+)
+
+// servers is `dev services`.
+type servers struct {
+	DatabaseURL  string `json:"database_url"`
+	RedisURL     string `json:"redis_url"`
+	KafkaBrokers string `json:"kafka_brokers"`
+
+	mu     sync.Mutex // one command at a time
+	stdin  io.WriteCloser
+	stdout *bufio.Reader
+}
+
+func startServers(t *testing.T, folder string) *servers {
+	t.Helper()
+	binary := build(t, "..", filepath.Join(folder, "dev"))
+	data := filepath.Join(folder, "data")
+	args := []string{"services", "-data", data}
+	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA", "-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
+		if value := os.Getenv(variable); value != "" {
+			args = append(args, flag, value)
+		}
+	}
+	var said bytes.Buffer
+	cmd := exec.Command(binary, args...)
+	cmd.Stderr = &said
+	s := new(servers)
+	var err error
+	if s.stdin, err = cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s.stdin.Close()
+		cmd.Wait()
+	})
+	s.stdout = bufio.NewReader(out)
+	line, err := s.stdout.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, s)
+	}
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", cmd, err, &said)
+	}
+	return s
+}
+
+// obey sends control lines and waits until they are done.
+func (s *servers) obey(t *testing.T, lines ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, line := range lines {
+		fmt.Fprintln(s.stdin, line)
+		answer, err := s.stdout.ReadBytes('\n')
+		var done struct{ Error string }
+		if err == nil {
+			err = json.Unmarshal(answer, &done)
+		}
+		if err != nil || done.Error != "" {
+			t.Errorf("%s: %v %s", line, err, done.Error)
+			return
+		}
+	}
+}
+
+func build(t *testing.T, module, binary string) string {
+	t.Helper()
+	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return binary
+}
+
+// replica is the service as a process, whose way to Postgres is ours to cut. Its relay has a way of its own.
+type replica struct {
+	name    string
+	binary  string
+	env     []string
+	url     string
+	log     string
+	way     *proxy
+	mu      sync.Mutex // held by the fault that has it in hand
+	process *exec.Cmd
+	exited  chan struct{}
+	killed  atomic.Bool // by us
+}
+
+func newReplica(t *testing.T, s *servers, folder, binary, name string) *replica {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	address := listener.Addr().String()
+	r := &replica{name: name, binary: binary, url: "http://" + address, log: filepath.Join(folder, name+".log"), way: newProxy(t, s.DatabaseURL)}
+	// Whatever of a real deployment stands in the environment must not meet these replicas.
+	r.env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return slices.ContainsFunc([]string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"},
+			func(prefix string) bool { return strings.HasPrefix(v, prefix) })
+	})
+	r.env = append(r.env, "DATABASE_URL="+r.way.url, "MIGRATE_URL="+s.DatabaseURL, "REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL,
+		"KAFKA_BROKERS="+s.KafkaBrokers, "LISTEN_ADDR="+address, "RATE_LIMIT=0", "REQUEST_TIMEOUT=2s")
+	return r
+}
+
+func (r *replica) start(t *testing.T) {
+	log, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer log.Close()
+	cmd := exec.Command(r.binary)
+	cmd.Env, cmd.Stdout, cmd.Stderr = r.env, log, log
+	if err := cmd.Start(); err != nil {
+		t.Error(err)
+		return
+	}
+	exited := make(chan struct{})
+	r.killed.Store(false)
+	r.process, r.exited = cmd, exited
+	go func() {
+		cmd.Wait()
+		if !r.killed.Load() {
+			t.Errorf("%s ended by itself: %v", r.name, cmd.ProcessState)
+		}
+		close(exited)
+	}()
+}
+
+func (r *replica) kill() {
+	r.killed.Store(true)
+	r.process.Process.Kill()
+	<-r.exited
+}
+
+// run is the whole run.
+type run struct {
+	t        *testing.T
+	servers  *servers
+	folder   string
+	binary   string
+	replicas []*replica
+	began    time.Time
+	end      time.Time
+	groups   atomic.Int64
+	requests atomic.Int64 // that were sent
+	retries  atomic.Int64
+	closing  atomic.Bool // the faults are over
+
+	mu       sync.Mutex
+	checked  int // operations
+	refused  int
+	found    []finding
+	slowest  time.Duration // of a group's check
+	faults   []happening
+	counts   map[string]int // of faults
+	internal map[string]int // answers of status 500, by body
+}
+
+// finding is a group whose history cannot be.
+type finding struct {
+	group int64
+	all   int // operations
+	violation
+}
+
+// happening is a fault and its time.
+type happening struct {
+	from, to int64
+	what     string
+}
+
+func (r *run) now() int64 { return time.Since(r.began).Nanoseconds() }
+
+func TestLinearizable(t *testing.T) {
+	folder, err := os.MkdirTemp("/var/tmp", "wallet-lin-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.Chmod(folder, 0o755) // Postgres may run as somebody else
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("logs and drawings are in %s", folder)
+		} else {
+			os.RemoveAll(folder)
+		}
+	})
+	t.Logf("-lin.seed %d", *linSeed)
+	r := &run{t: t, folder: folder, servers: startServers(t, folder), counts: make(map[string]int), internal: make(map[string]int)}
+	r.binary = build(t, *service, filepath.Join(folder, "wallet"))
+	for i := range replicas {
+		one := newReplica(t, r.servers, folder, r.binary, string(rune('A'+i)))
+		r.replicas = append(r.replicas, one)
+		one.start(t)
+		t.Cleanup(func() {
+			one.mu.Lock()
+			defer one.mu.Unlock()
+			one.kill()
+		})
+		if !one.isReady(30 * time.Second) {
+			t.Fatalf("%s is not ready, see %s", one.name, one.log)
+		}
+	}
+	r.began = time.Now()
+	r.end = r.began.Add(*linFor)
+
+	var faults, load sync.WaitGroup
+	for hand := range hands {
+		faults.Go(func() { r.harm(hand) })
+	}
+	for team := range teams {
+		load.Go(func() { r.team(rand.New(rand.NewPCG(*linSeed, uint64(1000+team)))) })
+	}
+	faults.Wait()
+	r.closing.Store(true)
+	load.Wait()
+	r.report()
+}
+
+// report says what was done, and fails if too little was.
+func (r *run) report() {
+	for _, one := range r.replicas {
+		log, err := os.ReadFile(one.log)
+		if err != nil || bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: ")) {
+			r.t.Errorf("%s crashed, see %s (%v)", one.name, one.log, err)
+		}
+	}
+	for body, times := range r.internal {
+		r.t.Errorf("500 %d times, such as %s", times, body)
+	}
+	r.t.Logf("%d operations on %d groups of wallets, %d of them refused, in %v; %d requests sent, %d of them again; slowest check %v",
+		r.checked, r.groups.Load(), r.refused, time.Since(r.began).Round(time.Second), r.requests.Load(), r.retries.Load(),
+		r.slowest.Round(time.Millisecond))
+	for _, name := range slices.Sorted(maps.Keys(r.counts)) {
+		r.t.Logf("%4d times: %s", r.counts[name], name)
+	}
+	for i, f := range r.found {
+		if i < findingsMost {
+			r.show(f)
+		}
+	}
+	if len(r.found) > 0 {
+		r.t.Errorf("%d groups of wallets saw what one ledger could not have answered", len(r.found))
+	}
+	if r.checked == 0 {
+		r.t.Error("nothing was checked")
+	}
+}
+
+// check asks porcupine about one group, once nothing more happens to it.
+func (r *run) check(group int64, ops []porcupine.Operation) {
+	began := time.Now()
+	v := violation{model: whole, ops: relax(ops)}
+	result, _ := porcupine.CheckOperationsVerbose(whole.porcupine(), v.ops, checkLimit)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.checked += len(ops)
+	for _, op := range ops {
+		if output(op).status >= 300 {
+			r.refused++
+		}
+	}
+	r.slowest = max(r.slowest, time.Since(began))
+	switch result {
+	case porcupine.Ok:
+		return
+	case porcupine.Unknown:
+		r.t.Errorf("group %d: its %d operations were not checked within %v", group, len(ops), checkLimit)
+		return
+	}
+	r.found = append(r.found, finding{group, len(ops), v})
+}
+
+// show makes a violation small, prints and draws it.
+func (r *run) show(f finding) {
+	v := f.violation
+	v.shrink()
+	_, info := porcupine.CheckOperationsVerbose(v.model.porcupine(), v.ops, checkLimit)
+	drawing := filepath.Join(r.folder, fmt.Sprintf("group-%d.html", f.group))
+	if err := porcupine.VisualizePath(v.model.porcupine(), info, drawing); err != nil {
+		r.t.Error(err)
+	}
+	r.t.Errorf("group %d: %d of its %d operations cannot be (drawn in %s):\n%s%s", f.group, len(v.ops), f.all, drawing, v, r.around(v.ops))
+}
+
+// around lists the faults near a history.
+func (r *run) around(ops []porcupine.Operation) string {
+	first, last := whenever, -whenever
+	for _, op := range ops {
+		for _, at := range []int64{op.Call, op.Return} {
+			if at != whenever && at != -whenever {
+				first, last = min(first, at), max(last, at)
+			}
+		}
+	}
+	var text strings.Builder
+	for _, h := range r.faults {
+		if h.to > first-2e9 && h.from < last {
+			fmt.Fprintf(&text, "  %10s %10s          fault: %s\n", moment(h.from), moment(h.to), h.what)
+		}
+	}
+	return text.String()
+}
+
+// relax gives cached balances the time that README.md allows them: since the last answer of a write to their wallet before they were
+// asked for. Whatever only reads have shown before that may be missing.
+func relax(ops []porcupine.Operation) []porcupine.Operation {
+	ops = slices.Clone(ops)
+	for i := range ops {
+		if input(ops[i]).kind != balance || output(ops[i]).status != 200 {
+			continue
+		}
+		since := int64(-1)
+		for _, other := range ops {
+			if q := input(other); writes(other) && (q.wallet == input(ops[i]).wallet || q.to == input(ops[i]).wallet) && other.Return < ops[i].Call {
+				since = max(since, other.Return)
+			}
+		}
+		ops[i].Call = since + 1
+	}
+	return ops
+}
+
+// ledger reads a group's wallets from Postgres itself.
+type ledger struct {
+	entries   map[int64][]entry
+	creations map[string]standing // by key
+	balances  map[int64]string
+}
+
+const readEntries = `
+SELECT e.wallet_id, e.seq, e.kind::text, e.amount::text, (e.balance - e.amount)::text, e.balance::text, coalesce(e.counterparty_id, 0),
+       coalesce(e.counterparty_seq, 0), e.idempotency_key, to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+FROM entry e WHERE e.wallet_id = ANY ($1) ORDER BY 1, 2`
+
+const readCreations = `
+SELECT id, creation_key, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') FROM wallet
+WHERE id = ANY ($1) AND creation_key IS NOT NULL`
+
+func (r *run) readLedger(wallets []int64) (*ledger, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, r.servers.DatabaseURL)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(ctx)
+	l := &ledger{entries: make(map[int64][]entry), creations: make(map[string]standing)}
+	rows, _ := conn.Query(ctx, readEntries, wallets)
+	var e entry
+	var amount, before, after string
+	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.Kind, &amount, &before, &after, &e.Counterparty.WalletID, &e.Counterparty.Seq,
+		&e.Key, &e.CreatedAt}, func() error {
+		e.Currency, e.Amount, e.BalanceBefore, e.BalanceAfter = "USD", plain(amount), plain(before), plain(after)
+		e.TransactionID = id(e.WalletID, e.Seq)
+		if e.Kind == "transfer_in" {
+			e.TransactionID = id(e.Counterparty.WalletID, e.Counterparty.Seq)
+		}
+		l.entries[e.WalletID] = append(l.entries[e.WalletID], e)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	rows, _ = conn.Query(ctx, readCreations, wallets)
+	var key string
+	s := standing{Currency: "USD", Balance: "0"}
+	_, err = pgx.ForEachRow(rows, []any{&s.WalletID, &key, &s.CreatedAt}, func() error { l.creations[key] = s; return nil })
+	return l, err
+}
+
+// plain takes the trailing zeros off a decimal number.
+func plain(number string) string {
+	if strings.Contains(number, ".") {
+		number = strings.TrimRight(strings.TrimRight(number, "0"), ".")
+	}
+	return number
+}
+
+// answer is what a request that nobody answered would have been answered, or nil if it was never applied.
+func (l *ledger) answer(q *request) *response {
+	if q.kind == create {
+		if s, ok := l.creations[q.key]; ok {
+			return &response{status: 201, stands: s}
+		}
+		return nil
+	}
+	for _, e := range l.entries[q.wallet] {
+		if e.Key != q.key || e.Kind == "transfer_in" {
+			continue
+		}
+		got := receipt{TransactionID: e.TransactionID, Currency: "USD", Amount: strings.TrimPrefix(e.Amount, "-"), CreatedAt: e.CreatedAt}
+		if q.kind == transfer {
+			got.FromID, got.ToID, got.FromBalance, got.FromSeq, got.ToSeq = q.wallet, q.to, e.BalanceAfter, e.Seq, e.Counterparty.Seq
+			for _, other := range l.entries[q.to] {
+				if other.Seq == got.ToSeq {
+					got.ToBalance = other.BalanceAfter
+				}
+			}
+		} else {
+			got.WalletID, got.Balance, got.Seq = q.wallet, e.BalanceAfter, e.Seq
+		}
+		return &response{status: 200, receipt: got}
+	}
+	return nil
+}

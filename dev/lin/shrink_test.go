@@ -1,0 +1,215 @@
+// A violation, made small. Each step weakens what is demanded of the history: if the smaller one cannot be, neither can the whole. A
+// write cannot simply be left out, since those after it carry higher seqs; so its time is widened to "whenever", and those that
+// everything else comes after become the state that the rest starts from.
+
+package lin
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+)
+
+const (
+	checkLimit  = 60 * time.Second // of one group's check; it takes milliseconds
+	shrinkLimit = 2 * time.Second  // of each smaller one; one that takes longer counts as possible
+	shrinkMost  = 40 * time.Second // of all of them
+	whenever    = int64(math.MaxInt64 / 4)
+)
+
+type violation struct {
+	model model
+	ops   []porcupine.Operation
+	until time.Time // when to be content with what there is
+}
+
+func input(op porcupine.Operation) *request   { return op.Input.(*request) }
+func output(op porcupine.Operation) *response { return op.Output.(*response) }
+func writes(op porcupine.Operation) bool      { return input(op).writes(output(op)) }
+
+func (v violation) stands() bool {
+	return porcupine.CheckOperationsTimeout(v.model.porcupine(), v.ops, shrinkLimit) == porcupine.Illegal
+}
+
+// try puts a smaller one in v's place if it is still impossible.
+func (v *violation) try(smaller violation) bool {
+	if smaller.until = v.until; time.Now().Before(v.until) && smaller.stands() {
+		*v = smaller
+		return true
+	}
+	return false
+}
+
+func (v *violation) shrink() {
+	v.until = time.Now().Add(shrinkMost)
+	v.fewerWallets()
+	v.drop(func(op porcupine.Operation) bool { return !writes(op) })
+	v.trim()
+	v.widen()
+	v.fold()
+	v.widen()
+	slices.SortStableFunc(v.ops, func(a, b porcupine.Operation) int { return cmp.Compare(a.Call, b.Call) })
+}
+
+// fewerWallets looks for one wallet, else two, that show it alone.
+func (v *violation) fewerWallets() {
+	for _, wallets := range [][groupSize]bool{{true}, {false, true}, {false, false, true}, {true, true}, {true, false, true}, {false, true, true}} {
+		m := v.model
+		m.wallets = wallets
+		ops := slices.DeleteFunc(slices.Clone(v.ops), func(op porcupine.Operation) bool { return !m.touches(input(op), output(op)) })
+		if v.try(violation{model: m, ops: ops}) {
+			return
+		}
+	}
+}
+
+// drop leaves out what can be left out among the operations that may be, in pieces of falling size.
+func (v *violation) drop(may func(porcupine.Operation) bool) {
+	for size := len(v.ops); size > 0; size /= 2 {
+		for at := 0; at < len(v.ops); {
+			end := min(at+size, len(v.ops))
+			ops := slices.Clone(v.ops[:at])
+			for _, op := range v.ops[at:end] {
+				if !may(op) {
+					ops = append(ops, op)
+				}
+			}
+			kept := len(ops)
+			ops = append(ops, v.ops[end:]...)
+			if len(ops) == len(v.ops) || !v.try(violation{model: v.model, ops: ops}) {
+				at = end
+			} else {
+				at = kept
+			}
+		}
+	}
+}
+
+// trim leaves out the last writes of each wallet, as far as nobody has seen them. One it leaves, to say that there is a wallet.
+func (v *violation) trim() {
+	unseen := func(i int) bool {
+		for _, wallet := range []int64{input(v.ops[i]).wallet, input(v.ops[i]).to} {
+			if wallet == 0 || !v.model.sees(wallet) {
+				continue
+			}
+			mine := saw(input(v.ops[i]), output(v.ops[i]), wallet)
+			for j, other := range v.ops {
+				if j != i && saw(input(other), output(other), wallet) >= mine {
+					return false
+				}
+			}
+		}
+		return true
+	}
+	left := 0
+	for _, op := range v.ops {
+		if writes(op) {
+			left++
+		}
+	}
+	for trimmed := true; trimmed && left > 1; left-- {
+		trimmed = false
+		for i := len(v.ops) - 1; i >= 0 && !trimmed; i-- {
+			trimmed = writes(v.ops[i]) && unseen(i) && v.try(violation{model: v.model, ops: slices.Delete(slices.Clone(v.ops), i, i+1)})
+		}
+	}
+}
+
+// widen takes the times from as many writes as it can: first their beginnings, then their ends.
+func (v *violation) widen() {
+	for _, wide := range []func(op *porcupine.Operation){
+		func(op *porcupine.Operation) { op.Call, op.Return = -whenever, whenever },
+		func(op *porcupine.Operation) { op.Call = -whenever },
+		func(op *porcupine.Operation) { op.Return = whenever },
+	} {
+		for size := len(v.ops); size > 0; size /= 2 {
+			for at := 0; at < len(v.ops); at += size {
+				ops := slices.Clone(v.ops)
+				changed := false
+				for i := at; i < min(at+size, len(ops)); i++ {
+					if was := ops[i]; writes(was) {
+						wide(&ops[i])
+						changed = changed || was.Call != ops[i].Call || was.Return != ops[i].Return
+					}
+				}
+				if changed {
+					v.try(violation{model: v.model, ops: ops})
+				}
+			}
+		}
+	}
+}
+
+// fold makes the first writes of a single wallet the state to start from, if all that is left saw them.
+func (v *violation) fold() {
+	wallets := 0
+	for _, sees := range v.model.wallets {
+		if sees {
+			wallets++
+		}
+	}
+	if wallets != 1 || slices.ContainsFunc(v.ops, func(op porcupine.Operation) bool { return output(op).status >= 300 }) {
+		return // a refusal may have come before any of them
+	}
+	seqOf := func(op porcupine.Operation) int64 {
+		if input(op).to != 0 && v.model.sees(input(op).to) {
+			return saw(input(op), output(op), input(op).to)
+		}
+		return saw(input(op), output(op), input(op).wallet)
+	}
+	ordered := slices.Clone(v.ops)
+	slices.SortStableFunc(ordered, func(a, b porcupine.Operation) int { return cmp.Compare(seqOf(a), seqOf(b)) })
+	lowest := int64(everything)
+	for _, op := range ordered {
+		if !writes(op) {
+			lowest = min(lowest, seqOf(op))
+		}
+	}
+	for most := len(ordered); most > 0; most-- {
+		smaller := violation{model: v.model}
+		folded, possible := int64(0), true
+		for i, op := range ordered {
+			switch {
+			case i >= most || !writes(op):
+				smaller.ops = append(smaller.ops, op)
+			case seqOf(op) > lowest:
+				possible = false
+			default:
+				var ok bool
+				if ok, smaller.model.start = v.model.step(smaller.model.start, input(op), output(op)); !ok {
+					return // the writes themselves do not fit
+				}
+				folded++
+			}
+		}
+		if possible && folded > 0 && v.try(smaller) {
+			return
+		}
+	}
+}
+
+// String is the history in the order of its calls. Times are in ms since the run began.
+func (v violation) String() string {
+	var text strings.Builder
+	fmt.Fprintf(&text, "  before: %s\n  %10s %10s  %6s  %s\n", v.model.describe(v.model.start), "call", "return", "client", "operation -> answer")
+	for _, op := range v.ops {
+		var where string
+		if note, ok := op.Metadata.(string); ok {
+			where = "  (" + note + ")"
+		}
+		fmt.Fprintf(&text, "  %10s %10s  %6d  %s%s\n", moment(op.Call), moment(op.Return), op.ClientId, describe(input(op), output(op)), where)
+	}
+	return text.String()
+}
+
+func moment(at int64) string {
+	if at == whenever || at == -whenever {
+		return "whenever"
+	}
+	return fmt.Sprintf("%.2f", float64(at)/1e6)
+}
