@@ -87,10 +87,15 @@ func (g *group) live(dice *rand.Rand) {
 			}
 		})
 	}
+	calm := dice.IntN(2) == 0 // what is cached wrongly stays so for longer
 	end := time.Now().Add(groupLeast + rand.N(groupMost-groupLeast))
 	together(func(client int, dice *rand.Rand) {
 		for time.Now().Before(end) {
-			g.do(client, dice, g.request(dice, mix[dice.IntN(len(mix))]))
+			kind := mix[dice.IntN(len(mix))]
+			if calm && dice.IntN(4) > 0 {
+				kind = balance
+			}
+			g.do(client, dice, g.request(dice, kind))
 			time.Sleep(time.Duration(dice.Int64N(int64(pauseMost))))
 		}
 	})

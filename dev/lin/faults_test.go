@@ -160,7 +160,8 @@ type fault struct {
 var hands = [][]fault{
 	{loseCommit, loseCommit, stallCommit, stallCommit, stallCommitAcrossGeneration, stallFill, cutWay},
 	{killReplica, freezeReplica, freezeReplica, stopReplica, furtherReplica},
-	{flushRedis, deleteKeys, deleteKeys, killRedis, snapshotRedis, terminateBackends, terminateBackends, crashPostgres, freezeKafka},
+	{flushRedis, deleteKeys, deleteKeys, killRedis, snapshotRedis, terminateBackends, terminateBackends, crashPostgres, freezeKafka,
+		loseCommitUnpublished},
 }
 
 // pauses is how long each hand rests between two faults, at most.
@@ -228,6 +229,21 @@ var loseCommit = fault{"lose an answer to COMMIT", func(r *run, dice *rand.Rand)
 	return "an answer to COMMIT is lost on its way to " + one.name
 }}
 
+// loseCommitUnpublished: with the relay held up, nobody but the writer brings the balance into the cache.
+var loseCommitUnpublished = fault{"lose answers to COMMIT while Kafka is frozen", func(r *run, dice *rand.Rand) string {
+	r.servers.obey(r.t, "pause kafka")
+	lost := 0
+	for range 3 {
+		if pass := r.replicas[dice.IntN(len(r.replicas))].way.catch("COMMIT"); pass != nil {
+			pass(true)
+			lost++
+		}
+		time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
+	}
+	r.servers.obey(r.t, "resume kafka")
+	return fmt.Sprintf("Kafka is frozen, and %d answers to COMMIT are lost", lost)
+}}
+
 var stallCommit = fault{"stall an answer to COMMIT", func(r *run, dice *rand.Rand) string {
 	one := r.replicas[dice.IntN(len(r.replicas))]
 	pass := one.way.catch("COMMIT")
@@ -246,21 +262,32 @@ var stallCommitAcrossGeneration = fault{"stall an answer to COMMIT while a repli
 	if pass == nil {
 		return ""
 	}
+	what := "an answer to COMMIT comes late to " + one.name + ", after a further replica has started"
 	end := r.further(dice)
 	time.Sleep(between(dice, 10*time.Millisecond, 300*time.Millisecond))
+	if dice.IntN(2) == 0 {
+		r.deleteKeys(100)
+		what += " and all keys in Redis are deleted"
+	}
 	pass(false)
 	end()
-	return "an answer to COMMIT comes late to " + one.name + ", after a further replica has started"
+	return what
 }}
 
 var stallFill = fault{"stall an answer to a read while keys are deleted", func(r *run, dice *rand.Rand) string {
 	one := r.replicas[dice.IntN(len(r.replicas))]
-	r.deleteKeys(10) // so that there is something to fill in
+	r.deleteKeys(100) // so that there is something to fill in, and for us, if nobody else, to ask for
+	wallet := max(1, r.groups.Load()-dice.Int64N(teams))*10 + 1 + dice.Int64N(groupSize)
+	go func() {
+		if response, err := web.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", one.url, wallet)); err == nil {
+			response.Body.Close()
+		}
+	}()
 	pass := one.way.catch("SELECT")
 	if pass == nil {
 		return ""
 	}
-	time.Sleep(between(dice, 10*time.Millisecond, 800*time.Millisecond))
+	time.Sleep(between(dice, 20*time.Millisecond, 800*time.Millisecond))
 	r.deleteKeys(100)
 	pass(false)
 	return "an answer to a SELECT comes late to " + one.name + ", after all cached balances were deleted"
@@ -396,15 +423,24 @@ var crashPostgres = fault{"crash Postgres", func(r *run, dice *rand.Rand) string
 	return "Postgres stops immediately and is started"
 }}
 
-// freezeKafka makes the relay late: what it puts into the cache then is old. At times a replica starts before it goes on.
+// freezeKafka makes the relay late: what it puts into the cache then is old, and the first of it is all for a while, since Kafka is frozen
+// again at once. At times everything that is cached is forgotten before.
 var freezeKafka = fault{"freeze Kafka", func(r *run, dice *rand.Rand) string {
 	r.servers.obey(r.t, "pause kafka")
-	time.Sleep(between(dice, 100*time.Millisecond, 3*time.Second))
-	what := "Kafka is frozen"
-	if dice.IntN(3) > 0 {
+	time.Sleep(between(dice, 100*time.Millisecond, 2*time.Second))
+	what := "Kafka is frozen twice"
+	switch dice.IntN(3) {
+	case 0:
 		r.further(dice)()
-		what += ", and a further replica starts"
+		what += "; before it thaws, a further replica starts"
+	case 1:
+		r.deleteKeys(100)
+		what += "; before it thaws, all keys in Redis are deleted"
 	}
+	r.servers.obey(r.t, "resume kafka")
+	time.Sleep(between(dice, time.Millisecond, 40*time.Millisecond))
+	r.servers.obey(r.t, "pause kafka")
+	time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
 	r.servers.obey(r.t, "resume kafka")
 	return what
 }}

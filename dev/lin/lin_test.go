@@ -14,6 +14,7 @@ package lin
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
@@ -47,7 +48,8 @@ const (
 	replicas     = 3
 	teams        = 3 // groups of wallets in use at a time
 	clients      = 4 // of a team
-	findingsMost = 8 // violations that are made small and printed
+	findingsMost = 8 // minimal histories that are printed, and the first of each further kind
+	showMost     = 2 * time.Minute
 )
 
 // servers is `dev services`.
@@ -292,13 +294,8 @@ func (r *run) report() {
 	for _, name := range slices.Sorted(maps.Keys(r.counts)) {
 		r.t.Logf("%4d times: %s", r.counts[name], name)
 	}
-	for i, f := range r.found {
-		if i < findingsMost {
-			r.show(f)
-		}
-	}
 	if len(r.found) > 0 {
-		r.t.Errorf("%d groups of wallets saw what one ledger could not have answered", len(r.found))
+		r.show()
 	}
 	if r.checked == 0 {
 		r.t.Error("nothing was checked")
@@ -329,16 +326,40 @@ func (r *run) check(group int64, ops []porcupine.Operation) {
 	r.found = append(r.found, finding{group, len(ops), v})
 }
 
-// show makes a violation small, prints and draws it.
-func (r *run) show(f finding) {
-	v := f.violation
-	v.shrink()
+// show makes violations small, draws and prints them. What one group saw may be several: without the reads of one it is asked again.
+func (r *run) show() {
+	kinds := make(map[string]int)
+	printed := 0
+	until := time.Now().Add(showMost)
+	for _, f := range r.found {
+		for left := f.violation; time.Now().Before(until) && left.stands(); {
+			v := left
+			v.shrink()
+			kind := v.kind()
+			kinds[kind]++
+			if printed < findingsMost || kinds[kind] == 1 {
+				printed++
+				r.print(f, v, kind, printed)
+			}
+			ops := slices.DeleteFunc(slices.Clone(left.ops), func(op porcupine.Operation) bool {
+				return !writes(op) && slices.ContainsFunc(v.ops, func(in porcupine.Operation) bool { return in.Input == op.Input })
+			})
+			if len(ops) == len(left.ops) {
+				break // the writes alone cannot be
+			}
+			left.ops = ops
+		}
+	}
+	r.t.Errorf("%d groups of wallets saw what one ledger could not have answered; minimal histories by what they end in: %v", len(r.found), kinds)
+}
+
+func (r *run) print(f finding, v violation, kind string, number int) {
 	_, info := porcupine.CheckOperationsVerbose(v.model.porcupine(), v.ops, checkLimit)
-	drawing := filepath.Join(r.folder, fmt.Sprintf("group-%d.html", f.group))
+	drawing := filepath.Join(r.folder, fmt.Sprintf("finding-%d.html", number))
 	if err := porcupine.VisualizePath(v.model.porcupine(), info, drawing); err != nil {
 		r.t.Error(err)
 	}
-	r.t.Errorf("group %d: %d of its %d operations cannot be (drawn in %s):\n%s%s", f.group, len(v.ops), f.all, drawing, v, r.around(v.ops))
+	r.t.Errorf("%s: %d of group %d's %d operations cannot be (drawn in %s):\n%s%s", kind, len(v.ops), f.group, f.all, drawing, v, r.around(v.ops))
 }
 
 // around lists the faults near a history.
@@ -352,8 +373,9 @@ func (r *run) around(ops []porcupine.Operation) string {
 		}
 	}
 	var text strings.Builder
+	slices.SortFunc(r.faults, func(a, b happening) int { return cmp.Compare(a.from, b.from) })
 	for _, h := range r.faults {
-		if h.to > first-2e9 && h.from < last {
+		if h.to > first-1e9 && h.from < last {
 			fmt.Fprintf(&text, "  %10s %10s          fault: %s\n", moment(h.from), moment(h.to), h.what)
 		}
 	}
@@ -374,6 +396,7 @@ func relax(ops []porcupine.Operation) []porcupine.Operation {
 				since = max(since, other.Return)
 			}
 		}
+		ops[i].Metadata = fmt.Sprintf("%v, asked at %s", ops[i].Metadata, moment(ops[i].Call))
 		ops[i].Call = since + 1
 	}
 	return ops

@@ -193,6 +193,17 @@ func (v *violation) fold() {
 	}
 }
 
+// kind is what the history's last answer was to.
+func (v violation) kind() string {
+	last := v.ops[0]
+	for _, op := range v.ops {
+		if last.Return == whenever || op.Return != whenever && op.Return > last.Return || op.Return != whenever && writes(last) && !writes(op) {
+			last = op
+		}
+	}
+	return strings.TrimSpace(input(last).kind + " " + output(last).code)
+}
+
 // String is the history in the order of its calls. Times are in ms since the run began.
 func (v violation) String() string {
 	var text strings.Builder
