@@ -207,7 +207,9 @@ func (r *run) some(dice *rand.Rand) (one *replica, giveBack func()) {
 func (p *proxy) catch(command string) (pass func(cut bool)) {
 	reached, passed := make(chan struct{}), make(chan bool, 1)
 	a := &aim{command, func() bool { close(reached); return <-passed }}
-	p.aim.Store(a)
+	if !p.aim.CompareAndSwap(nil, a) {
+		return nil // another hand aims here
+	}
 	select {
 	case <-reached:
 	case <-time.After(500 * time.Millisecond):
