@@ -230,7 +230,7 @@ func (r *relay) lead(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read checkpoint: %w", err)
 	}
-	if err := r.fits(last, id, k); err != nil {
+	if err := r.fits(ctx, last, id, k); err != nil {
 		return err
 	}
 	if last != nil && (r.adopting || id.continues(last, math.MaxUint64)) {
@@ -266,7 +266,7 @@ const wayOutOfThePast = "Bring back the newer data. If they are lost, run `walle
 	"ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
-func (r *relay) fits(c *checkpoint, id identity, k *kafka) error {
+func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka) error {
 	switch {
 	case c == nil:
 		return nil
@@ -276,10 +276,15 @@ func (r *relay) fits(c *checkpoint, id identity, k *kafka) error {
 	case r.adopting:
 		return nil
 	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
-		at, err := c.position()
-		if err == nil && c.Timeline == id.timeline && max(at.end, at.commit) > id.flushed {
-			return relayRefusal(fmt.Sprintf("topic %s follows this database to %v, and its WAL ends at %v: its data are those of an earlier day. "+
-				wayOutOfThePast, k.events, max(at.end, at.commit), id.flushed))
+		var flushed string // read after the checkpoint, which it can only be ahead of
+		var behind bool
+		err := r.db.QueryRow(ctx, `SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn`, c.EndLSN).Scan(&flushed, &behind)
+		if err != nil {
+			return fmt.Errorf("end of the WAL: %w", err)
+		}
+		if behind && c.Timeline == id.timeline {
+			return relayRefusal(fmt.Sprintf("topic %s follows this database to %s, and its WAL ends at %s: its data are those of an earlier day. "+
+				wayOutOfThePast, k.events, c.EndLSN, flushed))
 		}
 		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
 			return relayRefusal(fmt.Sprintf("topic %s follows timeline %d of this database, and this server is on timeline %d, which does not descend from it: "+
@@ -308,17 +313,33 @@ func (r *relay) checkTail(ctx context.Context, k *kafka) error {
 		if err != nil {
 			return relayRefusal(fmt.Sprintf("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC to a topic of its own", k.events, err))
 		}
-		var e *entry
-		err = readEntries(ctx, r.db, `WHERE e.wallet_id = $1 AND e.seq = $2`, []any{walletID, seq}, func(found *entry) error { e = found; return nil })
-		if err != nil {
-			return err
+		held, err := r.holdsEvent(ctx, walletID, seq, tail.Value)
+		if err == nil && !held {
+			// Postgres sends a commit that still waits for a synchronous standby, and shows it only afterwards.
+			timed, cancel := context.WithTimeout(ctx, kafkaPatience)
+			err = awaitTransactions(timed, r.db)
+			cancel()
+			if err == nil {
+				held, err = r.holdsEvent(ctx, walletID, seq, tail.Value)
+			}
 		}
-		if e == nil || !bytes.Equal(appendEvent(nil, e), tail.Value) {
+		if err != nil {
+			return fmt.Errorf("look for event %s in the ledger: %w", entryID(walletID, seq), err)
+		}
+		if !held {
 			return relayRefusal(fmt.Sprintf("topic %s holds event %s, and this ledger has no such entry: its data are those of an earlier day. "+
 				wayOutOfThePast, k.events, entryID(walletID, seq)))
 		}
 	}
 	return nil
+}
+
+func (r *relay) holdsEvent(ctx context.Context, walletID, seq int64, payload []byte) (held bool, err error) {
+	err = readEntries(ctx, r.db, `WHERE e.wallet_id = $1 AND e.seq = $2`, []any{walletID, seq}, func(e *entry) error {
+		held = bytes.Equal(appendEvent(nil, e), payload)
+		return nil
+	})
+	return held, err
 }
 
 // adopt is `wallet -adopt`: it makes this database the topics', by the recovery that a lost slot gets.
@@ -399,7 +420,6 @@ type identity struct {
 	timeline int32
 	// history gives where each former timeline ended: empty on the first one.
 	history map[int32]pglogrepl.LSN
-	flushed pglogrepl.LSN // the server's WAL reached at least this far
 }
 
 // continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a descendant that split
@@ -439,7 +459,7 @@ func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
 		conn.Close(ctx)
 		return nil, id, err
 	}
-	id.system, id.timeline, id.flushed = sys.SystemID, sys.Timeline, sys.XLogPos
+	id.system, id.timeline = sys.SystemID, sys.Timeline
 	return conn, id, nil
 }
 
@@ -1002,7 +1022,7 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 	if err := l.waitKafka(func() (err error) { found, err = l.k.lastCheckpoint(); return err }); err != nil {
 		return from, fmt.Errorf("read checkpoint: %w", err)
 	}
-	if err := l.fits(found, l.id, l.k); err != nil {
+	if err := l.fits(ctx, found, l.id, l.k); err != nil {
 		return from, err
 	}
 	if found != nil {
@@ -1205,7 +1225,7 @@ func (l *leadership) forgetPast() {
 // transaction in pg_xact a moment after. A reader in between takes the transaction for aborted and leaves that behind in the
 // rows' hint bits, for all to see: an old version of a row comes back to life beside the new one. The loop that kills has met
 // it, on Postgres 18.6 and a busy machine: a wallet whose last update was lost for good while its entry was there.
-func awaitTransactions(ctx context.Context, db *pgx.Conn) error {
+func awaitTransactions(ctx context.Context, db querier) error {
 	// A number of one's own is above all that were given out; a snapshot's xmax would not be.
 	var end, oldest int64
 	if err := db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint`).Scan(&end); err != nil {
@@ -1233,7 +1253,7 @@ type horizon struct {
 	XID     int64     `json:"xid,string"` // with its epoch: it never wraps
 	LSN     string    `json:"lsn"`        // published when this horizon was made
 	Offsets []int64   `json:"offsets"`    // by partition of the events topic
-	At      time.Time `json:"at"`         // by Postgres' clock; see errAmbiguous
+	At      time.Time `json:"at"`         // by Postgres' clock; see errNoHorizon
 }
 
 // keepHorizon makes a new horizon every horizonInterval while events are published.
@@ -1290,9 +1310,10 @@ func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
 
 const recoveryWalletsMax = 500_000 // whose state is in memory at a time; each lot reads the topic once more
 
-// errAmbiguous: a row shows the lower 32 bits of its transaction's number only. One that is four billion transactions old
-// may look new; its time gives it away, since four billion take days. Then the recovery begins at the beginning.
-var errAmbiguous = errors.New("an entry is too old for its transaction's number")
+// errNoHorizon: the checkpoint's horizon cannot be used, and the recovery begins at the beginning. A topic that ends before
+// the horizon was made anew. And a row shows the lower 32 bits of its transaction's number only: one that is four billion
+// transactions old may look new, but its time gives it away, since so many take days.
+var errNoHorizon = errors.New("the checkpoint's horizon does not hold")
 
 const horizonDoubt = 24 * time.Hour
 
@@ -1313,7 +1334,7 @@ func (l *leadership) recover(ctx context.Context) error {
 		}
 	}
 	err := l.recoverSince(ctx, h)
-	if errors.Is(err, errAmbiguous) {
+	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
 		err = l.recoverSince(ctx, nil)
 	}
@@ -1364,7 +1385,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 				return nil
 			}
 			if h != nil && e.CreatedAt.Before(h.At.Add(-horizonDoubt)) {
-				return fmt.Errorf("%w: %s", errAmbiguous, entryID(e.WalletID, e.Seq))
+				return fmt.Errorf("%w: entry %s is too old", errNoHorizon, entryID(e.WalletID, e.Seq))
 			}
 			buf = appendEvent(buf[:0], e)
 			b.events = append(b.events, event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
@@ -1644,7 +1665,7 @@ var timeLimits = []string{"message.timestamp.after.max.ms", "message.timestamp.b
 
 const anyTime = "9223372036854775807"
 
-// takeAnyTime lifts the limits that a topic has. Where the broker does not let it, that is said once, and the relay goes on.
+// takeAnyTime lifts the limits that a topic has. Where the broker does not let it, each start says so, and goes on.
 func takeAnyTime(admin sarama.ClusterAdmin, topic string, configs []sarama.ConfigEntry) {
 	value := anyTime
 	changes := make(map[string]sarama.IncrementalAlterConfigsEntry)
@@ -1709,7 +1730,7 @@ func (k *kafka) newProducer(id string) (*producer, error) {
 		p.pid, p.epoch = answer.ProducerID, answer.ProducerEpoch
 		return answer.Err, nil
 	})
-	return p, err
+	return p, refusedForGood("transactional id "+id, err)
 }
 
 // ask puts a question to the transaction coordinator, and puts it again after a "not yet". That is the answer while it writes the end
@@ -1765,12 +1786,8 @@ func (p *producer) send(events []event, checkpoint []byte) error {
 		}
 		return sarama.ErrNoError, nil
 	})
-	var answer sarama.KError
-	if errors.As(err, &answer) {
-		err = refusedForGood("topics "+p.k.events+" and "+p.k.checkpoints, answer)
-	}
 	if err != nil {
-		return fmt.Errorf("begin Kafka transaction: %w", err)
+		return fmt.Errorf("begin Kafka transaction: %w", refusedForGood("records in "+p.k.events+" and "+p.k.checkpoints, err))
 	}
 	// A request has at most one batch of a partition. The next one is sent after the answer, or it might overtake.
 	for round := 0; ; round++ {
@@ -1821,7 +1838,7 @@ func (r *produceRequest) send(leader *sarama.Broker) error {
 	for topic, blocks := range answer.Blocks {
 		for partition, block := range blocks {
 			if block.Err != sarama.ErrNoError {
-				return refusedForGood(fmt.Sprintf("%s/%d", topic, partition), block.Err)
+				return refusedForGood("records", fmt.Errorf("%s/%d: %w", topic, partition, block.Err))
 			}
 			taken++
 		}
@@ -1832,10 +1849,12 @@ func (r *produceRequest) send(leader *sarama.Broker) error {
 	return nil
 }
 
-// refusedForGood tells what no restart cures, and what does. Everything else may have another outcome next time.
-func refusedForGood(what string, answer sarama.KError) error {
+// refusedForGood makes a refusal of an answer that no restart cures, and says what does. Anything else is returned as it is:
+// it may have another outcome next time.
+func refusedForGood(what string, err error) error {
+	var answer sarama.KError
 	var cure string
-	switch answer {
+	switch _ = errors.As(err, &answer); answer {
 	case sarama.ErrInvalidTimestamp:
 		cure = "look at the clocks of Postgres and of the brokers, and set the topic's message.timestamp.before.max.ms and " +
 			"message.timestamp.after.max.ms to " + anyTime + " with kafka-configs, since this service may not"
@@ -1846,10 +1865,10 @@ func refusedForGood(what string, answer sarama.KError) error {
 	case sarama.ErrInvalidRecord, sarama.ErrPolicyViolation, sarama.ErrUnsupportedForMessageFormat, sarama.ErrUnsupportedCompressionType:
 		cure = "see the broker's log for its reason, and alter the topic or its policy"
 	default:
-		return fmt.Errorf("%s: %w", what, answer)
+		return err
 	}
-	return fmt.Errorf("%w: %w", relayRefusal(fmt.Sprintf("the broker refuses records of %s (%s), so no event is published; nothing is lost. To go on, %s",
-		what, strings.TrimSuffix(answer.Error(), "."), cure)), answer)
+	return fmt.Errorf("%w: %w", relayRefusal(fmt.Sprintf("the broker refuses the relay's %s (%s), so no event is published; nothing is lost. To go on, %s",
+		what, strings.TrimSuffix(err.Error(), "."), cure)), err)
 }
 
 // pack makes the record batches of each partition.
@@ -1956,12 +1975,22 @@ func (k *kafka) bounds(topic string, partition int32) (span, error) {
 func (k *kafka) spansSince(h *horizon, wait func(func() error) error) (spans []span, err error) {
 	for p := range k.partitions {
 		var s span
-		if err := wait(func() (err error) { s, err = k.bounds(k.events, p); return err }); err != nil {
+		var end int64
+		err := wait(func() (err error) {
+			if s, err = k.bounds(k.events, p); err == nil {
+				end, err = k.client.GetOffset(k.events, p, sarama.OffsetNewest)
+			}
+			return err
+		})
+		if err != nil {
 			return nil, err
 		}
 		from := int64(0)
 		if h != nil {
 			from = h.Offsets[p]
+		}
+		if from > end {
+			return nil, fmt.Errorf("%w: partition %d ends at offset %d, and had %d", errNoHorizon, p, end, from)
 		}
 		if from < s.from {
 			return nil, relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of topic %s was truncated to offset %d, within "+
