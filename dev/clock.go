@@ -1,5 +1,8 @@
 // Clocks that a test may step, under -clocks: libfaketime stands between a server and its C library's clock, and reads
 // from a file how far the server's time is from the machine's. The monotonic clock, by which servers wait, stays.
+//
+// Postgres and Apache Kafka have such a clock. Redis has none: its allocator asks for the time before libfaketime is set
+// up, which asks for memory then, and the two wait for each other for ever. Go programs read the clock without C.
 
 package main
 
@@ -52,7 +55,7 @@ func (c *clock) give(cmd *exec.Cmd) {
 // step sets the clock that far from the machine's. A reader sees the old offset or the new one, never half of one.
 func (c *clock) step(offset time.Duration) error {
 	if c == nil {
-		return errors.New("start with -clocks to step a clock; of the embedded Kafka and miniredis, which are Go, none can be")
+		return errors.New("there is no clock to step: only Postgres and Apache Kafka have one, under -clocks")
 	}
 	next := c.file + ".next"
 	text := fmt.Sprintf("%+f\n", offset.Seconds())

@@ -24,7 +24,6 @@ type redis struct {
 	server string // path of redis-server; empty: miniredis
 	data   string
 	port   int
-	clock  *clock
 }
 
 func newRedis(procs *processes, choice, data string, port int, say func(string, ...any)) (*redis, error) {
@@ -53,7 +52,6 @@ func (r *redis) start(context.Context) (*child, error) {
 	cmd := exec.Command(r.server, "--bind", "127.0.0.1", "--port", strconv.Itoa(r.port), "--dir", r.data,
 		"--save", "3600", "1", "--appendonly", "no", "--daemonize", "no")
 	cmd.Dir = r.data
-	r.clock.give(cmd)
 	return r.procs.start("redis", cmd, syscall.SIGTERM)
 }
 

@@ -92,7 +92,7 @@ type addresses struct {
 const addressFile = "stack.json"
 
 // ours are the names that a data folder may hold; -fresh removes these and nothing else.
-var ours = []string{"postgres-*", "redis", "redis.clock", "kafka-*", "logs", "wallet", addressFile}
+var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressFile}
 
 // runStack is the whole life of a stack; it returns when ctx ends, a server dies, or with services input ends.
 func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
@@ -260,13 +260,8 @@ func (s *stack) start(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if r.server != "" {
-			if r.clock, err = newClock(faketime, r.data+".clock"); err != nil {
-				return err
-			}
-		}
 		s.address.RedisURL = "redis://" + r.address()
-		cache = &server{name: "redis", start: r.start, ready: r.ready, clock: r.clock}
+		cache = &server{name: "redis", start: r.start, ready: r.ready}
 		return s.up(together, cache)
 	})
 	group.Go(func() error {
