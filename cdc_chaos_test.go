@@ -52,7 +52,7 @@ type proxy struct {
 	target   string
 	frames   func(frame []byte) // of the server's answers, to rewrite in place; nil: bytes are carried as they come
 
-	answersLost  atomic.Int64 // so many COMMITs more are done by Postgres, and cut off before the answer passes
+	answersLost  atomic.Int64 // so many COMMITs more are done, and cut off before the answer passes
 	requestsLost atomic.Int64 // so many COMMITs more are cut off before Postgres hears of them
 
 	mu     sync.Mutex
@@ -132,7 +132,8 @@ func (p *proxy) carry(to, from net.Conn, answers bool) {
 // commitAnswer is Postgres' CommandComplete for a COMMIT: whoever sees it pass knows that it was done.
 var commitAnswer = []byte("C\x00\x00\x00\x0bCOMMIT\x00")
 
-// commitName is what pgx calls the prepared statement: once a connection knows it, the word itself travels no more.
+// commitName is what pgx calls the prepared statement: once a connection knows it, the word itself travels
+// no more.
 var commitName = func() []byte {
 	sum := sha256.Sum256([]byte("COMMIT"))
 	return fmt.Appendf(nil, "stmtcache_%x", sum[:24])
@@ -172,7 +173,7 @@ type replica struct {
 	log      string
 	cmd      *exec.Cmd
 	exited   chan struct{}
-	writes   *proxy   // to Postgres, for all but the relay's replication connection; nil where there are several hosts
+	writes   *proxy   // to Postgres, but for the relay's replication; nil where there are several hosts
 	postgres *proxy   // of a cuttable one: to the relay's replication connection
 	kafka    []*proxy // of a cuttable one
 	clock    *os.File // holds the seconds that its clock is ahead of the machine's
@@ -199,7 +200,8 @@ func newReplica(tb testing.TB, env map[string]string, name string) *replica {
 // setClock steps the replica's clock, if it is a process with a clock of ours.
 func (r *replica) setClock(tb testing.TB, ahead time.Duration) {
 	tb.Helper()
-	if _, err := r.clock.WriteAt(binary.NativeEndian.AppendUint64(nil, uint64(ahead/time.Second)), 0); err != nil {
+	seconds := binary.NativeEndian.AppendUint64(nil, uint64(ahead/time.Second))
+	if _, err := r.clock.WriteAt(seconds, 0); err != nil {
 		tb.Fatal(err)
 	}
 }
@@ -220,8 +222,9 @@ func (r *replica) cutWrites(tb testing.TB) {
 	r.env["DATABASE_URL"] = u.String()
 }
 
-// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock without the C library, where
-// libfaketime sits; so this one is built with another time.Now, which adds what a file says. Its monotonic clock stays.
+// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock without
+// the C library, where libfaketime sits; so this one is built with another time.Now, which adds what a file
+// says. Its monotonic clock stays.
 var steppedBinary = sync.OnceValues(func() (string, error) {
 	out, err := exec.Command("go", "env", "GOROOT").Output()
 	if err != nil {
@@ -234,7 +237,7 @@ var steppedBinary = sync.OnceValues(func() (string, error) {
 	}
 	const line = "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n"
 	if strings.Count(string(original), line) != 1 {
-		return "", fmt.Errorf("%s/time.go has no %q: this Go reads its clock elsewhere, so find the new place", source, line)
+		return "", fmt.Errorf("%s/time.go has no %q: this Go reads its clock elsewhere, find where", source, line)
 	}
 	// The runtime asks for the time on its own stack too, where no system call is allowed: the file is mapped.
 	const reader = `package time
@@ -270,18 +273,21 @@ func testClockSeconds() int64 {
 }
 `
 	folder := filepath.Join(testFolder, "stepped")
-	changed, added, overlay := filepath.Join(folder, "time.go"), filepath.Join(folder, "testclock.go"), filepath.Join(folder, "overlay.json")
+	changed, added := filepath.Join(folder, "time.go"), filepath.Join(folder, "testclock.go")
+	overlay := filepath.Join(folder, "overlay.json")
 	text, err := json.Marshal(map[string]map[string]string{"Replace": {
 		filepath.Join(source, "time.go"): changed, filepath.Join(source, "testclock.go"): added}})
 	if err != nil {
 		return "", err
 	}
 	binary := filepath.Join(folder, "wallet")
-	if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(added, []byte(reader), 0o644), os.WriteFile(overlay, text, 0o644),
-		os.WriteFile(changed, []byte(strings.Replace(string(original), line, line+"\tsec += testClockSeconds()\n", 1)), 0o644)); err != nil {
+	now := strings.Replace(string(original), line, line+"\tsec += testClockSeconds()\n", 1)
+	if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(added, []byte(reader), 0o644),
+		os.WriteFile(overlay, text, 0o644), os.WriteFile(changed, []byte(now), 0o644)); err != nil {
 		return "", err
 	}
-	if out, err := exec.Command("go", "build", "-overlay", overlay, "-o", binary, ".").CombinedOutput(); err != nil {
+	out, err = exec.Command("go", "build", "-overlay", overlay, "-o", binary, ".").CombinedOutput()
+	if err != nil {
 		return "", fmt.Errorf("build the service with a clock of ours: %w\n%s", err, out)
 	}
 	return binary, nil
@@ -513,8 +519,8 @@ func (l *load) told(id, seq int64) {
 	}
 }
 
-// read reads a balance as it is cached, from any replica, and half of the times demands what it knows of. Whatever was answered to
-// anybody before this is sent must show.
+// read reads a balance as it is cached, from any replica, and half of the times demands what it knows of.
+// Whatever was answered to anybody before this is sent must show.
 func (l *load) read(id int64) {
 	l.mu.Lock()
 	known, window := l.highest[id], l.window
@@ -556,12 +562,13 @@ func (l *load) read(id int64) {
 		l.excused++
 		return
 	}
-	l.behind = append(l.behind, fmt.Sprintf("%s (min_seq: %v): %d %s, but seq %d was answered %v before it was sent; during: %s",
-		path, demands, response.StatusCode, bytes.TrimSpace(text), known.seq, sent.Sub(known.at).Round(time.Microsecond), l.happens))
+	l.behind = append(l.behind, fmt.Sprintf("%s: %d %s, but seq %d was answered %v before it was sent; during: %s",
+		path, response.StatusCode, bytes.TrimSpace(text), known.seq, sent.Sub(known.at), l.happens))
 }
 
-// excuse has reads that show too little be counted apart from now until end is called: the one thing that README's guarantee 4 leaves
-// open, a replica whose put got lost while another still reads. Only around a Redis that was frozen for all.
+// excuse has reads that show too little be counted apart from now until end is called: the one thing that the
+// README leaves open, a replica whose put got lost while another still reads. Only around a Redis that was
+// frozen for all.
 func (l *load) excuse() (end func()) {
 	turn := func() { l.mu.Lock(); l.window++; l.mu.Unlock() }
 	turn()
@@ -645,8 +652,10 @@ func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
 	}
 	t.Cleanup(s.stop)
 	c := &chaos{t: t, servers: s, took: make(map[string][]time.Duration), env: map[string]string{
-		"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s", "CACHE_TIMEOUT": "1s"}}
-	// CACHE_TIMEOUT: on a busy machine the default is now and then exceeded by one replica alone, which no fault of ours is.
+		"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers,
+		"KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s",
+		// On a busy machine one replica alone now and then exceeds the default, a fault that is not ours.
+		"CACHE_TIMEOUT": "1s"}}
 	for _, setting := range settings {
 		name, value, _ := strings.Cut(setting, "=")
 		c.env[name] = value
@@ -899,7 +908,8 @@ func (c *chaos) any() *replica { return c.all()[rand.IntN(len(c.replicas)+1)] }
 
 // step is by how much a clock goes wrong: seconds to days, back or ahead.
 func step() time.Duration {
-	most := []time.Duration{10 * time.Second, 10 * time.Minute, 3 * time.Hour, 3 * 24 * time.Hour}[rand.IntN(4)]
+	scales := []time.Duration{10 * time.Second, 10 * time.Minute, 3 * time.Hour, 3 * 24 * time.Hour}
+	most := scales[rand.IntN(len(scales))]
 	offset := time.Second + time.Duration(rand.Int64N(int64(most))).Truncate(time.Second)
 	if rand.IntN(2) == 0 {
 		return -offset
@@ -933,11 +943,15 @@ var moreFaults = []fault{
 	{"step Postgres' clock", func(c *chaos) { c.stepClock("postgres", step(), nil) }},
 	{"Postgres' clock goes back, and the slot is lost", func(c *chaos) {
 		c.stepClock("postgres", -3*time.Hour, func() {
-			c.stopRelays(func(conn *pgx.Conn) { c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot) })
+			c.stopRelays(func(conn *pgx.Conn) {
+				c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot)
+			})
 			c.leader(nil)
 		})
 	}},
-	{"Postgres' clock goes ahead of Kafka's limit", func(c *chaos) { c.stepClock("postgres", 2*time.Hour, nil) }},
+	{"Postgres' clock goes ahead of Kafka's limit", func(c *chaos) {
+		c.stepClock("postgres", 2*time.Hour, nil)
+	}},
 	{"step the broker's clock", func(c *chaos) { c.stepClock("kafka", step(), nil) }},
 	{"step the replicas' clocks", func(c *chaos) {
 		for range 3 {
@@ -1022,8 +1036,9 @@ var moreFaults = []fault{
 		time.Sleep(500 * time.Millisecond)
 	}},
 	{"freeze Redis", func(c *chaos) {
-		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one of them before another
-		// has begun a new generation. The window closes when all have, and 3 s after the thaw at the latest.
+		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one of
+		// them before another has begun a new generation. The window closes when all have, and 3 s after the
+		// thaw at the latest.
 		before := make(map[*replica]float64)
 		for _, r := range c.all() {
 			before[r] = r.metric("wallet_cache_generations_total")
@@ -1034,13 +1049,16 @@ var moreFaults = []fault{
 		time.Sleep(1500*time.Millisecond + time.Duration(rand.IntN(1000))*time.Millisecond)
 		c.command("resume redis")
 		for thawed := time.Now(); time.Since(thawed) < 3*time.Second; time.Sleep(20 * time.Millisecond) {
-			if !slices.ContainsFunc(c.all(), func(r *replica) bool { return r.metric("wallet_cache_generations_total") <= before[r] }) {
+			if !slices.ContainsFunc(c.all(), func(r *replica) bool {
+				return r.metric("wallet_cache_generations_total") <= before[r]
+			}) {
 				break
 			}
 		}
 	}},
 	{"replicas start while Kafka stands still", func(c *chaos) {
-		// The relay has rows in hand that are older than what the standby answers meanwhile, in a generation that a start begins.
+		// The relay has rows in hand that are older than what others answer meanwhile, in a generation that a
+		// start begins.
 		c.command("pause kafka")
 		time.Sleep(1500 * time.Millisecond)
 		c.writer.kill()
@@ -1110,7 +1128,8 @@ func (c *chaos) finish() {
 	if hits == 0 {
 		c.t.Error("no cache served a read")
 	}
-	c.t.Logf("%d balances read, %d of them with min_seq, %.0f from caches since their replicas' last start; %d behind, %d more in a window",
+	c.t.Logf("%d balances read, %d of them with min_seq, %.0f from caches since the replicas started; %d behind, "+
+		"and %d while Redis was frozen",
 		c.load.reads, c.load.wasAsked.Load(), hits, len(c.load.behind), c.load.excused)
 	c.load.check(c.t, c.env["DATABASE_URL"])
 	checkLedger(c.t, c.env["DATABASE_URL"])
@@ -1190,14 +1209,16 @@ func TestChaosThreeBrokers(t *testing.T) {
 	c.finish()
 }
 
-// TestChaosPutBack: the folder of Postgres' data is put back to a copy of before, which a volume's snapshot does: the same system on the
-// same timeline, without what was answered and published since. The relay refuses, so that no event is taken for published that is
-// not; no cache shows what Postgres no longer has; and new topics get the whole ledger.
+// TestChaosPutBack: the folder of Postgres' data is put back to a copy of before, as a volume's snapshot may be:
+// the same system on the same timeline, without what was answered and published since. The relay refuses, so
+// that no event is taken for published that is not; no cache shows what Postgres no longer has; and new topics
+// get the whole ledger.
 func TestChaosPutBack(t *testing.T) {
 	c := newChaos(t, nil)
 	urls := c.load.urls
 	var folder string
-	err := connect(t, c.servers.DatabaseURL).QueryRow(context.Background(), `SHOW data_directory`).Scan(&folder)
+	admin := connect(t, c.servers.DatabaseURL)
+	err := admin.QueryRow(context.Background(), `SHOW data_directory`).Scan(&folder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1208,15 +1229,17 @@ func TestChaosPutBack(t *testing.T) {
 		time.Sleep(3 * time.Second)
 		c.load.end()
 		c.load.checkReads(t)
-		t.Logf("%s: %d movements acknowledged, %d balances read", what, len(c.load.acknowledged), c.load.reads)
-		if len(c.load.acknowledged) == 0 {
+		moved := len(c.load.acknowledged)
+		t.Logf("%s: %d movements acknowledged, %d balances read", what, moved, c.load.reads)
+		if moved == 0 {
 			t.Errorf("%s: no movement was acknowledged", what)
 		}
 	}
 	copyFolder := func(from, to string) {
 		t.Helper()
 		c.command("stop postgres")
-		out, err := exec.Command("sh", "-c", `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`, "-", from, to).CombinedOutput()
+		const script = `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`
+		out, err := exec.Command("sh", "-c", script, "-", from, to).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -1268,7 +1291,9 @@ func TestChaosPutBack(t *testing.T) {
 	compare()
 	move("put back")
 	eventually(t, 60*time.Second, "the relay refuses", func() bool {
-		return slices.ContainsFunc(c.replicas, func(r *replica) bool { return r.metric(`wallet_relay_state{state="refused"}`) == 1 })
+		return slices.ContainsFunc(c.replicas, func(r *replica) bool {
+			return r.metric(`wallet_relay_state{state="refused"}`) == 1
+		})
 	})
 	move("while the relay refuses")
 	compare()
@@ -1283,7 +1308,9 @@ func TestChaosPutBack(t *testing.T) {
 	}
 	for _, r := range c.replicas {
 		r.kill()
-		r.env["KAFKA_TOPIC"], r.env["KAFKA_CHECKPOINT_TOPIC"] = c.env["KAFKA_TOPIC"], c.env["KAFKA_CHECKPOINT_TOPIC"]
+		for _, name := range []string{"KAFKA_TOPIC", "KAFKA_CHECKPOINT_TOPIC"} {
+			r.env[name] = c.env[name]
+		}
 		r.start(t)
 	}
 	c.leader(nil)

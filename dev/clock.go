@@ -1,8 +1,10 @@
-// Clocks that a test may step, under -clocks: libfaketime stands between a server and its C library's clock, and reads
-// from a file how far the server's time is from the machine's. The monotonic clock, by which servers wait, stays.
+// Clocks that a test may step, under -clocks: libfaketime stands between a server and its C library's clock,
+// and reads from a file how far the server's time is from the machine's. The monotonic clock, by which
+// servers wait, stays.
 //
-// Postgres and Apache Kafka have such a clock. Redis has none: its allocator asks for the time before libfaketime is set
-// up, which asks for memory then, and the two wait for each other for ever. Go programs read the clock without C.
+// Postgres and Apache Kafka have such a clock. Redis has none: its allocator asks for the time before
+// libfaketime is set up, which then asks for memory, and the two wait for each other for ever. Go programs
+// read the clock without C.
 
 package main
 
@@ -16,9 +18,12 @@ import (
 	"time"
 )
 
-// faketimeLibraries is where the Debian package libfaketime and others put the library, for programs with threads.
-var faketimeLibraries = []string{"/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1",
-	"/usr/lib64/faketime/libfaketimeMT.so.1"}
+// faketimeLibraries is where distributions put the library for programs with threads.
+var faketimeLibraries = []string{
+	"/usr/lib/*/faketime/libfaketimeMT.so.1", // Debian
+	"/usr/lib/faketime/libfaketimeMT.so.1",
+	"/usr/lib64/faketime/libfaketimeMT.so.1",
+}
 
 func findFaketime() (library string, err error) {
 	for _, pattern := range faketimeLibraries {
@@ -32,7 +37,7 @@ func findFaketime() (library string, err error) {
 // clock is one server's. Nil is the machine's own, which nobody steps.
 type clock struct{ library, file string }
 
-// newClock makes a clock that tells the machine's time so far. Its file must be in reach of who the server runs as.
+// newClock makes a clock that tells the machine's time so far. Whoever the server runs as must reach its file.
 func newClock(library, file string) (*clock, error) {
 	if library == "" {
 		return nil, nil
@@ -46,13 +51,15 @@ func (c *clock) give(cmd *exec.Cmd) {
 	if c == nil {
 		return
 	}
-	// The cache would hide a step for 10 s. A file's times stay the kernel's: they are compared with each other only.
-	// Without the last one libfaketime 0.9.10 makes each timed wait of a JVM end at once: its threads then spin.
-	cmd.Env = append(cmd.Environ(), "LD_PRELOAD="+c.library, "FAKETIME_TIMESTAMP_FILE="+c.file, "FAKETIME_NO_CACHE=1",
-		"DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "NO_FAKE_STAT=1", "FAKETIME_FORCE_MONOTONIC_FIX=0")
+	cmd.Env = append(cmd.Environ(), "LD_PRELOAD="+c.library, "FAKETIME_TIMESTAMP_FILE="+c.file,
+		"FAKETIME_NO_CACHE=1", // it would hide a step for 10 s
+		"FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", // its name before 0.9.9, too
+		"NO_FAKE_STAT=1", // the times of files are compared with each other only
+		// Else 0.9.10 makes each timed wait of a JVM end at once: its threads then spin.
+		"FAKETIME_FORCE_MONOTONIC_FIX=0")
 }
 
-// step sets the clock that far from the machine's. A reader sees the old offset or the new one, never half of one.
+// step sets the clock that far from the machine's. A reader sees the old offset or the new one, never half.
 func (c *clock) step(offset time.Duration) error {
 	if c == nil {
 		return errors.New("there is no clock to step: only Postgres and Apache Kafka have one, under -clocks")

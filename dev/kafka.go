@@ -153,8 +153,9 @@ const (
 	sessionMargin = time.Second
 )
 
-// newApache makes a controller and the brokers, and fetches Kafka if need be. It returns the brokers' addresses too and, under -secure, what
-// a client of their secured listeners sets. With a faketime library each has a clock that can be stepped.
+// newApache makes a controller and the brokers, and fetches Kafka if need be. It returns the brokers'
+// addresses too and, under -secure, what a client of their secured listeners sets. With a faketime library
+// each has a clock that can be stepped.
 func newApache(ctx context.Context, procs *processes, cfg config, faketime string, port func() int,
 	say func(string, ...any)) ([]*server, string, map[string]string, error) {
 	program, err := exec.LookPath("java")

@@ -272,7 +272,8 @@ func (s *stack) start(ctx context.Context) error {
 			servers = make([]*server, 1)
 			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
 		case "apache":
-			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg, faketime, s.port, s.say("kafka"))
+			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg,
+				faketime, s.port, s.say("kafka"))
 		default:
 			s.address.KafkaBrokers = s.cfg.kafka
 		}
@@ -402,7 +403,8 @@ var stopSignals = map[string]syscall.Signal{"fast": syscall.SIGINT, "immediate":
 
 // obey does what one control line says and returns when it is done.
 func (s *stack) obey(ctx context.Context, words []string) error {
-	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME, clock NAME OFFSET")
+	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME, " +
+		"clock NAME OFFSET")
 	if len(words) < 2 || len(words) > 2 && words[0] != "stop" && words[0] != "clock" || len(words) > 3 {
 		return usage
 	}
