@@ -222,8 +222,8 @@ func (r *replica) cutWrites(tb testing.TB) {
 	r.env["DATABASE_URL"] = u.String()
 }
 
-// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock without
-// the C library, where libfaketime sits; so this one is built with another time.Now, which adds what a file
+// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock, not
+// the C library's, where libfaketime sits; so this one is built with another time.Now, which adds what a file
 // says. Its monotonic clock stays.
 var steppedBinary = sync.OnceValues(func() (string, error) {
 	out, err := exec.Command("go", "env", "GOROOT").Output()
@@ -237,9 +237,9 @@ var steppedBinary = sync.OnceValues(func() (string, error) {
 	}
 	const line = "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n"
 	if strings.Count(string(original), line) != 1 {
-		return "", fmt.Errorf("%s/time.go has no %q: this Go reads its clock elsewhere, find where", source, line)
+		return "", fmt.Errorf("%s/time.go has no %q: this Go reads the clock elsewhere", source, line)
 	}
-	// The runtime asks for the time on its own stack too, where no system call is allowed: the file is mapped.
+	// The runtime asks for the time on its own stack too, where no system call may be: the file is mapped.
 	const reader = `package time
 
 import (
@@ -562,7 +562,7 @@ func (l *load) read(id int64) {
 		l.excused++
 		return
 	}
-	l.behind = append(l.behind, fmt.Sprintf("%s: %d %s, but seq %d was answered %v before it was sent; during: %s",
+	l.behind = append(l.behind, fmt.Sprintf("%s: %d %s, but seq %d was answered %v before this was sent; %s",
 		path, response.StatusCode, bytes.TrimSpace(text), known.seq, sent.Sub(known.at), l.happens))
 }
 
@@ -1036,9 +1036,9 @@ var moreFaults = []fault{
 		time.Sleep(500 * time.Millisecond)
 	}},
 	{"freeze Redis", func(c *chaos) {
-		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one of
-		// them before another has begun a new generation. The window closes when all have, and 3 s after the
-		// thaw at the latest.
+		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one
+		// before another has begun a new generation. The window closes when all have, and 3 s after the thaw at
+		// the latest.
 		before := make(map[*replica]float64)
 		for _, r := range c.all() {
 			before[r] = r.metric("wallet_cache_generations_total")
@@ -1128,8 +1128,8 @@ func (c *chaos) finish() {
 	if hits == 0 {
 		c.t.Error("no cache served a read")
 	}
-	c.t.Logf("%d balances read, %d of them with min_seq, %.0f from caches since the replicas started; %d behind, "+
-		"and %d while Redis was frozen",
+	c.t.Logf("%d balances read, %d of them with min_seq, %.0f from caches since the replicas started; "+
+		"%d behind, and %d while Redis was frozen",
 		c.load.reads, c.load.wasAsked.Load(), hits, len(c.load.behind), c.load.excused)
 	c.load.check(c.t, c.env["DATABASE_URL"])
 	checkLedger(c.t, c.env["DATABASE_URL"])
@@ -1209,10 +1209,10 @@ func TestChaosThreeBrokers(t *testing.T) {
 	c.finish()
 }
 
-// TestChaosPutBack: the folder of Postgres' data is put back to a copy of before, as a volume's snapshot may be:
+// TestChaosPutBack: the folder of Postgres' data is put back to a copy of before, as a volume's snapshot is:
 // the same system on the same timeline, without what was answered and published since. The relay refuses, so
-// that no event is taken for published that is not; no cache shows what Postgres no longer has; and new topics
-// get the whole ledger.
+// that no event is taken for published that is not; no cache shows what Postgres no longer has; and new
+// topics get the whole ledger.
 func TestChaosPutBack(t *testing.T) {
 	c := newChaos(t, nil)
 	urls := c.load.urls

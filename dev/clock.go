@@ -37,7 +37,7 @@ func findFaketime() (library string, err error) {
 // clock is one server's. Nil is the machine's own, which nobody steps.
 type clock struct{ library, file string }
 
-// newClock makes a clock that tells the machine's time so far. Whoever the server runs as must reach its file.
+// newClock makes a clock that tells the machine's time so far. Who the server runs as must reach its file.
 func newClock(library, file string) (*clock, error) {
 	if library == "" {
 		return nil, nil
@@ -52,7 +52,7 @@ func (c *clock) give(cmd *exec.Cmd) {
 		return
 	}
 	cmd.Env = append(cmd.Environ(), "LD_PRELOAD="+c.library, "FAKETIME_TIMESTAMP_FILE="+c.file,
-		"FAKETIME_NO_CACHE=1", // it would hide a step for 10 s
+		"FAKETIME_NO_CACHE=1",                                     // it would hide a step for 10 s
 		"FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", // its name before 0.9.9, too
 		"NO_FAKE_STAT=1", // the times of files are compared with each other only
 		// Else 0.9.10 makes each timed wait of a JVM end at once: its threads then spin.

@@ -45,8 +45,8 @@ It stops when its standard input ends. Lines on standard input are obeyed, each 
   pause NAME    SIGSTOP to the whole process tree
   resume NAME   SIGCONT
   clock NAME OFFSET
-                under -clocks, of Postgres and Apache Kafka: from now on the server's clock is that far from the
-                machine's: -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
+                under -clocks, of Postgres and Apache Kafka: from now on its clock is that far from the machine's:
+                -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
 
 NAME is postgres, redis or kafka; under -kafka apache also controller, and kafka1, kafka2 ... with -brokers.
 Answers are {"ok":"kill redis","pids":{...}} or {"error":"..."}. The embedded Kafka cannot be killed, only stopped; a killed
@@ -137,8 +137,8 @@ func stackConfig(services bool, args []string) (config, error) {
 	f.IntVar(&c.brokers, "brokers", 1, "how many brokers -kafka apache starts, as one cluster")
 	f.BoolVar(&c.secure, "secure", false, "with -kafka apache: a second listener by TLS and SASL, with certificates and a password made for it;\nthe service uses that one")
 	f.StringVar(&c.java, "java", defaultJava, "`options` of the Java machine under -kafka apache")
-	f.BoolVar(&c.clocks, "clocks", false, "obey the line clock, which steps the clock of Postgres or Apache Kafka;\n"+
-		"needs the Debian package libfaketime")
+	f.BoolVar(&c.clocks, "clocks", false, "obey the line clock, which steps the clock of Postgres or\n"+
+		"Apache Kafka; needs the Debian package libfaketime")
 	f.BoolVar(&c.fresh, "fresh", false, "wipe the data folder's data first")
 	help, dataHelp := usage, "data `folder`, locked while in use (default dev/.data)"
 	if services {
