@@ -888,7 +888,7 @@ var faults = []fault{
 		}
 		r.start(c.t)
 	}},
-	{"a huge transaction, and a kill in it", func(c *chaos) {
+	{"a huge transaction and a kill in it", func(c *chaos) {
 		n := 100_000
 		if *chaosFor > 0 && c.fromHere < 100_000 {
 			n, c.fromHere = 1_000_000, c.fromHere+100_000 // once in a long run
@@ -941,7 +941,7 @@ func (c *chaos) onRedis(args ...any) {
 // moreFaults are those of clocks, answers, writers and caches, and of the servers that they need.
 var moreFaults = []fault{
 	{"step Postgres' clock", func(c *chaos) { c.stepClock("postgres", step(), nil) }},
-	{"Postgres' clock goes back, and the slot is lost", func(c *chaos) {
+	{"Postgres' clock goes back and the slot is lost", func(c *chaos) {
 		c.stepClock("postgres", -3*time.Hour, func() {
 			c.stopRelays(func(conn *pgx.Conn) {
 				c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot)
@@ -1037,8 +1037,8 @@ var moreFaults = []fault{
 	}},
 	{"freeze Redis", func(c *chaos) {
 		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one
-		// before another has begun a new generation. The window closes when all have, and 3 s after the thaw at
-		// the latest.
+		// before another has begun a new generation. The window closes when all have, and 3 s after the thaw
+		// at the latest.
 		before := make(map[*replica]float64)
 		for _, r := range c.all() {
 			before[r] = r.metric("wallet_cache_generations_total")
@@ -1155,6 +1155,9 @@ func TestChaos(t *testing.T) {
 	if *chaosOnly != "" {
 		only := strings.Split(*chaosOnly, ",")
 		todo = slices.DeleteFunc(todo, func(f fault) bool { return !slices.Contains(only, f.name) })
+		if len(todo) != len(only) {
+			t.Fatalf("-chaos.only %s names a fault that there is not", *chaosOnly)
+		}
 	}
 	done := 0
 	end := time.Now().Add(*chaosFor)

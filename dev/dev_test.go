@@ -585,8 +585,8 @@ func TestClocksAreStepped(t *testing.T) {
 			r.obey("clock " + name + " 0")
 			stands(name, 0, now)
 		}
-		for _, nonsense := range []string{"clock postgres", "clock what 0", "clock redis 0", "clock postgres soon",
-			"clock postgres xd"} {
+		for _, nonsense := range []string{"clock postgres", "clock what 0", "clock redis 0",
+			"clock postgres soon", "clock postgres xd"} {
 			if _, refusal := r.order(nonsense); refusal == "" {
 				t.Errorf("%q was obeyed", nonsense)
 			}

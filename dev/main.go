@@ -45,8 +45,8 @@ It stops when its standard input ends. Lines on standard input are obeyed, each 
   pause NAME    SIGSTOP to the whole process tree
   resume NAME   SIGCONT
   clock NAME OFFSET
-                under -clocks, of Postgres and Apache Kafka: from now on its clock is that far from the machine's:
-                -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
+                under -clocks, of Postgres and Apache Kafka: from now on its clock is that far from the
+                machine's: -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
 
 NAME is postgres, redis or kafka; under -kafka apache also controller, and kafka1, kafka2 ... with -brokers.
 Answers are {"ok":"kill redis","pids":{...}} or {"error":"..."}. The embedded Kafka cannot be killed, only stopped; a killed
