@@ -653,7 +653,7 @@ func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
 	t.Cleanup(s.stop)
 	c := &chaos{t: t, servers: s, took: make(map[string][]time.Duration), env: map[string]string{
 		"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers,
-		"KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s",
+		"KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s", "RATE_LIMIT": "0",
 		// On a busy machine one replica alone now and then exceeds the default, a fault that is not ours.
 		"CACHE_TIMEOUT": "1s"}}
 	for _, setting := range settings {
