@@ -1285,8 +1285,9 @@ func TestChaosPutBack(t *testing.T) {
 				}
 				err = json.NewDecoder(response.Body).Decode(&b)
 				response.Body.Close()
-				if got := fmt.Sprintf("seq %d, balance %s", b.Seq, b.Balance); err != nil || got != want {
-					t.Errorf("wallet %d at %s: %s (%v), but Postgres has %s", id, r.url, got, err, want)
+				got := fmt.Sprintf("seq %d, balance %s", b.Seq, b.Balance)
+				if status := response.StatusCode; err != nil || status != 200 || got != want {
+					t.Errorf("wallet %d at %s: %d %s (%v), but Postgres has %s", id, r.url, status, got, err, want)
 				}
 			}
 		}
