@@ -1,5 +1,6 @@
-// The load: teams of clients, each on a few fresh wallets for some seconds. A movement of money is sent again with its key, to whichever
-// replica, until it is answered: that is one operation. A read that is not answered is none.
+// The load: teams of clients, each on a few fresh wallets for some seconds. A movement of money is sent again
+// with its key, to whichever replica, until it is answered: that is one operation. A read that is not
+// answered is none.
 
 package lin
 
@@ -8,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,7 +38,7 @@ type group struct {
 
 	mu       sync.Mutex
 	ops      []porcupine.Operation
-	open     []porcupine.Operation // writes that may have been applied, or may still be: their answer is not known
+	open     []porcupine.Operation // writes without an answer: they may have been applied, or may still be
 	deposits []before              // that were answered
 }
 
@@ -101,7 +103,9 @@ func (g *group) live(dice *rand.Rand) {
 	})
 	for _, one := range g.replicas { // what lasts is seen everywhere
 		for i := range groupSize {
-			for _, q := range []*request{{kind: balance}, {kind: balance, minSeq: g.seqs[i].Load()}, {kind: history}, {kind: fresh}} {
+			known := g.seqs[i].Load()
+			for _, q := range []*request{
+				{kind: balance}, {kind: balance, minSeq: known}, {kind: history}, {kind: fresh}} {
 				q.wallet = g.wallet(i)
 				g.once(0, q, one)
 			}
@@ -111,16 +115,21 @@ func (g *group) live(dice *rand.Rand) {
 }
 
 // mix is how often each kind of request is made.
-var mix = strings.Fields(strings.Repeat(deposit+" ", 22) + strings.Repeat(withdraw+" ", 10) + strings.Repeat(transfer+" ", 12) + create +
-	" " + strings.Repeat(balance+" ", 32) + strings.Repeat(fresh+" ", 4) + strings.Repeat(read+" ", 4) + strings.Repeat(history+" ", 6) +
-	strings.Repeat(transaction+" ", 5) + strings.Repeat(replay+" ", 4))
+var mix = slices.Concat(
+	slices.Repeat([]string{deposit}, 22), slices.Repeat([]string{withdraw}, 10),
+	slices.Repeat([]string{transfer}, 12),
+	[]string{create}, slices.Repeat([]string{balance}, 32), slices.Repeat([]string{fresh}, 4),
+	slices.Repeat([]string{read}, 4), slices.Repeat([]string{history}, 6),
+	slices.Repeat([]string{transaction}, 5),
+	slices.Repeat([]string{replay}, 4))
 
 func (g *group) wallet(i int) int64 { return g.id*10 + int64(i) + 1 }
 
 // write is a request that moves money or makes a wallet, with a key of its own.
 func (g *group) write(dice *rand.Rand, kind string) *request {
 	i := dice.IntN(groupSize)
-	q := &request{kind: kind, wallet: g.wallet(i), cents: 1 + dice.Int64N(centsMost), key: fmt.Sprintf("%d-%d", g.id, g.keys.Add(1))}
+	q := &request{kind: kind, wallet: g.wallet(i), cents: 1 + dice.Int64N(centsMost)}
+	q.key = fmt.Sprintf("%d-%d", g.id, g.keys.Add(1))
 	switch kind {
 	case transfer:
 		q.to = g.wallet((i + 1 + dice.IntN(groupSize-1)) % groupSize)
@@ -176,7 +185,7 @@ func (g *group) do(client int, dice *rand.Rand, q *request) {
 			g.retries.Add(1)
 			time.Sleep(time.Duration(dice.Int64N(int64(20 * time.Millisecond))))
 			if g.closing.Load() && time.Since(g.end) > time.Minute {
-				g.t.Errorf("%s %d key %s is not answered a minute after the last fault", q.kind, q.wallet, q.key)
+				g.t.Errorf("%s %d key %s: no answer a minute after the last fault", q.kind, q.wallet, q.key)
 				g.leaveOpen(client, q, first, notes)
 				return
 			}
@@ -184,14 +193,15 @@ func (g *group) do(client int, dice *rand.Rand, q *request) {
 		}
 		notes += "answered by " + one.name
 		if !q.writes(a) {
-			// This request was refused. Those sent before it may still be applied, whatever has been answered to this one.
-			g.add(porcupine.Operation{ClientId: client, Input: q, Call: call, Output: a, Return: g.now(), Metadata: notes})
+			// This request was refused. Those sent before it may still be applied, whatever has been answered
+			// to this one.
+			g.add(client, q, call, a, notes)
 			if uncertain {
 				g.leaveOpen(client, q, first, notes)
 			}
 			return
 		}
-		g.add(porcupine.Operation{ClientId: client, Input: q, Call: first, Output: a, Return: g.now(), Metadata: notes})
+		g.add(client, q, first, a, notes)
 		return
 	}
 }
@@ -199,23 +209,26 @@ func (g *group) do(client int, dice *rand.Rand, q *request) {
 func (g *group) leaveOpen(client int, q *request, first int64, notes string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.open = append(g.open, porcupine.Operation{ClientId: clients + client, Input: q, Call: first, Return: whenever, Metadata: "not answered; " + notes})
+	op := porcupine.Operation{ClientId: clients + client, Input: q, Call: first, Return: whenever}
+	op.Metadata = "not answered; " + notes
+	g.open = append(g.open, op)
 }
 
 // once is a request whose answer is of use only if it comes.
 func (g *group) once(client int, q *request, one *replica) {
 	call := g.now()
 	if a, _ := g.send(q, one); a != nil {
-		g.add(porcupine.Operation{ClientId: client, Input: q, Call: call, Output: a, Return: g.now(), Metadata: "answered by " + one.name})
+		g.add(client, q, call, a, "answered by "+one.name)
 	}
 }
 
 // add keeps an operation that was answered just now.
-func (g *group) add(op porcupine.Operation) {
+func (g *group) add(client int, q *request, call int64, a *response, notes string) {
+	op := porcupine.Operation{ClientId: client, Input: q, Call: call, Output: a, Return: g.now()}
+	op.Metadata = notes
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.ops = append(g.ops, op)
-	q, a := input(op), output(op)
 	if !writes(op) {
 		return
 	}
@@ -282,7 +295,8 @@ func (q *request) http(url string) (*http.Request, error) {
 	case withdraw:
 		return post(at("/withdraw"), `{"amount":%q,"idempotency_key":%q}`, amount(q.cents), q.key)
 	case transfer:
-		return post(at("/transfer"), `{"to_id":%d,"amount":%q,"idempotency_key":%q}`, q.to, amount(q.cents), q.key)
+		return post(at("/transfer"), `{"to_id":%d,"amount":%q,"idempotency_key":%q}`,
+			q.to, amount(q.cents), q.key)
 	case balance, fresh:
 		path = at("/balance")
 		if q.minSeq > 0 {
@@ -305,8 +319,9 @@ func (q *request) http(url string) (*http.Request, error) {
 	return r, err
 }
 
-// settle reads the ledger itself, last of all: what it holds is one more history of each wallet, and it tells what became of the writes
-// that nobody answered. One that is not in it took effect after everything that was seen, if ever.
+// settle reads the ledger itself, last of all: what it holds is one more history of each wallet, and it tells
+// what became of the writes that nobody answered. One that is not in it took effect after everything that was
+// seen, if ever.
 func (g *group) settle() {
 	var wallets []int64
 	for i := range groupSize {
@@ -337,8 +352,7 @@ func (g *group) settle() {
 		for i := range entries {
 			a.sum = entries[i].add(a.sum)
 		}
-		g.add(porcupine.Operation{ClientId: 2 * clients, Input: &request{kind: history, wallet: wallet}, Call: call, Output: a,
-			Return: g.now(), Metadata: "read in Postgres"})
+		g.add(2*clients, &request{kind: history, wallet: wallet}, call, a, "read in Postgres")
 	}
 }
 

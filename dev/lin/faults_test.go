@@ -1,5 +1,6 @@
-// What goes wrong while the clients go on. Three hands do harm at the same time: one on the replicas' ways to Postgres, one on the replicas,
-// one on the servers. Left out is only what README.md says to be no fault that it covers: one replica alone without Redis.
+// What goes wrong while the clients go on. Three hands do harm at the same time: one on the replicas' ways to
+// Postgres, one on the replicas, one on the servers. Left out is only what README.md says to be no fault that
+// it covers: one replica alone without Redis.
 
 package lin
 
@@ -27,7 +28,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// proxy is one replica's way to Postgres. It knows what the server's answers say, so that one of them can be lost, or come late.
+// proxy is one replica's way to Postgres. It knows what the server's answers say, so that one of them can be
+// lost, or come late.
 type proxy struct {
 	url      string // of the database, by this way
 	target   string
@@ -91,8 +93,8 @@ func (p *proxy) serve() {
 	}
 }
 
-// answers carries the server's messages: a letter, a length that includes itself, and the rest. The database's URL says sslmode=disable:
-// there is none without its letter.
+// answers carries the server's messages: a letter, a length that includes itself, and the rest. The
+// database's URL says sslmode=disable: there is none without its letter.
 func (p *proxy) answers(client, server net.Conn) {
 	in := bufio.NewReaderSize(server, 64<<10)
 	out := bufio.NewWriterSize(client, 64<<10)
@@ -107,7 +109,9 @@ func (p *proxy) answers(client, server net.Conn) {
 		if _, err := io.ReadFull(in, body); err != nil {
 			return
 		}
-		if a := p.aim.Load(); a != nil && head[0] == 'C' && bytes.HasPrefix(body, []byte(a.command)) && p.aim.CompareAndSwap(a, nil) {
+		a := p.aim.Load()
+		complete := a != nil && head[0] == 'C' && bytes.HasPrefix(body, []byte(a.command)) // CommandComplete
+		if complete && p.aim.CompareAndSwap(a, nil) {
 			out.Flush()
 			if a.do() {
 				return
@@ -150,7 +154,8 @@ func (r *replica) isReady(most time.Duration) bool {
 	return false
 }
 
-// fault is something that goes wrong; it is over, but for what follows from it, when it returns what it was. Empty: it found no occasion.
+// fault is something that goes wrong; it is over, but for what follows from it, when it returns what it was.
+// Empty: it found no occasion.
 type fault struct {
 	name string
 	do   func(r *run, dice *rand.Rand) string
@@ -160,8 +165,8 @@ type fault struct {
 var hands = [][]fault{
 	{loseCommit, loseCommit, stallCommit, stallCommit, stallCommitAcrossGeneration, stallFill, cutWay},
 	{killReplica, freezeReplica, freezeReplica, stopReplica, furtherReplica},
-	{flushRedis, deleteKeys, deleteKeys, killRedis, snapshotRedis, terminateBackends, terminateBackends, crashPostgres, freezeKafka,
-		loseCommitUnpublished},
+	{flushRedis, deleteKeys, deleteKeys, killRedis, snapshotRedis, terminateBackends, terminateBackends,
+		crashPostgres, freezeKafka, loseCommitUnpublished},
 }
 
 // pauses is how long each hand rests between two faults, at most.
@@ -232,19 +237,20 @@ var loseCommit = fault{"lose an answer to COMMIT", func(r *run, dice *rand.Rand)
 }}
 
 // loseCommitUnpublished: with the relay held up, nobody but the writer brings the balance into the cache.
-var loseCommitUnpublished = fault{"lose answers to COMMIT while Kafka is frozen", func(r *run, dice *rand.Rand) string {
-	r.servers.obey(r.t, "pause kafka")
-	lost := 0
-	for range 3 {
-		if pass := r.replicas[dice.IntN(len(r.replicas))].way.catch("COMMIT"); pass != nil {
-			pass(true)
-			lost++
+var loseCommitUnpublished = fault{"lose answers to COMMIT while Kafka is frozen",
+	func(r *run, dice *rand.Rand) string {
+		r.servers.obey(r.t, "pause kafka")
+		lost := 0
+		for range 3 {
+			if pass := r.replicas[dice.IntN(len(r.replicas))].way.catch("COMMIT"); pass != nil {
+				pass(true)
+				lost++
+			}
+			time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
 		}
-		time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
-	}
-	r.servers.obey(r.t, "resume kafka")
-	return fmt.Sprintf("Kafka is frozen, and %d answers to COMMIT are lost", lost)
-}}
+		r.servers.obey(r.t, "resume kafka")
+		return fmt.Sprintf("Kafka is frozen, and %d answers to COMMIT are lost", lost)
+	}}
 
 var stallCommit = fault{"stall an answer to COMMIT", func(r *run, dice *rand.Rand) string {
 	one := r.replicas[dice.IntN(len(r.replicas))]
@@ -258,42 +264,45 @@ var stallCommit = fault{"stall an answer to COMMIT", func(r *run, dice *rand.Ran
 	return fmt.Sprintf("an answer to COMMIT comes %v late to %s", d.Round(time.Millisecond), one.name)
 }}
 
-var stallCommitAcrossGeneration = fault{"stall an answer to COMMIT while a replica starts", func(r *run, dice *rand.Rand) string {
-	one := r.replicas[dice.IntN(len(r.replicas))]
-	pass := one.way.catch("COMMIT")
-	if pass == nil {
-		return ""
-	}
-	what := "an answer to COMMIT comes late to " + one.name + ", after a further replica has started"
-	end := r.further(dice)
-	time.Sleep(between(dice, 10*time.Millisecond, 300*time.Millisecond))
-	if dice.IntN(2) == 0 {
-		r.deleteKeys(100)
-		what += " and all keys in Redis are deleted"
-	}
-	pass(false)
-	end()
-	return what
-}}
-
-var stallFill = fault{"stall an answer to a read while keys are deleted", func(r *run, dice *rand.Rand) string {
-	one := r.replicas[dice.IntN(len(r.replicas))]
-	r.deleteKeys(100) // so that there is something to fill in, and for us, if nobody else, to ask for
-	wallet := max(1, r.groups.Load()-dice.Int64N(teams))*10 + 1 + dice.Int64N(groupSize)
-	go func() {
-		if response, err := web.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", one.url, wallet)); err == nil {
-			response.Body.Close()
+var stallCommitAcrossGeneration = fault{"stall an answer to COMMIT while a replica starts",
+	func(r *run, dice *rand.Rand) string {
+		one := r.replicas[dice.IntN(len(r.replicas))]
+		pass := one.way.catch("COMMIT")
+		if pass == nil {
+			return ""
 		}
-	}()
-	pass := one.way.catch("SELECT")
-	if pass == nil {
-		return ""
-	}
-	time.Sleep(between(dice, 20*time.Millisecond, 800*time.Millisecond))
-	r.deleteKeys(100)
-	pass(false)
-	return "an answer to a SELECT comes late to " + one.name + ", after all cached balances were deleted"
-}}
+		what := "an answer to COMMIT comes late to " + one.name + ", after a further replica has started"
+		end := r.further(dice)
+		time.Sleep(between(dice, 10*time.Millisecond, 300*time.Millisecond))
+		if dice.IntN(2) == 0 {
+			r.deleteKeys(100)
+			what += " and all keys in Redis are deleted"
+		}
+		pass(false)
+		end()
+		return what
+	}}
+
+var stallFill = fault{"stall an answer to a read while keys are deleted",
+	func(r *run, dice *rand.Rand) string {
+		one := r.replicas[dice.IntN(len(r.replicas))]
+		r.deleteKeys(100) // so that there is something to fill in, and for us, if nobody else, to ask for
+		wallet := max(1, r.groups.Load()-dice.Int64N(teams))*10 + 1 + dice.Int64N(groupSize)
+		go func() {
+			response, err := web.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", one.url, wallet))
+			if err == nil {
+				response.Body.Close()
+			}
+		}()
+		pass := one.way.catch("SELECT")
+		if pass == nil {
+			return ""
+		}
+		time.Sleep(between(dice, 20*time.Millisecond, 800*time.Millisecond))
+		r.deleteKeys(100)
+		pass(false)
+		return "an answer to a SELECT comes late to " + one.name + ", after all cached balances were deleted"
+	}}
 
 var cutWay = fault{"cut a replica's connections to Postgres", func(r *run, dice *rand.Rand) string {
 	one := r.replicas[dice.IntN(len(r.replicas))]
@@ -396,7 +405,8 @@ var killRedis = fault{"kill Redis", func(r *run, dice *rand.Rand) string {
 }}
 
 var snapshotRedis = fault{"put Redis back to a snapshot", func(r *run, dice *rand.Rand) string {
-	r.redis(func(ctx context.Context, c *redis.Client) { c.Save(ctx) }) // miniredis has none, and comes back empty
+	// miniredis takes none, and comes back empty.
+	r.redis(func(ctx context.Context, c *redis.Client) { c.Save(ctx) })
 	time.Sleep(between(dice, 10*time.Millisecond, time.Second))
 	r.servers.obey(r.t, "kill redis", "start redis")
 	return "Redis takes a snapshot, is killed and started with it"
@@ -425,8 +435,8 @@ var crashPostgres = fault{"crash Postgres", func(r *run, dice *rand.Rand) string
 	return "Postgres stops immediately and is started"
 }}
 
-// freezeKafka makes the relay late: what it puts into the cache then is old, and the first of it is all for a while, since Kafka is frozen
-// again at once. At times everything that is cached is forgotten before.
+// freezeKafka makes the relay late: what it puts into the cache then is old, and the first of it is all for a
+// while, since Kafka is frozen again at once. At times everything that is cached is forgotten before.
 var freezeKafka = fault{"freeze Kafka", func(r *run, dice *rand.Rand) string {
 	r.servers.obey(r.t, "pause kafka")
 	time.Sleep(between(dice, 100*time.Millisecond, 2*time.Second))

@@ -1,14 +1,17 @@
-// Package lin holds the service against a model of itself, with porcupine: replicas as processes, clients that move and read money
-// through all of them, faults all the while, and then the question whether what was answered could have been answered by one ledger
-// that does one thing after the other. If not, a minimal history is printed, and drawn in a file.
+// Package lin holds the service against a model of itself, with porcupine: replicas as processes, clients
+// that move and read money through all of them, faults all the while, and then the question whether what was
+// answered could have been answered by one ledger that does one thing after the other. If not, a minimal
+// history is printed, and drawn in a file.
 //
 //	go test -C dev ./lin -v -timeout 60m -lin 30m
 //
-// What is demanded is what README.md guarantees. Everything that Postgres answers is linearizable: an operation takes effect at one moment
-// between its request and its answer. A balance out of the cache is behind no operation that had been answered before it was asked for; it
-// may be behind what others still wait for, although a read of Postgres may have shown it already.
+// What is demanded is what README.md guarantees. Everything that Postgres answers is linearizable: an
+// operation takes effect at one moment between its request and its answer. A balance out of the cache is
+// behind no operation that had been answered before it was asked for; it may be behind what others still wait
+// for, although a read of Postgres may have shown it already.
 //
-// lin_test.go is the run, clients_test.go the load, faults_test.go what goes wrong, model_test.go what is right, shrink_test.go what is shown.
+// lin_test.go is the run, clients_test.go the load, faults_test.go what goes wrong, model_test.go what is
+// right, shrink_test.go what is shown.
 package lin
 
 import (
@@ -39,9 +42,9 @@ import (
 
 var (
 	linFor  = flag.Duration("lin", 40*time.Second, "how long clients and faults go on")
-	linSeed = flag.Uint64("lin.seed", uint64(time.Now().UnixNano()), "the order of requests and faults (though not their timing)")
+	linSeed = flag.Uint64("lin.seed", uint64(time.Now().UnixNano()), "the order of all but its timing")
 	linOnly = flag.String("lin.only", "", "faults to have, comma-separated; default: all")
-	service = flag.String("lin.service", "../..", "folder of the service's module: a mutant, to see that it is found")
+	service = flag.String("lin.service", "../..", "folder of the service's module, perhaps a mutant")
 )
 
 const (
@@ -68,9 +71,9 @@ func startServers(t *testing.T, folder string) *servers {
 	binary := build(t, "..", filepath.Join(folder, "dev"))
 	data := filepath.Join(folder, "data")
 	args := []string{"services", "-data", data}
-	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA", "-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
-		if value := os.Getenv(variable); value != "" {
-			args = append(args, flag, value)
+	for _, server := range []string{"kafka", "postgres", "redis"} {
+		if value := os.Getenv("WALLET_TEST_" + strings.ToUpper(server)); value != "" {
+			args = append(args, "-"+server, value)
 		}
 	}
 	var said bytes.Buffer
@@ -151,14 +154,16 @@ func newReplica(t *testing.T, s *servers, folder, binary, name string) *replica 
 	}
 	defer listener.Close()
 	address := listener.Addr().String()
-	r := &replica{name: name, binary: binary, url: "http://" + address, log: filepath.Join(folder, name+".log"), way: newProxy(t, s.DatabaseURL)}
+	r := &replica{name: name, binary: binary, url: "http://" + address, way: newProxy(t, s.DatabaseURL)}
+	r.log = filepath.Join(folder, name+".log")
 	// Whatever of a real deployment stands in the environment must not meet these replicas.
 	r.env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return slices.ContainsFunc([]string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"},
-			func(prefix string) bool { return strings.HasPrefix(v, prefix) })
+		foreign := []string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
+		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
 	})
-	r.env = append(r.env, "DATABASE_URL="+r.way.url, "MIGRATE_URL="+s.DatabaseURL, "REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL,
-		"KAFKA_BROKERS="+s.KafkaBrokers, "LISTEN_ADDR="+address, "RATE_LIMIT=0", "REQUEST_TIMEOUT=2s")
+	r.env = append(r.env, "DATABASE_URL="+r.way.url, "MIGRATE_URL="+s.DatabaseURL,
+		"REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers, "LISTEN_ADDR="+address, "RATE_LIMIT=0",
+		"REQUEST_TIMEOUT=2s")
 	return r
 }
 
@@ -246,7 +251,8 @@ func TestLinearizable(t *testing.T) {
 		}
 	})
 	t.Logf("-lin.seed %d", *linSeed)
-	r := &run{t: t, folder: folder, servers: startServers(t, folder), counts: make(map[string]int), internal: make(map[string]int)}
+	r := &run{t: t, folder: folder, counts: make(map[string]int), internal: make(map[string]int)}
+	r.servers = startServers(t, folder)
 	r.binary = build(t, *service, filepath.Join(folder, "wallet"))
 	for i := range replicas {
 		one := newReplica(t, r.servers, folder, r.binary, string(rune('A'+i)))
@@ -281,16 +287,18 @@ func TestLinearizable(t *testing.T) {
 func (r *run) report() {
 	for _, one := range r.replicas {
 		log, err := os.ReadFile(one.log)
-		if err != nil || bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: ")) {
+		crashed := bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: "))
+		if err != nil || crashed {
 			r.t.Errorf("%s crashed, see %s (%v)", one.name, one.log, err)
 		}
 	}
 	for body, times := range r.internal {
 		r.t.Errorf("500 %d times, such as %s", times, body)
 	}
-	r.t.Logf("%d operations on %d groups of wallets, %d of them refused, in %v; %d requests sent, %d of them again; slowest check %v",
-		r.checked, r.groups.Load(), r.refused, time.Since(r.began).Round(time.Second), r.requests.Load(), r.retries.Load(),
-		r.slowest.Round(time.Millisecond))
+	r.t.Logf("%d operations on %d groups of wallets, %d of them refused, in %v",
+		r.checked, r.groups.Load(), r.refused, time.Since(r.began).Round(time.Second))
+	r.t.Logf("%d requests sent, %d of them again; slowest check %v",
+		r.requests.Load(), r.retries.Load(), r.slowest.Round(time.Millisecond))
 	for _, name := range slices.Sorted(maps.Keys(r.counts)) {
 		r.t.Logf("%4d times: %s", r.counts[name], name)
 	}
@@ -326,7 +334,8 @@ func (r *run) check(group int64, ops []porcupine.Operation) {
 	r.found = append(r.found, finding{group, len(ops), v})
 }
 
-// show makes violations small, draws and prints them. What one group saw may be several: without the reads of one it is asked again.
+// show makes violations small, draws and prints them. What one group saw may be several: without the reads of
+// one it is asked again.
 func (r *run) show() {
 	kinds := make(map[string]int)
 	printed := 0
@@ -342,7 +351,8 @@ func (r *run) show() {
 				r.print(f, v, kind, printed)
 			}
 			ops := slices.DeleteFunc(slices.Clone(left.ops), func(op porcupine.Operation) bool {
-				return !writes(op) && slices.ContainsFunc(v.ops, func(in porcupine.Operation) bool { return in.Input == op.Input })
+				shown := func(in porcupine.Operation) bool { return in.Input == op.Input }
+				return !writes(op) && slices.ContainsFunc(v.ops, shown)
 			})
 			if len(ops) == len(left.ops) {
 				break // the writes alone cannot be
@@ -350,7 +360,8 @@ func (r *run) show() {
 			left.ops = ops
 		}
 	}
-	r.t.Errorf("%d groups of wallets saw what one ledger could not have answered; minimal histories by what they end in: %v", len(r.found), kinds)
+	r.t.Errorf("%d groups of wallets saw what one ledger could not have answered", len(r.found))
+	r.t.Errorf("minimal histories by what they end in: %v", kinds)
 }
 
 func (r *run) print(f finding, v violation, kind string, number int) {
@@ -359,7 +370,8 @@ func (r *run) print(f finding, v violation, kind string, number int) {
 	if err := porcupine.VisualizePath(v.model.porcupine(), info, drawing); err != nil {
 		r.t.Error(err)
 	}
-	r.t.Errorf("%s: %d of group %d's %d operations cannot be (drawn in %s):\n%s%s", kind, len(v.ops), f.group, f.all, drawing, v, r.around(v.ops))
+	r.t.Errorf("%s: %d of group %d's %d operations cannot be (drawn in %s):\n%s%s",
+		kind, len(v.ops), f.group, f.all, drawing, v, r.around(v.ops))
 }
 
 // around lists the faults near a history.
@@ -382,8 +394,8 @@ func (r *run) around(ops []porcupine.Operation) string {
 	return text.String()
 }
 
-// relax gives cached balances the time that README.md allows them: since the last answer of a write to their wallet before they were
-// asked for. Whatever only reads have shown before that may be missing.
+// relax gives cached balances the time that README.md allows them: since the last answer of a write to their
+// wallet before they were asked for. Whatever only reads have shown before that may be missing.
 func relax(ops []porcupine.Operation) []porcupine.Operation {
 	ops = slices.Clone(ops)
 	for i := range ops {
@@ -392,7 +404,8 @@ func relax(ops []porcupine.Operation) []porcupine.Operation {
 		}
 		since := int64(-1)
 		for _, other := range ops {
-			if q := input(other); writes(other) && (q.wallet == input(ops[i]).wallet || q.to == input(ops[i]).wallet) && other.Return < ops[i].Call {
+			q, wallet := input(other), input(ops[i]).wallet
+			if writes(other) && (q.wallet == wallet || q.to == wallet) && other.Return < ops[i].Call {
 				since = max(since, other.Return)
 			}
 		}
@@ -406,12 +419,12 @@ func relax(ops []porcupine.Operation) []porcupine.Operation {
 type ledger struct {
 	entries   map[int64][]entry
 	creations map[string]standing // by key
-	balances  map[int64]string
 }
 
 const readEntries = `
-SELECT e.wallet_id, e.seq, e.kind::text, e.amount::text, (e.balance - e.amount)::text, e.balance::text, coalesce(e.counterparty_id, 0),
-       coalesce(e.counterparty_seq, 0), e.idempotency_key, to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+SELECT e.wallet_id, e.seq, e.kind::text, e.amount::text, (e.balance - e.amount)::text, e.balance::text,
+       coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.idempotency_key,
+       to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
 FROM entry e WHERE e.wallet_id = ANY ($1) ORDER BY 1, 2`
 
 const readCreations = `
@@ -430,9 +443,10 @@ func (r *run) readLedger(wallets []int64) (*ledger, error) {
 	rows, _ := conn.Query(ctx, readEntries, wallets)
 	var e entry
 	var amount, before, after string
-	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.Kind, &amount, &before, &after, &e.Counterparty.WalletID, &e.Counterparty.Seq,
-		&e.Key, &e.CreatedAt}, func() error {
-		e.Currency, e.Amount, e.BalanceBefore, e.BalanceAfter = "USD", plain(amount), plain(before), plain(after)
+	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.Kind, &amount, &before, &after,
+		&e.Counterparty.WalletID, &e.Counterparty.Seq, &e.Key, &e.CreatedAt}, func() error {
+		e.Currency, e.Amount = "USD", plain(amount)
+		e.BalanceBefore, e.BalanceAfter = plain(before), plain(after)
 		e.TransactionID = id(e.WalletID, e.Seq)
 		if e.Kind == "transfer_in" {
 			e.TransactionID = id(e.Counterparty.WalletID, e.Counterparty.Seq)
@@ -446,7 +460,10 @@ func (r *run) readLedger(wallets []int64) (*ledger, error) {
 	rows, _ = conn.Query(ctx, readCreations, wallets)
 	var key string
 	s := standing{Currency: "USD", Balance: "0"}
-	_, err = pgx.ForEachRow(rows, []any{&s.WalletID, &key, &s.CreatedAt}, func() error { l.creations[key] = s; return nil })
+	_, err = pgx.ForEachRow(rows, []any{&s.WalletID, &key, &s.CreatedAt}, func() error {
+		l.creations[key] = s
+		return nil
+	})
 	return l, err
 }
 
@@ -470,9 +487,11 @@ func (l *ledger) answer(q *request) *response {
 		if e.Key != q.key || e.Kind == "transfer_in" {
 			continue
 		}
-		got := receipt{TransactionID: e.TransactionID, Currency: "USD", Amount: strings.TrimPrefix(e.Amount, "-"), CreatedAt: e.CreatedAt}
+		got := receipt{TransactionID: e.TransactionID, Currency: "USD", CreatedAt: e.CreatedAt}
+		got.Amount = strings.TrimPrefix(e.Amount, "-")
 		if q.kind == transfer {
-			got.FromID, got.ToID, got.FromBalance, got.FromSeq, got.ToSeq = q.wallet, q.to, e.BalanceAfter, e.Seq, e.Counterparty.Seq
+			got.FromID, got.FromSeq, got.FromBalance = q.wallet, e.Seq, e.BalanceAfter
+			got.ToID, got.ToSeq = q.to, e.Counterparty.Seq
 			for _, other := range l.entries[q.to] {
 				if other.Seq == got.ToSeq {
 					got.ToBalance = other.BalanceAfter

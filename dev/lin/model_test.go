@@ -1,7 +1,8 @@
 // The model: what the service's answers may be, as a sequential object of a few wallets, for porcupine.
 //
-// One group of wallets is one object, since transfers stay inside it. A state is the wallets' heads; each answer is checked wholly:
-// receipts to the last field, refusals against the funds, reads against the head, histories against every entry.
+// One group of wallets is one object, since transfers stay inside it. A state is the wallets' heads; each
+// answer is checked wholly: receipts to the last field, refusals against the funds, reads against the head,
+// histories against every entry.
 
 package lin
 
@@ -175,8 +176,8 @@ func (s state) hash() uint64 {
 	return sum
 }
 
-// model is the object, seen from some of the group's wallets only: legs on others are taken as they were answered, which weakens
-// what is demanded but never demands more. All wallets but for the shrinking.
+// model is the object, seen from some of the group's wallets only: legs on others are taken as they were
+// answered, which weakens what is demanded but never demands more. All wallets but for the shrinking.
 type model struct {
 	wallets [groupSize]bool
 	start   state
@@ -195,8 +196,10 @@ func (m model) porcupine() porcupine.Model {
 			ok, next := m.step(s.(state), input.(*request), output.(*response))
 			return ok, next
 		},
-		DescribeOperation: func(input, output any) string { return describe(input.(*request), output.(*response)) },
-		DescribeState:     func(s any) string { return m.describe(s.(state)) },
+		DescribeOperation: func(input, output any) string {
+			return describe(input.(*request), output.(*response))
+		},
+		DescribeState: func(s any) string { return m.describe(s.(state)) },
 	}
 }
 
@@ -234,7 +237,8 @@ func (m model) step(s state, q *request, a *response) (bool, state) {
 		begun := w.find(a.receipt.Seq)
 		return begun != nil && a.body == q.before && begun.receipt == a.receipt, s
 	case balance, fresh:
-		return w.exists && w.seq >= q.minSeq && a.stands == standing{q.wallet, "USD", amount(w.cents), w.seq, ""}, s
+		want := standing{q.wallet, "USD", amount(w.cents), w.seq, ""}
+		return w.exists && w.seq >= q.minSeq && a.stands == want, s
 	case read:
 		return w.exists && a.stands == standing{q.wallet, "USD", amount(w.cents), w.seq, w.createdAt}, s
 	case history:
@@ -277,13 +281,15 @@ func (m model) move(s state, q *request, got *receipt) (bool, state) {
 		if got.Seq != from.seq+1 { // most are tried in vain: say no before anything is made
 			return false, s
 		}
-		want := receipt{TransactionID: id(q.wallet, from.seq+1), WalletID: q.wallet, Currency: "USD", Amount: amount(q.cents),
-			Balance: amount(from.cents + cents), Seq: from.seq + 1, CreatedAt: got.CreatedAt}
+		want := receipt{TransactionID: id(q.wallet, got.Seq), WalletID: q.wallet, Currency: "USD",
+			Amount: amount(q.cents), Balance: amount(from.cents + cents), Seq: got.Seq,
+			CreatedAt: got.CreatedAt}
 		return from.append(kind, cents, q.key, want, 0, 0) && *got == want, s
 	}
 	to := &s[place(q.to)]
-	want := receipt{FromID: q.wallet, ToID: q.to, Currency: "USD", Amount: amount(q.cents), FromBalance: got.FromBalance,
-		ToBalance: got.ToBalance, FromSeq: got.FromSeq, ToSeq: got.ToSeq, CreatedAt: got.CreatedAt}
+	want := receipt{FromID: q.wallet, ToID: q.to, Currency: "USD", Amount: amount(q.cents),
+		FromBalance: got.FromBalance, ToBalance: got.ToBalance, FromSeq: got.FromSeq, ToSeq: got.ToSeq,
+		CreatedAt: got.CreatedAt}
 	want.TransactionID = id(q.wallet, want.FromSeq)
 	if m.sees(q.wallet) {
 		if !from.exists || from.cents < q.cents || got.FromSeq != from.seq+1 {
@@ -310,7 +316,8 @@ func (m model) move(s state, q *request, got *receipt) (bool, state) {
 // append makes the wallet's next entry. False: its time is before the last one's.
 func (h *head) append(kind string, cents int64, key string, r receipt, other, otherSeq int64) bool {
 	e := &link{receipt: r, before: h.last}
-	e.WalletID, e.Seq, e.TransactionID, e.Kind, e.Currency = max(r.WalletID, r.FromID), h.seq+1, r.TransactionID, kind, "USD"
+	e.WalletID, e.Seq, e.TransactionID = max(r.WalletID, r.FromID), h.seq+1, r.TransactionID
+	e.Kind, e.Currency = kind, "USD"
 	if kind == "transfer_in" {
 		e.WalletID = r.ToID
 	}
@@ -329,13 +336,14 @@ func id(wallet, seq int64) string { return fmt.Sprintf("%d-%d", wallet, seq) }
 // amount writes cents as the service does: without trailing zeros.
 func amount(cents int64) string { return strconv.FormatFloat(float64(cents)/100, 'f', -1, 64) }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // What an operation did and saw
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // writes says whether the operation changed the ledger.
 func (q *request) writes(a *response) bool {
-	return a.status < 300 && (q.kind == create || q.kind == deposit || q.kind == withdraw || q.kind == transfer)
+	movesMoney := q.kind == deposit || q.kind == withdraw || q.kind == transfer
+	return a.status < 300 && (movesMoney || q.kind == create)
 }
 
 // touches says whether the operation is about a wallet that the model sees.
@@ -346,7 +354,8 @@ func (m model) touches(q *request, a *response) bool {
 // everything is what an operation saw of a wallet whose answer depends on all of it.
 const everything = math.MaxInt64
 
-// saw is the highest entry of a wallet that the answer depends on: without later ones it would have been right as well.
+// saw is the highest entry of a wallet that the answer depends on: without later ones it would have been
+// right as well.
 func saw(q *request, a *response, wallet int64) int64 {
 	switch {
 	case q.wallet != wallet && q.to != wallet:
@@ -408,7 +417,8 @@ func (m model) describe(s state) string {
 	var all []string
 	for i, h := range s {
 		if m.wallets[i] && h.exists {
-			all = append(all, fmt.Sprintf("the wallet that ends in %d at seq %d, balance %s", i+1, h.seq, amount(h.cents)))
+			all = append(all, fmt.Sprintf("the wallet that ends in %d at seq %d, balance %s",
+				i+1, h.seq, amount(h.cents)))
 		} else if m.wallets[i] {
 			all = append(all, fmt.Sprintf("the wallet that ends in %d does not exist", i+1))
 		}

@@ -1,6 +1,7 @@
-// A violation, made small. Each step weakens what is demanded of the history: if the smaller one cannot be, neither can the whole. A
-// write cannot simply be left out, since those after it carry higher seqs; so its time is widened to "whenever", and those that
-// everything else comes after become the state that the rest starts from.
+// A violation, made small. Each step weakens what is demanded of the history: if the smaller one cannot be,
+// neither can the whole. A write cannot simply be left out, since those after it carry higher seqs; so its
+// time is widened to "whenever", and those that everything else comes after become the state that the rest
+// starts from.
 
 package lin
 
@@ -58,10 +59,13 @@ func (v *violation) shrink() {
 
 // fewerWallets looks for one wallet, else two, that show it alone.
 func (v *violation) fewerWallets() {
-	for _, wallets := range [][groupSize]bool{{true}, {false, true}, {false, false, true}, {true, true}, {true, false, true}, {false, true, true}} {
+	for _, wallets := range [][groupSize]bool{{true}, {false, true}, {false, false, true},
+		{true, true}, {true, false, true}, {false, true, true}} {
 		m := v.model
 		m.wallets = wallets
-		ops := slices.DeleteFunc(slices.Clone(v.ops), func(op porcupine.Operation) bool { return !m.touches(input(op), output(op)) })
+		ops := slices.DeleteFunc(slices.Clone(v.ops), func(op porcupine.Operation) bool {
+			return !m.touches(input(op), output(op))
+		})
 		if v.try(violation{model: m, ops: ops}) {
 			return
 		}
@@ -90,7 +94,8 @@ func (v *violation) drop(may func(porcupine.Operation) bool) {
 	}
 }
 
-// trim leaves out the last writes of each wallet, as far as nobody has seen them. One it leaves, to say that there is a wallet.
+// trim leaves out the last writes of each wallet, as far as nobody has seen them. One it leaves, to say that
+// there is a wallet.
 func (v *violation) trim() {
 	unseen := func(i int) bool {
 		for _, wallet := range []int64{input(v.ops[i]).wallet, input(v.ops[i]).to} {
@@ -115,7 +120,8 @@ func (v *violation) trim() {
 	for trimmed := true; trimmed && left > 1; left-- {
 		trimmed = false
 		for i := len(v.ops) - 1; i >= 0 && !trimmed; i-- {
-			trimmed = writes(v.ops[i]) && unseen(i) && v.try(violation{model: v.model, ops: slices.Delete(slices.Clone(v.ops), i, i+1)})
+			without := slices.Delete(slices.Clone(v.ops), i, i+1)
+			trimmed = writes(v.ops[i]) && unseen(i) && v.try(violation{model: v.model, ops: without})
 		}
 	}
 }
@@ -153,7 +159,8 @@ func (v *violation) fold() {
 			wallets++
 		}
 	}
-	if wallets != 1 || slices.ContainsFunc(v.ops, func(op porcupine.Operation) bool { return output(op).status >= 300 }) {
+	refused := func(op porcupine.Operation) bool { return output(op).status >= 300 }
+	if wallets != 1 || slices.ContainsFunc(v.ops, refused) {
 		return // a refusal may have come before any of them
 	}
 	seqOf := func(op porcupine.Operation) int64 {
@@ -163,7 +170,8 @@ func (v *violation) fold() {
 		return saw(input(op), output(op), input(op).wallet)
 	}
 	ordered := slices.Clone(v.ops)
-	slices.SortStableFunc(ordered, func(a, b porcupine.Operation) int { return cmp.Compare(seqOf(a), seqOf(b)) })
+	bySeq := func(a, b porcupine.Operation) int { return cmp.Compare(seqOf(a), seqOf(b)) }
+	slices.SortStableFunc(ordered, bySeq)
 	lowest := int64(everything)
 	for _, op := range ordered {
 		if !writes(op) {
@@ -197,7 +205,8 @@ func (v *violation) fold() {
 func (v violation) kind() string {
 	last := v.ops[0]
 	for _, op := range v.ops {
-		if last.Return == whenever || op.Return != whenever && op.Return > last.Return || op.Return != whenever && writes(last) && !writes(op) {
+		later := op.Return > last.Return || writes(last) && !writes(op)
+		if last.Return == whenever || op.Return != whenever && later {
 			last = op
 		}
 	}
@@ -207,13 +216,15 @@ func (v violation) kind() string {
 // String is the history in the order of its calls. Times are in ms since the run began.
 func (v violation) String() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "  before: %s\n  %10s %10s  %6s  %s\n", v.model.describe(v.model.start), "call", "return", "client", "operation -> answer")
+	fmt.Fprintf(&text, "  before: %s\n", v.model.describe(v.model.start))
+	fmt.Fprintf(&text, "  %10s %10s  %6s  %s\n", "call", "return", "client", "operation -> answer")
 	for _, op := range v.ops {
 		var where string
 		if note, ok := op.Metadata.(string); ok {
 			where = "  (" + note + ")"
 		}
-		fmt.Fprintf(&text, "  %10s %10s  %6d  %s%s\n", moment(op.Call), moment(op.Return), op.ClientId, describe(input(op), output(op)), where)
+		fmt.Fprintf(&text, "  %10s %10s  %6d  %s%s\n", moment(op.Call), moment(op.Return), op.ClientId,
+			describe(input(op), output(op)), where)
 	}
 	return text.String()
 }
