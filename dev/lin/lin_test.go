@@ -162,7 +162,8 @@ func newReplica(t *testing.T, s *servers, folder, binary, name string) *replica 
 		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
 	})
 	r.env = append(r.env, "DATABASE_URL="+r.way.url, "MIGRATE_URL="+s.DatabaseURL,
-		"REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers, "LISTEN_ADDR="+address, "RATE_LIMIT=0",
+		"REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers,
+		"LISTEN_ADDR="+address, "RATE_LIMIT=0",
 		"REQUEST_TIMEOUT=2s")
 	return r
 }
