@@ -315,7 +315,7 @@ func (r *run) report() {
 func (r *run) check(group int64, ops []porcupine.Operation) {
 	began := time.Now()
 	v := violation{model: whole, ops: relax(ops)}
-	result, _ := porcupine.CheckOperationsVerbose(whole.porcupine(), v.ops, checkLimit)
+	result, _ := v.find(checkLimit)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.checked += len(ops)
@@ -342,8 +342,14 @@ func (r *run) show() {
 	printed := 0
 	until := time.Now().Add(showMost)
 	for _, f := range r.found {
-		for left := f.violation; time.Now().Before(until) && left.stands(); {
-			v := left
+		for left := f.violation; time.Now().Before(until); {
+			result, v := left.find(shrinkLimit)
+			if result != porcupine.Illegal {
+				if len(left.ops) == len(f.ops) {
+					r.t.Errorf("group %d: %d operations cannot be, but were not made fewer", f.group, f.all)
+				}
+				break
+			}
 			v.shrink()
 			kind := v.kind()
 			kinds[kind]++
