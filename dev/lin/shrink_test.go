@@ -289,8 +289,8 @@ func TestOneStaleReadIsFoundAndShownAlone(t *testing.T) {
 	}
 	const created = "2026-01-02T03:04:05.000006Z"
 	deposited := func(wallet, seq int64) {
-		receipt := `{"transaction_id":"%d-%d","wallet_id":%[1]d,"currency":"USD","amount":"1.5","balance":%[3]q,` +
-			`"seq":%[2]d,"created_at":%[4]q}`
+		receipt := `{"transaction_id":"%d-%d","wallet_id":%[1]d,"currency":"USD","amount":"1.5",` +
+			`"balance":%[3]q,"seq":%[2]d,"created_at":%[4]q}`
 		add(&request{kind: deposit, wallet: wallet, cents: 150, key: fmt.Sprint(seq)}, 200,
 			fmt.Sprintf(receipt, wallet, seq, amount(150*seq), created))
 	}
