@@ -23,7 +23,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"strconv"
@@ -33,6 +32,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"wallet/internal/metric"
 )
 
 // cachedBalance is a wallet's balance after entry number seq.
@@ -374,15 +375,15 @@ func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBa
 	return true
 }
 
-func (c *cache) writeMetrics(w io.Writer) {
+func (c *cache) writeMetrics(w *metric.Writer) {
 	inUse := 0.0
 	if _, _, usable := c.usable(); usable {
 		inUse = 1
 	}
-	writeMetric(w, "wallet_cache_in_use", "gauge", "1 while Redis answers and its balances count.", sample{"", inUse})
-	writeMetric(w, "wallet_cache_lookups_total", "counter", "Balances looked up.",
-		sample{`result="hit"`, float64(c.hits.Load())}, sample{`result="miss"`, float64(c.misses.Load())})
-	writeMetric(w, "wallet_cache_puts_total", "counter", "Balances put.", sample{"", float64(c.puts.Load())})
-	writeMetric(w, "wallet_cache_errors_total", "counter", "Calls to Redis that failed or took too long.", sample{"", float64(c.errors.Load())})
-	writeMetric(w, "wallet_cache_generations_total", "counter", "Times that everything cached was forgotten.", sample{"", float64(c.generations.Load())})
+	w.Gauge("wallet_cache_in_use", "1 while Redis answers and its balances count.", inUse)
+	w.Counters("wallet_cache_lookups_total", "Balances looked up.",
+		metric.Sample{Labels: `result="hit"`, Value: float64(c.hits.Load())}, metric.Sample{Labels: `result="miss"`, Value: float64(c.misses.Load())})
+	w.Counter("wallet_cache_puts_total", "Balances put.", float64(c.puts.Load()))
+	w.Counter("wallet_cache_errors_total", "Calls to Redis that failed or took too long.", float64(c.errors.Load()))
+	w.Counter("wallet_cache_generations_total", "Times that everything cached was forgotten.", float64(c.generations.Load()))
 }

@@ -81,6 +81,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wallet/internal/metric"
 )
 
 const (
@@ -2528,33 +2530,32 @@ SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int, coales
        coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8, (SELECT count(*) FROM outbox_partition), (SELECT coalesce(sum(bytes), 0)::float8 FROM outbox_partition)
 FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`
 
-func (r *relay) writeMetrics(w io.Writer) {
-	one := func(name, typ, help string, value float64) { writeMetric(w, name, typ, help, sample{"", value}) }
+func (r *relay) writeMetrics(w *metric.Writer) {
 	seconds := func(unixNano int64) float64 { return float64(unixNano) / 1e9 }
 
 	current := r.state.Load().(string)
-	var states []sample
+	var states []metric.Sample
 	for _, state := range []string{"starting", "standby", "recovering", "leader", "refused", "stopped"} {
 		is := 0.0
 		if state == current {
 			is = 1
 		}
-		states = append(states, sample{`state="` + state + `"`, is})
+		states = append(states, metric.Sample{Labels: `state="` + state + `"`, Value: is})
 	}
-	writeMetric(w, "wallet_relay_state", "gauge", "1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
+	w.Gauges("wallet_relay_state", "1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
 	lag := 0.0
 	if since := r.pendingSince.Load(); since != 0 {
 		lag = (r.age() - time.Duration(since)).Seconds()
 	}
-	one("wallet_relay_lag_seconds", "gauge", "Leader: age of the oldest commit that is being published; 0 when none is.", lag)
-	one("wallet_relay_checkpoint_timestamp_seconds", "gauge", "Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
-	one("wallet_relay_last_batch_seconds", "gauge", "Leader: how long the last Kafka transaction took.", seconds(r.lastBatch.Load()))
-	one("wallet_relay_batches_total", "counter", "Kafka transactions committed.", float64(r.batches.Load()))
-	one("wallet_relay_events_total", "counter", "Events published.", float64(r.events.Load()))
-	one("wallet_relay_already_published_total", "counter", "Outbox rows received again and dropped, being published.", float64(r.skipped.Load()))
-	one("wallet_relay_takeovers_total", "counter", "Times that this replica became leader.", float64(r.takeovers.Load()))
-	one("wallet_relay_recoveries_total", "counter", "Times that a slot was made and the gap filled from the ledger.", float64(r.recoveries.Load()))
-	one("wallet_relay_restarts_total", "counter", "Returns to the start, for whatever reason.", float64(r.restarts.Load()))
+	w.Gauge("wallet_relay_lag_seconds", "Leader: age of the oldest commit that is being published; 0 when none is.", lag)
+	w.Gauge("wallet_relay_checkpoint_timestamp_seconds", "Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
+	w.Gauge("wallet_relay_last_batch_seconds", "Leader: how long the last Kafka transaction took.", seconds(r.lastBatch.Load()))
+	w.Counter("wallet_relay_batches_total", "Kafka transactions committed.", float64(r.batches.Load()))
+	w.Counter("wallet_relay_events_total", "Events published.", float64(r.events.Load()))
+	w.Counter("wallet_relay_already_published_total", "Outbox rows received again and dropped, being published.", float64(r.skipped.Load()))
+	w.Counter("wallet_relay_takeovers_total", "Times that this replica became leader.", float64(r.takeovers.Load()))
+	w.Counter("wallet_relay_recoveries_total", "Times that a slot was made and the gap filled from the ledger.", float64(r.recoveries.Load()))
+	w.Counter("wallet_relay_restarts_total", "Returns to the start, for whatever reason.", float64(r.restarts.Load()))
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -2565,12 +2566,12 @@ func (r *relay) writeMetrics(w io.Writer) {
 	if err := r.db.QueryRow(ctx, queryRetained, r.cfg.replicationSlot).Scan(&status, &active, &retained, &lagBytes, &partitions, &outboxBytes); err != nil {
 		return // what cannot be known is left out
 	}
-	writeMetric(w, "wallet_relay_slot", "gauge", "1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.", sample{`status="` + status + `"`, 1})
-	one("wallet_relay_slot_active", "gauge", "1 while some replica holds the slot.", float64(active))
-	one("wallet_relay_slot_retained_bytes", "gauge", "WAL that Postgres keeps for the slot.", retained)
-	one("wallet_relay_lag_bytes", "gauge", "WAL between the last confirmed position and the end.", lagBytes)
-	one("wallet_outbox_partitions", "gauge", "Partitions of the outbox, those made ahead included.", float64(partitions))
-	one("wallet_outbox_bytes", "gauge", "Size of the outbox.", outboxBytes)
+	w.Gauges("wallet_relay_slot", "1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.", metric.Sample{Labels: `status="` + status + `"`, Value: 1})
+	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", float64(active))
+	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", retained)
+	w.Gauge("wallet_relay_lag_bytes", "WAL between the last confirmed position and the end.", lagBytes)
+	w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead included.", float64(partitions))
+	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", outboxBytes)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
+
+	"wallet/internal/metric"
 )
 
 // TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the checkpoint's end.
@@ -424,7 +426,7 @@ func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
 		t.Errorf("%d recoveries, %d takeovers", r.recoveries.Load(), r.takeovers.Load())
 	}
 	var metrics bytes.Buffer
-	r.writeMetrics(&metrics)
+	r.writeMetrics(metric.NewWriter(&metrics))
 	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1", "wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
 		if !strings.Contains(metrics.String(), want+"\n") {
 			t.Errorf("metrics lack %s:\n%s", want, metrics.String())

@@ -53,6 +53,9 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
+
+	"wallet/internal/logs"
+	"wallet/internal/metric"
 )
 
 func main() {
@@ -94,8 +97,8 @@ func main() {
 		fmt.Fprintln(os.Stderr, "wallet:", err)
 		os.Exit(2)
 	}
-	log := newLogWriter(os.Stderr)
-	slog.SetDefault(slog.New(logHandler(cfg, log)))
+	log, flush := logs.New(os.Stderr, cfg.logLevel, cfg.logFormat)
+	slog.SetDefault(log)
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -123,7 +126,7 @@ func main() {
 		}
 		err = s.run(ctx, listener)
 	}
-	log.close()
+	flush()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "wallet:", err)
 		exit = 2
@@ -530,78 +533,6 @@ func (s *service) keep(ctx context.Context) error {
 	}
 }
 
-func logHandler(cfg *config, w io.Writer) slog.Handler {
-	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if a.Value.Kind() != slog.KindAny {
-			return a
-		}
-		if lsn, ok := a.Value.Any().(fmt.Stringer); ok {
-			a.Value = slog.StringValue(lsn.String()) // X/X also in JSON
-		}
-		return a
-	}}
-	if cfg.logFormat == "json" {
-		return slog.NewJSONHandler(w, options)
-	}
-	return slog.NewTextHandler(w, options)
-}
-
-// logWriter writes lines in the background, as many at once as have gathered: a disk that is slow for a moment, or a pipe, holds up no
-// request until logBytesMax are waiting. Lines of a process that is killed may be missing their last moment; close writes the rest.
-type logWriter struct {
-	mu      sync.Mutex
-	changed *sync.Cond
-	waiting []byte
-	closing bool
-	closed  chan struct{}
-}
-
-const logBytesMax = 1 << 20
-
-func newLogWriter(to io.Writer) *logWriter {
-	l := &logWriter{closed: make(chan struct{})}
-	l.changed = sync.NewCond(&l.mu)
-	go l.run(to)
-	return l
-}
-
-func (l *logWriter) run(to io.Writer) {
-	defer close(l.closed)
-	var lines []byte
-	for {
-		l.mu.Lock()
-		for len(l.waiting) == 0 && !l.closing {
-			l.changed.Wait()
-		}
-		lines, l.waiting = l.waiting, lines[:0]
-		l.mu.Unlock()
-		if len(lines) == 0 {
-			return
-		}
-		l.changed.Broadcast()
-		_, _ = to.Write(lines) // nowhere to report it
-	}
-}
-
-func (l *logWriter) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for len(l.waiting) > logBytesMax {
-		l.changed.Wait()
-	}
-	l.waiting = append(l.waiting, line...)
-	l.changed.Broadcast()
-	return len(line), nil
-}
-
-func (l *logWriter) close() {
-	l.mu.Lock()
-	l.closing = true
-	l.changed.Broadcast()
-	l.mu.Unlock()
-	<-l.closed
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Routes
 // ---------------------------------------------------------------------------------------------------------------------
@@ -956,20 +887,28 @@ func (s *server) readyz(r *http.Request) (*reply, error) {
 
 func (s *server) getMetrics(*http.Request) (*reply, error) {
 	var out bytes.Buffer
-	writeMetric(&out, "wallet_build_info", "gauge", "1; the version is the label.", sample{fmt.Sprintf("version=%q", buildVersion()), 1})
-	runtimeSamples := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
-	metrics.Read(runtimeSamples)
-	writeMetric(&out, "wallet_go_goroutines", "gauge", "Goroutines.", sample{"", float64(runtimeSamples[0].Value.Uint64())})
-	writeMetric(&out, "wallet_go_heap_bytes", "gauge", "Memory of live and not yet collected objects.", sample{"", float64(runtimeSamples[1].Value.Uint64())})
-	writeMetric(&out, "wallet_go_memory_bytes", "gauge", "Memory that Go's runtime has mapped.", sample{"", float64(runtimeSamples[2].Value.Uint64())})
-	writeMetric(&out, "wallet_go_gc_cycles_total", "counter", "Garbage collections.", sample{"", float64(runtimeSamples[3].Value.Uint64())})
-	s.writeMetrics(&out)
-	s.ledger.writeMetrics(&out)
+	w := metric.NewWriter(&out)
+	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
+	w.Gauges("wallet_build_info", "1; the version is the label.", version)
+	runtime := []metrics.Sample{
+		{Name: "/sched/goroutines:goroutines"},
+		{Name: "/memory/classes/heap/objects:bytes"},
+		{Name: "/memory/classes/total:bytes"},
+		{Name: "/gc/cycles/total:gc-cycles"},
+	}
+	metrics.Read(runtime)
+	value := func(i int) float64 { return float64(runtime[i].Value.Uint64()) }
+	w.Gauge("wallet_go_goroutines", "Goroutines.", value(0))
+	w.Gauge("wallet_go_heap_bytes", "Memory of live and not yet collected objects.", value(1))
+	w.Gauge("wallet_go_memory_bytes", "Memory that Go's runtime has mapped.", value(2))
+	w.Counter("wallet_go_gc_cycles_total", "Garbage collections.", value(3))
+	s.writeMetrics(w)
+	s.ledger.writeMetrics(w)
 	if s.ledger.cache != nil {
-		s.ledger.cache.writeMetrics(&out)
+		s.ledger.cache.writeMetrics(w)
 	}
 	if s.relay != nil {
-		s.relay.writeMetrics(&out)
+		s.relay.writeMetrics(w)
 	}
 	return &reply{body: out.Bytes(), header: map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}}, nil
 }
@@ -1336,7 +1275,7 @@ type server struct {
 	draining atomic.Bool
 	requests atomic.Int64 // being served
 
-	statistics sync.Map // requestLabels -> *histogram of seconds
+	statistics sync.Map // requestLabels -> *metric.Histogram of seconds
 }
 
 func newServer(cfg *config, l *ledger, r *relay, keys *keyring) *server {
@@ -2231,71 +2170,6 @@ func with(a, b object) object {
 // Metrics, as Prometheus text
 // ---------------------------------------------------------------------------------------------------------------------
 
-// sample is one value of a metric; labels is `name="value",...` or empty.
-type sample struct {
-	labels string
-	value  float64
-}
-
-// writeMetric writes one metric in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/).
-// typ is counter or gauge; a counter's name ends in _total.
-func writeMetric(w io.Writer, name, typ, help string, samples ...sample) {
-	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, typ)
-	for _, s := range samples {
-		if s.labels != "" {
-			fmt.Fprintf(w, "%s{%s} %s\n", name, s.labels, strconv.FormatFloat(s.value, 'g', -1, 64))
-		} else {
-			fmt.Fprintf(w, "%s %s\n", name, strconv.FormatFloat(s.value, 'g', -1, 64))
-		}
-	}
-}
-
-// histogram counts observations in buckets of ascending upper bounds. Safe for concurrent use.
-type histogram struct {
-	bounds []float64
-	counts []atomic.Int64 // one more than bounds: the last is +Inf
-	sum    atomic.Uint64  // a float's bits
-}
-
-func newHistogram(bounds ...float64) histogram {
-	return histogram{bounds: bounds, counts: make([]atomic.Int64, len(bounds)+1)}
-}
-
-func (h *histogram) observe(v float64) {
-	i, _ := slices.BinarySearch(h.bounds, v)
-	h.counts[i].Add(1)
-	for {
-		old := h.sum.Load()
-		if h.sum.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
-			return
-		}
-	}
-}
-
-// writeHistogram writes histograms that share a name; labels as in sample.
-func writeHistogram(w io.Writer, name, help string, each func(yield func(labels string, h *histogram))) {
-	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s histogram\n", name, help, name)
-	each(func(labels string, h *histogram) {
-		comma := ""
-		if labels != "" {
-			comma = ","
-		}
-		var total int64
-		for i := range h.counts {
-			total += h.counts[i].Load()
-			bound := "+Inf"
-			if i < len(h.bounds) {
-				bound = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
-			}
-			fmt.Fprintf(w, "%s_bucket{%s%sle=%q} %d\n", name, labels, comma, bound, total)
-		}
-		if labels != "" {
-			labels = "{" + labels + "}"
-		}
-		fmt.Fprintf(w, "%s_sum%s %g\n%s_count%s %d\n", name, labels, math.Float64frombits(h.sum.Load()), name, labels, total)
-	})
-}
-
 // requestLabels are what requests are counted by.
 type requestLabels struct {
 	method, route string
@@ -2310,18 +2184,19 @@ func (s *server) observe(path, method string, status int, took time.Duration) {
 	labels := requestLabels{method, path, status}
 	h, ok := s.statistics.Load(labels)
 	if !ok {
-		fresh := newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
-		h, _ = s.statistics.LoadOrStore(labels, &fresh)
+		fresh := metric.NewHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+		h, _ = s.statistics.LoadOrStore(labels, fresh)
 	}
-	h.(*histogram).observe(took.Seconds())
+	h.(*metric.Histogram).Observe(took.Seconds())
 }
 
-func (s *server) writeMetrics(w io.Writer) {
-	writeHistogram(w, "wallet_http_request_seconds", "Requests by route and status, and how long they took.", func(yield func(string, *histogram)) {
+func (s *server) writeMetrics(w *metric.Writer) {
+	const help = "Requests by route and status, and how long they took."
+	w.Histograms("wallet_http_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
 		s.statistics.Range(func(key, h any) bool {
-			labels := key.(requestLabels)
-			yield(fmt.Sprintf(`method="%s",route="%s",status="%d"`, labels.method, labels.route, labels.status), h.(*histogram))
-			return true
+			is := key.(requestLabels)
+			labels := fmt.Sprintf(`method="%s",route="%s",status="%d"`, is.method, is.route, is.status)
+			return yield(labels, h.(*metric.Histogram))
 		})
 	})
 }

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -24,7 +23,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pglogrepl"
 )
 
 // TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
@@ -573,17 +571,6 @@ func TestConfigurationRefusals(t *testing.T) {
 	}
 }
 
-// TestLogsShowLSNsAsPostgresDoes, in either format.
-func TestLogsShowLSNsAsPostgresDoes(t *testing.T) {
-	for _, format := range []string{"text", "json"} {
-		var out bytes.Buffer
-		slog.New(logHandler(&config{logFormat: format}, &out)).Info("relay", "from", pglogrepl.LSN(0x16B374D848), "seconds", 0.5)
-		if !strings.Contains(out.String(), "16/B374D848") || !strings.Contains(out.String(), "0.5") {
-			t.Errorf("%s: %s", format, out.String())
-		}
-	}
-}
-
 var walletBinary = sync.OnceValues(func() (string, error) {
 	binary := filepath.Join(testFolder, "wallet")
 	// Without the race detector, also under -race: what is killed here is what users run.
@@ -742,37 +729,4 @@ func TestSigtermLosesNothing(t *testing.T) {
 		t.Errorf("the log of the end:\n%s", log)
 	}
 	checkLedger(t, env["DATABASE_URL"])
-}
-
-// slowDisk takes a while for each write.
-type slowDisk struct {
-	bytes.Buffer
-	writes int
-}
-
-func (d *slowDisk) Write(p []byte) (int, error) {
-	time.Sleep(20 * time.Millisecond)
-	d.writes++
-	return d.Buffer.Write(p)
-}
-
-// TestLogLinesAreWrittenTogether: all of them, in order, a slow disk taking several at once; and what waits is bounded.
-func TestLogLinesAreWrittenTogether(t *testing.T) {
-	disk := new(slowDisk)
-	l := newLogWriter(disk)
-	var want strings.Builder
-	for i := range 4000 {
-		line := fmt.Sprintf("%d %s\n", i, strings.Repeat("x", 2000))
-		want.WriteString(line)
-		l.Write([]byte(line))
-		l.mu.Lock()
-		if len(l.waiting) > logBytesMax+len(line) {
-			t.Fatalf("%d bytes wait", len(l.waiting))
-		}
-		l.mu.Unlock()
-	}
-	l.close()
-	if disk.String() != want.String() || disk.writes > 500 {
-		t.Errorf("%d bytes in %d writes, want %d bytes in order", disk.Len(), disk.writes, want.Len())
-	}
 }

@@ -14,7 +14,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -27,6 +26,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
+
+	"wallet/internal/metric"
 )
 
 // Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and writes both.
@@ -224,7 +225,7 @@ type ledger struct {
 
 	aside                               atomic.Int64 // operations that gather, or wait for a wallet in hand
 	batches, operations, reruns, splits atomic.Int64
-	batchSizes, batchSeconds            histogram
+	batchSizes, batchSeconds            *metric.Histogram
 }
 
 func newLedger(cfg *config, reads, writes *pgxpool.Pool, cache *cache) *ledger {
@@ -237,8 +238,8 @@ func newLedger(cfg *config, reads, writes *pgxpool.Pool, cache *cache) *ledger {
 		rerunBudget:     cfg.requestTimeout,
 		defaultCurrency: cfg.defaultCurrency,
 		queue:           make(chan *operation, cfg.queueOpsMax),
-		batchSizes:      newHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
-		batchSeconds:    newHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
+		batchSizes:      metric.NewHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+		batchSeconds:    metric.NewHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
 	}
 }
 
@@ -370,8 +371,8 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 		if err == nil {
 			l.batches.Add(1)
 			l.operations.Add(int64(len(batch)))
-			l.batchSizes.observe(float64(len(batch)))
-			l.batchSeconds.observe(time.Since(started).Seconds())
+			l.batchSizes.Observe(float64(len(batch)))
+			l.batchSeconds.Observe(time.Since(started).Seconds())
 			return
 		}
 		rerun, split := recovery(err)
@@ -1050,20 +1051,20 @@ func errNoWallet(id int64) *refusal {
 	return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", id)
 }
 
-func (l *ledger) writeMetrics(w io.Writer) {
-	writeMetric(w, "wallet_batches_total", "counter", "Batches committed.", sample{"", float64(l.batches.Load())})
-	writeMetric(w, "wallet_operations_total", "counter", "Operations decided, replays and refusals included.", sample{"", float64(l.operations.Load())})
-	writeMetric(w, "wallet_batch_reruns_total", "counter", "Batches run again after a fault.", sample{"", float64(l.reruns.Load())})
-	writeMetric(w, "wallet_batch_splits_total", "counter", "Batches halved because one operation failed them.", sample{"", float64(l.splits.Load())})
-	writeMetric(w, "wallet_queue_operations", "gauge", "Operations that wait for a batch.", sample{"", float64(len(l.queue)) + float64(l.aside.Load())})
-	writeHistogram(w, "wallet_batch_operations", "Operations of a batch.", func(yield func(string, *histogram)) { yield("", &l.batchSizes) })
-	writeHistogram(w, "wallet_batch_seconds", "From a batch's forming to its commit, reruns included.", func(yield func(string, *histogram)) { yield("", &l.batchSeconds) })
+func (l *ledger) writeMetrics(w *metric.Writer) {
+	w.Counter("wallet_batches_total", "Batches committed.", float64(l.batches.Load()))
+	w.Counter("wallet_operations_total", "Operations decided, replays and refusals included.", float64(l.operations.Load()))
+	w.Counter("wallet_batch_reruns_total", "Batches run again after a fault.", float64(l.reruns.Load()))
+	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.", float64(l.splits.Load()))
+	w.Gauge("wallet_queue_operations", "Operations that wait for a batch.", float64(len(l.queue))+float64(l.aside.Load()))
+	w.Histogram("wallet_batch_operations", "Operations of a batch.", l.batchSizes)
+	w.Histogram("wallet_batch_seconds", "From a batch's forming to its commit, reruns included.", l.batchSeconds)
 	for _, pool := range []struct {
 		name string
 		*pgxpool.Pool
 	}{{"read", l.reads}, {"write", l.writes}} {
 		stat := pool.Stat()
-		writeMetric(w, "wallet_postgres_"+pool.name+"_connections", "gauge", "Connections to Postgres.",
-			sample{`state="busy"`, float64(stat.AcquiredConns())}, sample{`state="idle"`, float64(stat.IdleConns())})
+		w.Gauges("wallet_postgres_"+pool.name+"_connections", "Connections to Postgres.",
+			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())}, metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
 	}
 }
