@@ -54,6 +54,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/env"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
 )
@@ -70,7 +71,7 @@ func main() {
 		fmt.Fprintln(flags.Output())
 		flags.PrintDefaults()
 		fmt.Fprintln(flags.Output(), "\nEnvironment:")
-		printSettings(flags.Output())
+		env.Print(flags.Output(), new(config).settings())
 	}
 	if err := flags.Parse(os.Args[1:]); errors.Is(err, flag.ErrHelp) {
 		os.Exit(0)
@@ -1798,61 +1799,105 @@ type config struct {
 	logFormat string
 }
 
-// setting is one environment variable: its default as one would write it, and what reads a value into the config.
-type setting struct {
-	name, fallback, help string
-	set                  func(value string) error
-}
+func (c *config) settings() []env.Setting {
+	return []env.Setting{
+		{Name: "DATABASE_URL", Secret: true, Set: env.URL(&c.databaseURL, "postgres", "postgresql"),
+			Help: "Postgres, as the service's role; required. postgres://user:password@host:5432/wallet"},
+		{Name: "MIGRATE_URL", Secret: true, Set: env.URL(&c.migrateURL, "postgres", "postgresql"),
+			Help: "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL"},
+		{Name: "REPLICATION_URL", Secret: true, Set: env.URL(&c.replicationURL, "postgres", "postgresql"),
+			Help: "Postgres, as a role with REPLICATION, for the relay; default: DATABASE_URL"},
+		{Name: "REPLICATION_SLOT", Default: "wallet_relay", Set: env.Matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_"),
+			Help: "name of the relay's replication slot (unique in the Postgres cluster)"},
+		{Name: "OUTBOX_RETENTION", Default: "24h", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
+			Help: "how long a published outbox row is kept, in whole partitions of an hour"},
 
-func (c *config) settings() []setting {
-	return []setting{
-		{"DATABASE_URL", "", "Postgres, as the service's role; required. postgres://user:password@host:5432/wallet", urlText(&c.databaseURL, "postgres", "postgresql")},
-		{"MIGRATE_URL", "", "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL", urlText(&c.migrateURL, "postgres", "postgresql")},
-		{"REPLICATION_URL", "", "Postgres, as a role with REPLICATION, for the relay; default: DATABASE_URL", urlText(&c.replicationURL, "postgres", "postgresql")},
-		{"REPLICATION_SLOT", "wallet_relay", "name of the relay's replication slot (unique in the Postgres cluster)", matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_")},
-		{"OUTBOX_RETENTION", "24h", "how long a published outbox row is kept, in whole partitions of an hour", duration(&c.outboxRetention, 0, 90*24*time.Hour)},
+		{Name: "REDIS_URL", Secret: true, Set: env.URL(&c.redisURL, "redis", "rediss"),
+			Help: "Redis (6.2 or later), which caches balances; without it there is no cache. " +
+				"redis://host:6379/0"},
+		{Name: "CACHE_TTL", Default: "10m", Set: env.Duration(&c.cacheTTL, time.Second, 30*24*time.Hour),
+			Help: "how long a balance stays cached, and so the bound for one that a fault left behind"},
+		{Name: "CACHE_TIMEOUT", Default: "50ms", Set: env.Duration(&c.cacheTimeout, time.Millisecond, 10*time.Second),
+			Help: "how long a read waits for Redis before it asks Postgres"},
 
-		{"REDIS_URL", "", "Redis (6.2 or later), which caches balances; without it there is no cache. redis://host:6379/0", urlText(&c.redisURL, "redis", "rediss")},
-		{"CACHE_TTL", "10m", "how long a balance stays cached, and so the bound for one that a fault left behind", duration(&c.cacheTTL, time.Second, 30*24*time.Hour)},
-		{"CACHE_TIMEOUT", "50ms", "how long a read waits for Redis before it asks Postgres", duration(&c.cacheTimeout, time.Millisecond, 10*time.Second)},
+		{Name: "KAFKA_BROKERS", Set: env.HostPorts(&c.kafkaBrokers),
+			Help: "host:port, comma-separated, of some brokers; without it no event leaves the database"},
+		{Name: "KAFKA_TOPIC", Default: "wallet.events", Set: env.Matching(&c.kafkaTopic, 249, topicChars),
+			Help: "topic of the events; made if absent"},
+		{Name: "KAFKA_CHECKPOINT_TOPIC", Default: "wallet.checkpoints", Set: env.Matching(&c.kafkaCheckpointTopic, 249, topicChars),
+			Help: "topic of the relay's checkpoints; made if absent"},
+		{Name: "KAFKA_PARTITIONS", Default: "12", Set: env.Int(&c.kafkaPartitions, 1, 10_000),
+			Help: "partitions of a new events topic; final, since another number would break each " +
+				"wallet's order"},
+		{Name: "KAFKA_REPLICATION", Default: "-1", Set: env.Int(&c.kafkaReplication, -1, 100),
+			Help: "replication factor of new topics; -1: the broker's default"},
+		{Name: "KAFKA_RETENTION", Default: "-1ns", Set: env.Duration(&c.kafkaRetention, -1, 100*365*24*time.Hour),
+			Help: "how long the events topic keeps an event; negative: for ever"},
+		{Name: "KAFKA_TLS", Default: "false", Set: env.Bool(&c.kafkaTLS),
+			Help: "true: speak TLS to the brokers"},
+		{Name: "KAFKA_TLS_CA", Set: env.Text(&c.kafkaTLSCA),
+			Help: "file with the brokers' CA certificates (PEM); default: the system's"},
+		{Name: "KAFKA_TLS_CERT", Set: env.Text(&c.kafkaTLSCert),
+			Help: "file with a client certificate (PEM)"},
+		{Name: "KAFKA_TLS_KEY", Set: env.Text(&c.kafkaTLSKey),
+			Help: "file with the client certificate's key (PEM)"},
+		{Name: "KAFKA_SASL_MECHANISM", Set: env.OneOf(&c.kafkaSASLMechanism, "", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+			Help: "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512; empty: no SASL"},
+		{Name: "KAFKA_SASL_USER", Set: env.Text(&c.kafkaSASLUser),
+			Help: "SASL user name"},
+		{Name: "KAFKA_SASL_PASSWORD", Secret: true, Set: env.Text(&c.kafkaSASLPassword),
+			Help: "SASL password"},
 
-		{"KAFKA_BROKERS", "", "host:port, comma-separated, of some brokers; without it no event leaves the database", list(&c.kafkaBrokers)},
-		{"KAFKA_TOPIC", "wallet.events", "topic of the events; made if absent", matching(&c.kafkaTopic, 249, topicChars)},
-		{"KAFKA_CHECKPOINT_TOPIC", "wallet.checkpoints", "topic of the relay's checkpoints; made if absent", matching(&c.kafkaCheckpointTopic, 249, topicChars)},
-		{"KAFKA_PARTITIONS", "12", "partitions of a new events topic; final, since another number would break each wallet's order", integer(&c.kafkaPartitions, 1, 10_000)},
-		{"KAFKA_REPLICATION", "-1", "replication factor of new topics; -1: the broker's default", integer(&c.kafkaReplication, -1, 100)},
-		{"KAFKA_RETENTION", "-1ns", "how long the events topic keeps an event; negative: for ever", duration(&c.kafkaRetention, -1, 100*365*24*time.Hour)},
-		{"KAFKA_TLS", "false", "true: speak TLS to the brokers", boolean(&c.kafkaTLS)},
-		{"KAFKA_TLS_CA", "", "file with the brokers' CA certificates (PEM); default: the system's", text(&c.kafkaTLSCA)},
-		{"KAFKA_TLS_CERT", "", "file with a client certificate (PEM)", text(&c.kafkaTLSCert)},
-		{"KAFKA_TLS_KEY", "", "file with the client certificate's key (PEM)", text(&c.kafkaTLSKey)},
-		{"KAFKA_SASL_MECHANISM", "", "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512; empty: no SASL", oneOf(&c.kafkaSASLMechanism, "", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
-		{"KAFKA_SASL_USER", "", "SASL user name", text(&c.kafkaSASLUser)},
-		{"KAFKA_SASL_PASSWORD", "", "SASL password", text(&c.kafkaSASLPassword)},
+		{Name: "LISTEN_ADDR", Default: "127.0.0.1:8080", Set: env.Text(&c.listenAddr),
+			Help: "address of the HTTP API"},
+		{Name: "OPERATE_ADDR", Set: env.Text(&c.operateAddr),
+			Help: "address for operators: /metrics, /debug/pprof/, /healthz, /readyz; empty: none. Such " +
+				"as 127.0.0.1:8081"},
+		{Name: "API_KEYS", Secret: true, Set: env.Text(&c.apiKeys),
+			Help: "keys that clients must send, NAME:SCOPES:HASH, comma-separated (wallet -new-key " +
+				"makes one); without any, loopback only"},
+		{Name: "API_KEYS_FILE", Secret: true, Set: env.Text(&c.apiKeysFile),
+			Help: "file with further keys, one a line; read again when it changes"},
+		{Name: "AUTHENTICATED_UPSTREAM", Default: "false", Set: env.Bool(&c.authenticatedUpstream),
+			Help: "true: no key is needed on any address, since something in front authenticates"},
+		{Name: "TLS_CERT", Set: env.Text(&c.tlsCert),
+			Help: "file with the certificate (PEM); with it both addresses speak TLS 1.2 or later; read " +
+				"again when it changes"},
+		{Name: "TLS_KEY", Set: env.Text(&c.tlsKey),
+			Help: "file with the certificate's key (PEM)"},
+		{Name: "RATE_LIMIT", Default: "100", Set: env.Int(&c.rateLimit, 0, 1_000_000),
+			Help: "requests a second of one client (by key, else by address), in the long run; 0: no limit"},
+		{Name: "RATE_BURST", Default: "200", Set: env.Int(&c.rateBurst, 1, 1_000_000),
+			Help: "requests that a client may send at once"},
+		{Name: "TRUSTED_PROXIES", Set: env.Prefixes(&c.trustedProxies),
+			Help: "address ranges, comma-separated, whose X-Forwarded-For is believed. Such as 10.0.0.0/8"},
+		{Name: "CONNECTIONS_MAX", Default: "10000", Set: env.Int(&c.connectionsMax, 1, 1_000_000),
+			Help: "connections at a time; further ones wait"},
+		{Name: "REQUESTS_MAX", Default: "5000", Set: env.Int(&c.requestsMax, 1, 1_000_000),
+			Help: "requests at a time; further ones are answered 503"},
+		{Name: "DEFAULT_CURRENCY", Default: "USD", Set: env.Text(&c.defaultCurrency),
+			Help: "currency of a wallet that is made by a deposit or transfer that names none"},
+		{Name: "WRITERS", Default: "2", Set: env.Int(&c.writers, 1, 64),
+			Help: "batches at Postgres at the same time, at most"},
+		{Name: "WRITE_BATCH_MAX", Default: "1000", Set: env.Int(&c.batchOpsMax, 1, 10_000),
+			Help: "operations in one batch, at most"},
+		{Name: "WRITE_QUEUE_MAX", Default: "4000", Set: env.Int(&c.queueOpsMax, 1, 1_000_000),
+			Help: "operations that wait for a batch, at most; further ones are answered 503"},
+		{Name: "READ_CONNECTIONS", Default: "8", Set: env.Int(&c.readConns, 1, 1000),
+			Help: "Postgres connections for reads, at most"},
+		{Name: "REQUEST_TIMEOUT", Default: "5s", Set: env.Duration(&c.requestTimeout, 100*time.Millisecond, time.Minute),
+			Help: "how long a request may take in all"},
+		{Name: "DRAIN_DELAY", Default: "0s", Set: env.Duration(&c.drainDelay, 0, 5*time.Minute),
+			Help: "how long to go on serving, not ready, after SIGTERM, so that load balancers look " +
+				"away first"},
+		{Name: "SHUTDOWN_TIMEOUT", Default: "15s", Set: env.Duration(&c.shutdownTimeout, time.Second, 5*time.Minute),
+			Help: "deadline for everything that follows: open requests, batches, the relay's last " +
+				"confirmation"},
 
-		{"LISTEN_ADDR", "127.0.0.1:8080", "address of the HTTP API", text(&c.listenAddr)},
-		{"OPERATE_ADDR", "", "address for operators: /metrics, /debug/pprof/, /healthz, /readyz; empty: none. Such as 127.0.0.1:8081", text(&c.operateAddr)},
-		{"API_KEYS", "", "keys that clients must send, NAME:SCOPES:HASH, comma-separated (wallet -new-key makes one); without any, loopback only", text(&c.apiKeys)},
-		{"API_KEYS_FILE", "", "file with further keys, one a line; read again when it changes", text(&c.apiKeysFile)},
-		{"AUTHENTICATED_UPSTREAM", "false", "true: no key is needed on any address, since something in front authenticates", boolean(&c.authenticatedUpstream)},
-		{"TLS_CERT", "", "file with the certificate (PEM); with it both addresses speak TLS 1.2 or later; read again when it changes", text(&c.tlsCert)},
-		{"TLS_KEY", "", "file with the certificate's key (PEM)", text(&c.tlsKey)},
-		{"RATE_LIMIT", "100", "requests a second of one client (by key, else by address), in the long run; 0: no limit", integer(&c.rateLimit, 0, 1_000_000)},
-		{"RATE_BURST", "200", "requests that a client may send at once", integer(&c.rateBurst, 1, 1_000_000)},
-		{"TRUSTED_PROXIES", "", "address ranges, comma-separated, whose X-Forwarded-For is believed. Such as 10.0.0.0/8", prefixes(&c.trustedProxies)},
-		{"CONNECTIONS_MAX", "10000", "connections at a time; further ones wait", integer(&c.connectionsMax, 1, 1_000_000)},
-		{"REQUESTS_MAX", "5000", "requests at a time; further ones are answered 503", integer(&c.requestsMax, 1, 1_000_000)},
-		{"DEFAULT_CURRENCY", "USD", "currency of a wallet that is made by a deposit or transfer that names none", text(&c.defaultCurrency)},
-		{"WRITERS", "2", "batches at Postgres at the same time, at most", integer(&c.writers, 1, 64)},
-		{"WRITE_BATCH_MAX", "1000", "operations in one batch, at most", integer(&c.batchOpsMax, 1, 10_000)},
-		{"WRITE_QUEUE_MAX", "4000", "operations that wait for a batch, at most; further ones are answered 503", integer(&c.queueOpsMax, 1, 1_000_000)},
-		{"READ_CONNECTIONS", "8", "Postgres connections for reads, at most", integer(&c.readConns, 1, 1000)},
-		{"REQUEST_TIMEOUT", "5s", "how long a request may take in all", duration(&c.requestTimeout, 100*time.Millisecond, time.Minute)},
-		{"DRAIN_DELAY", "0s", "how long to go on serving, not ready, after SIGTERM, so that load balancers look away first", duration(&c.drainDelay, 0, 5*time.Minute)},
-		{"SHUTDOWN_TIMEOUT", "15s", "deadline for everything that follows: open requests, batches, the relay's last confirmation", duration(&c.shutdownTimeout, time.Second, 5*time.Minute)},
-
-		{"LOG_LEVEL", "info", "debug, info, warn or error", level(&c.logLevel)},
-		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
+		{Name: "LOG_LEVEL", Default: "info", Set: env.Level(&c.logLevel),
+			Help: "debug, info, warn or error"},
+		{Name: "LOG_FORMAT", Default: "text", Set: env.OneOf(&c.logFormat, "text", "json"),
+			Help: "text or json"},
 	}
 }
 
@@ -1861,17 +1906,8 @@ const topicChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 // readConfig reads the environment. Its error is one sentence that says what to do.
 func readConfig(getenv func(string) string) (*config, error) {
 	c := new(config)
-	for _, s := range c.settings() {
-		value := getenv(s.name)
-		if value == "" {
-			value = s.fallback
-		}
-		if value == "" {
-			continue
-		}
-		if err := s.set(value); err != nil {
-			return nil, fmt.Errorf("set %s to %w (it is %q): %s", s.name, err, redact(s.name, value), s.help)
-		}
+	if err := env.Read(c.settings(), getenv); err != nil {
+		return nil, err
 	}
 	if c.databaseURL == "" {
 		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as postgres://user:password@host:5432/wallet")
@@ -1892,131 +1928,6 @@ func readConfig(getenv func(string) string) (*config, error) {
 		return nil, errors.New("set KAFKA_SASL_MECHANISM, KAFKA_SASL_USER and KAFKA_SASL_PASSWORD all three, or none")
 	}
 	return c, nil
-}
-
-// redact keeps secrets out of error sentences.
-func redact(name, value string) string {
-	if strings.HasSuffix(name, "_URL") || strings.HasPrefix(name, "API_KEYS") || strings.HasSuffix(name, "_PASSWORD") {
-		return "a secret, not shown"
-	}
-	return value
-}
-
-func printSettings(w io.Writer) {
-	for _, s := range new(config).settings() {
-		fmt.Fprintf(w, "  %-23s %s", s.name, s.help)
-		if s.fallback != "" {
-			fmt.Fprintf(w, " (default %s)", s.fallback)
-		}
-		fmt.Fprintln(w)
-	}
-}
-
-func text(p *string) func(string) error {
-	return func(v string) error { *p = v; return nil }
-}
-
-func urlText(p *string, schemes ...string) func(string) error {
-	return func(v string) error {
-		for _, scheme := range schemes {
-			if strings.HasPrefix(v, scheme+"://") {
-				*p = v
-				return nil
-			}
-		}
-		return fmt.Errorf("a URL that begins with %s://", schemes[0])
-	}
-}
-
-func matching(p *string, lenMax int, chars string) func(string) error {
-	return func(v string) error {
-		if len(v) > lenMax || strings.Trim(v, chars) != "" {
-			return fmt.Errorf("at most %d characters of %s", lenMax, chars)
-		}
-		*p = v
-		return nil
-	}
-}
-
-func oneOf(p *string, values ...string) func(string) error {
-	return func(v string) error {
-		for _, allowed := range values {
-			if v == allowed {
-				*p = v
-				return nil
-			}
-		}
-		return fmt.Errorf("one of %s", strings.TrimPrefix(strings.Join(values, ", "), ", "))
-	}
-}
-
-func list(p *[]string) func(string) error {
-	return func(v string) error {
-		for _, item := range strings.Split(v, ",") {
-			item = strings.TrimSpace(item)
-			host, port, err := net.SplitHostPort(item)
-			if _, badPort := strconv.ParseUint(port, 10, 16); err != nil || badPort != nil || host == "" {
-				return fmt.Errorf("host:port, comma-separated")
-			}
-			*p = append(*p, item)
-		}
-		return nil
-	}
-}
-
-func prefixes(p *[]netip.Prefix) func(string) error {
-	return func(v string) error {
-		for item := range strings.SplitSeq(v, ",") {
-			prefix, err := netip.ParsePrefix(strings.TrimSpace(item))
-			if err != nil {
-				return fmt.Errorf("address ranges such as 10.0.0.0/8, comma-separated")
-			}
-			*p = append(*p, prefix)
-		}
-		return nil
-	}
-}
-
-func integer[T int | int16 | int32](p *T, least, most T) func(string) error {
-	return func(v string) error {
-		n, err := strconv.ParseInt(v, 10, 64)
-		if err != nil || n < int64(least) || n > int64(most) {
-			return fmt.Errorf("a whole number from %d to %d", least, most)
-		}
-		*p = T(n)
-		return nil
-	}
-}
-
-func duration(p *time.Duration, least, most time.Duration) func(string) error {
-	return func(v string) error {
-		d, err := time.ParseDuration(v)
-		if err != nil || d < least || d > most {
-			return fmt.Errorf("a duration from %v to %v, such as 1500ms, 30s or 24h", least, most)
-		}
-		*p = d
-		return nil
-	}
-}
-
-func boolean(p *bool) func(string) error {
-	return func(v string) error {
-		b, err := strconv.ParseBool(v)
-		if err != nil {
-			return fmt.Errorf("true or false")
-		}
-		*p = b
-		return nil
-	}
-}
-
-func level(p *slog.Level) func(string) error {
-	return func(v string) error {
-		if p.UnmarshalText([]byte(v)) != nil {
-			return fmt.Errorf("debug, info, warn or error")
-		}
-		return nil
-	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

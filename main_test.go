@@ -22,7 +22,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
 )
 
 // TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
@@ -607,8 +606,8 @@ func TestBadConfigurationExits2(t *testing.T) {
 		t.Errorf("-h: %v", err)
 	}
 	for _, s := range new(config).settings() {
-		if !strings.Contains(string(help), s.name) {
-			t.Errorf("-h does not name %s", s.name)
+		if !strings.Contains(string(help), s.Name) {
+			t.Errorf("-h does not name %s", s.Name)
 		}
 	}
 }

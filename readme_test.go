@@ -70,10 +70,10 @@ func TestReadmeTables(t *testing.T) {
 		listed[row[1]] = row[2] + " " + row[3]
 	}
 	for _, s := range new(config).settings() {
-		if want := s.fallback + " " + s.help; listed[s.name] != want {
-			t.Errorf("the README says of %s: %q, -h says %q", s.name, listed[s.name], want)
+		if want := s.Default + " " + s.Help; listed[s.Name] != want {
+			t.Errorf("the README says of %s: %q, -h says %q", s.Name, listed[s.Name], want)
 		}
-		delete(listed, s.name)
+		delete(listed, s.Name)
 	}
 	for name := range listed {
 		t.Errorf("the README lists %s, which is not read", name)
