@@ -16,12 +16,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/subtle"
-	"crypto/tls"
 	_ "embed"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -55,6 +51,7 @@ import (
 	"github.com/shopspring/decimal"
 
 	"wallet/internal/env"
+	"wallet/internal/gate"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
 )
@@ -87,7 +84,7 @@ func main() {
 		return
 	}
 	if *makeKey != "" {
-		if err := newKey(*makeKey, os.Stdout); err != nil {
+		if err := gate.MakeKey(*makeKey, os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, "wallet:", err)
 			os.Exit(2)
 		}
@@ -168,7 +165,7 @@ type service struct {
 	ledger        *ledger
 	relay         *relay // nil without Kafka
 	api           *server
-	certificate   *certificate // nil without TLS
+	certificate   *gate.Certificate // nil without TLS
 }
 
 // newService wires a service. It connects to nothing yet.
@@ -194,7 +191,7 @@ func newService(cfg *config) (*service, error) {
 	} else {
 		slog.Warn("NO KAFKA_BROKERS: THIS SERVICE RUNS WITHOUT A RELAY, NO EVENT LEAVES THE DATABASE")
 	}
-	keys, err := newKeyring(cfg)
+	keys, err := gate.NewKeyring(cfg.apiKeys, cfg.apiKeysFile)
 	if err != nil {
 		return nil, err
 	}
@@ -202,8 +199,7 @@ func newService(cfg *config) (*service, error) {
 		return nil, err
 	}
 	if cfg.tlsCert != "" || cfg.tlsKey != "" {
-		s.certificate = &certificate{certFile: cfg.tlsCert, keyFile: cfg.tlsKey}
-		if err := s.certificate.load(); err != nil {
+		if s.certificate, err = gate.LoadCertificate(cfg.tlsCert, cfg.tlsKey); err != nil {
 			return nil, err
 		}
 	}
@@ -220,14 +216,14 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops them all.
 	failed := make(chan error, 1)
 	web, keeping, writing, relaying, operating := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
-	public := s.listen(web, limitConnections(listener, s.cfg.connectionsMax), s.api.public, 10*time.Second+s.cfg.requestTimeout)
+	public := s.listen(web, gate.Connections(listener, s.cfg.connectionsMax), s.api.public, 10*time.Second+s.cfg.requestTimeout)
 	slog.Info("listening", "address", listener.Addr().String(), "tls", s.certificate != nil, "version", buildVersion())
 	if s.cfg.operateAddr != "" {
 		operators, err := net.Listen("tcp", s.cfg.operateAddr)
 		if err != nil {
 			return fmt.Errorf("set OPERATE_ADDR to an address that can be listened on: %w", err)
 		}
-		server := s.listen(operating, limitConnections(operators, 100), s.api.operator, 5*time.Minute)
+		server := s.listen(operating, gate.Connections(operators, 100), s.api.operator, 5*time.Minute)
 		operating.run(func(ctx context.Context) error { <-ctx.Done(); return server.Close() })
 		slog.Info("listening for operators", "address", operators.Addr().String())
 	}
@@ -244,13 +240,13 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		}
 		if s.cfg.apiKeysFile != "" {
 			keeping.run(func(ctx context.Context) error {
-				watchFiles(ctx, 5*time.Second, s.api.keys.load, s.cfg.apiKeysFile)
+				gate.Watch(ctx, 5*time.Second, s.api.keys.Load, s.cfg.apiKeysFile)
 				return nil
 			})
 		}
 		if s.certificate != nil {
 			keeping.run(func(ctx context.Context) error {
-				watchFiles(ctx, 5*time.Second, s.certificate.load, s.cfg.tlsCert, s.cfg.tlsKey)
+				gate.Watch(ctx, 5*time.Second, s.certificate.Load, s.cfg.tlsCert, s.cfg.tlsKey)
 				return nil
 			})
 		}
@@ -297,7 +293,7 @@ func (s *service) listen(g *group, listener net.Listener, handler http.Handler, 
 	}
 	g.run(func(context.Context) (err error) {
 		if s.certificate != nil {
-			server.TLSConfig = s.certificate.config()
+			server.TLSConfig = s.certificate.Config()
 			err = server.ServeTLS(listener, "", "")
 		} else {
 			err = server.Serve(listener)
@@ -541,7 +537,7 @@ func (s *service) keep(ctx context.Context) error {
 // route is one operation of the API: what runs, who may, and what the OpenAPI document says of it.
 type route struct {
 	method, path string
-	scope        scope
+	scope        gate.Scope
 	handle       func(*http.Request) (*reply, error) // its error becomes a problem document
 
 	summary  string
@@ -553,33 +549,33 @@ type route struct {
 
 func (s *server) routes() []route {
 	return []route{
-		{"POST", "/v1/wallets", scopeWrite, s.createWallet, "Create a wallet", creationFields, nil, "Wallet",
+		{"POST", "/v1/wallets", gate.Write, s.createWallet, "Create a wallet", creationFields, nil, "Wallet",
 			bodyRefusals + " wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing wallet_exists"},
-		{"GET", "/v1/wallets/{id}", scopeRead, s.getWallet, "Read a wallet", nil, nil, "Wallet", "wallet_id_malformed wallet_not_found"},
-		{"GET", "/v1/wallets/{id}/balance", scopeRead, s.getBalance, "Read a balance, from the cache unless Cache-Control says no-cache", nil, balanceQuery, "Balance",
+		{"GET", "/v1/wallets/{id}", gate.Read, s.getWallet, "Read a wallet", nil, nil, "Wallet", "wallet_id_malformed wallet_not_found"},
+		{"GET", "/v1/wallets/{id}/balance", gate.Read, s.getBalance, "Read a balance, from the cache unless Cache-Control says no-cache", nil, balanceQuery, "Balance",
 			"wallet_id_malformed parameter_malformed wallet_not_found seq_not_reached"},
-		{"GET", "/v1/wallets/{id}/history", scopeRead, s.getHistory, "Read a wallet's entries, a page at a time", nil, historyQuery, "History",
+		{"GET", "/v1/wallets/{id}/history", gate.Read, s.getHistory, "Read a wallet's entries, a page at a time", nil, historyQuery, "History",
 			"wallet_id_malformed parameter_malformed wallet_not_found"},
-		{"POST", "/v1/wallets/{id}/deposit", scopeWrite, s.deposit, "Deposit; creates the wallet if need be", movementFields, nil, "Receipt",
+		{"POST", "/v1/wallets/{id}/deposit", gate.Write, s.deposit, "Deposit; creates the wallet if need be", movementFields, nil, "Receipt",
 			movementRefusals + " currency_unknown balance_limit"},
-		{"POST", "/v1/wallets/{id}/withdraw", scopeWrite, s.withdraw, "Withdraw", movementFields, nil, "Receipt",
+		{"POST", "/v1/wallets/{id}/withdraw", gate.Write, s.withdraw, "Withdraw", movementFields, nil, "Receipt",
 			movementRefusals + " wallet_not_found insufficient_funds"},
-		{"POST", "/v1/wallets/{id}/transfer", scopeWrite, s.transfer, "Transfer to another wallet; creates it if need be", transferFields, nil, "TransferReceipt",
+		{"POST", "/v1/wallets/{id}/transfer", gate.Write, s.transfer, "Transfer to another wallet; creates it if need be", transferFields, nil, "TransferReceipt",
 			movementRefusals + " wallet_not_found insufficient_funds same_wallet balance_limit"},
-		{"GET", "/v1/transactions/{id}", scopeRead, s.getTransaction, "Read a movement of money by its id", nil, nil, "Transaction",
+		{"GET", "/v1/transactions/{id}", gate.Read, s.getTransaction, "Read a movement of money by its id", nil, nil, "Transaction",
 			"transaction_id_malformed transaction_not_found"},
-		{"GET", "/openapi.json", scopeNone, s.getOpenAPI, "This document", nil, nil, "Document", ""},
-		{"GET", "/healthz", scopeNone, s.healthz, "Is the process alive?", nil, nil, "Status", ""},
-		{"GET", "/readyz", scopeNone, s.readyz, "Can it serve?", nil, nil, "Status", ""},
+		{"GET", "/openapi.json", gate.Open, s.getOpenAPI, "This document", nil, nil, "Document", ""},
+		{"GET", "/healthz", gate.Open, s.healthz, "Is the process alive?", nil, nil, "Status", ""},
+		{"GET", "/readyz", gate.Open, s.readyz, "Can it serve?", nil, nil, "Status", ""},
 	}
 }
 
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
 func (s *server) operatorRoutes() []route {
 	return []route{
-		{method: "GET", path: "/metrics", scope: scopeOperate, handle: s.getMetrics},
-		{method: "GET", path: "/healthz", scope: scopeNone, handle: s.healthz},
-		{method: "GET", path: "/readyz", scope: scopeNone, handle: s.readyz},
+		{method: "GET", path: "/metrics", scope: gate.Operate, handle: s.getMetrics},
+		{method: "GET", path: "/healthz", scope: gate.Open, handle: s.healthz},
+		{method: "GET", path: "/readyz", scope: gate.Open, handle: s.readyz},
 	}
 }
 
@@ -1263,8 +1259,8 @@ func traceparent(h http.Header) string {
 type server struct {
 	ledger         *ledger
 	relay          *relay // nil without Kafka
-	keys           *keyring
-	limits         *limiter // nil: no limit
+	keys           *gate.Keyring
+	limits         *gate.Limiter // nil: no limit
 	proxies        []netip.Prefix
 	requestTimeout time.Duration
 	requestsMax    int64
@@ -1279,17 +1275,17 @@ type server struct {
 	statistics sync.Map // requestLabels -> *metric.Histogram of seconds
 }
 
-func newServer(cfg *config, l *ledger, r *relay, keys *keyring) *server {
+func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	s := &server{ledger: l, relay: r, keys: keys, proxies: cfg.trustedProxies, requestTimeout: cfg.requestTimeout, requestsMax: int64(cfg.requestsMax)}
 	if cfg.rateLimit > 0 {
-		s.limits = newLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
+		s.limits = gate.NewLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
 	}
 	s.document = openAPI(s.routes())
 	s.public = s.mux(s.routes())
 	s.operator = s.mux(s.operatorRoutes())
 	for path, profile := range map[string]http.HandlerFunc{"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol, "trace": pprof.Trace} {
 		s.operator.HandleFunc("GET /debug/pprof/"+path, func(w http.ResponseWriter, r *http.Request) {
-			if _, err := s.keys.admit(r, scopeOperate); err != nil {
+			if _, err := s.admit(r, gate.Operate); err != nil {
 				s.serve(route{path: "/debug/pprof/", handle: func(*http.Request) (*reply, error) { return nil, err }}).ServeHTTP(w, r)
 				return
 			}
@@ -1414,17 +1410,17 @@ func (s *server) admitAndHandle(route route, r *http.Request, h http.Header) (an
 		}
 	}()
 	defer s.requests.Add(-1)
-	if s.requests.Add(1) > s.requestsMax && route.scope != scopeNone {
+	if s.requests.Add(1) > s.requestsMax && route.scope != gate.Open {
 		return nil, "", errOverloaded
 	}
-	client, err = s.keys.admit(r, route.scope)
+	client, err = s.admit(r, route.scope)
 	if client == "" {
-		client = clientAddress(r, s.proxies)
+		client = gate.Client(r, s.proxies)
 	}
-	if s.limits != nil && (route.scope != scopeNone || err != nil) {
-		if wait := s.limits.take(client, h); wait > 0 {
+	if s.limits != nil && (route.scope != gate.Open || err != nil) {
+		if wait := s.limits.Take(client, h); wait > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
-			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. Try again after the time in Retry-After.", s.limits.rate)
+			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. Try again after the time in Retry-After.", s.limits.Rate())
 		}
 	}
 	if err != nil {
@@ -1435,6 +1431,18 @@ func (s *server) admitAndHandle(route route, r *http.Request, h http.Header) (an
 	}
 	answer, err = route.handle(r)
 	return answer, client, err
+}
+
+// admit names the client whose key a request carries; its error is a refusal.
+func (s *server) admit(r *http.Request, needed gate.Scope) (client string, err error) {
+	switch client, err = s.keys.Admit(r.Header, needed); {
+	case errors.Is(err, gate.ErrUnauthenticated):
+		err = refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
+	case errors.Is(err, gate.ErrForbidden):
+		err = refuse("forbidden", "The key of %q does not have the scope that this route needs. "+
+			"Ask the operator for one that has.", client)
+	}
+	return client, err
 }
 
 // accessLevel keeps probes and scrapes out of the log.
@@ -1449,124 +1457,9 @@ func accessLevel(path string, status int) slog.Level {
 // Who may, and how much
 // ---------------------------------------------------------------------------------------------------------------------
 
-// scope is what a key may do: a set of bits.
-type scope uint8
-
-const (
-	scopeNone scope = 0 // open to all
-	scopeRead scope = 1 << (iota - 1)
-	scopeWrite
-	scopeOperate
-)
-
-var scopeNames = map[string]scope{"read": scopeRead, "write": scopeWrite, "operate": scopeOperate}
-
-// apiKey is one client's key. We keep only its SHA-256: a key is 26 random characters (newKey), so no dictionary finds it.
-type apiKey struct {
-	name   string // in the log
-	scopes scope
-	hash   [sha256.Size]byte
-}
-
-// keyring holds the keys in force. Without any, everybody may do everything: then the service listens on loopback only (checkListen).
-type keyring struct {
-	file string
-	env  string
-	keys atomic.Pointer[[]apiKey]
-}
-
-// newKeyring reads API_KEYS and API_KEYS_FILE together.
-func newKeyring(cfg *config) (*keyring, error) {
-	k := &keyring{env: cfg.apiKeys, file: cfg.apiKeysFile}
-	return k, k.load()
-}
-
-// load reads the keys, at start and whenever the file changes; on an error the keys in force stay so.
-func (k *keyring) load() error {
-	text := k.env
-	if k.file != "" {
-		content, err := os.ReadFile(k.file)
-		if err != nil {
-			return fmt.Errorf("set API_KEYS_FILE to a file that can be read: %w", err)
-		}
-		text += "\n" + string(content)
-	}
-	keys, err := parseKeys(text)
-	if err == nil && k.file != "" && len(keys) == 0 {
-		err = fmt.Errorf("put a line NAME:SCOPES:HASH into API_KEYS_FILE (wallet -new-key makes one): an empty file would open the service to everybody")
-	}
-	if err == nil {
-		k.keys.Store(&keys)
-	}
-	return err
-}
-
-// parseKeys reads lines "name:scopes:hash", scopes joined by +, hash the key's SHA-256 in hex; # begins a comment.
-func parseKeys(text string) (keys []apiKey, err error) {
-	for line := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == '\n' || r == ',' }) {
-		line, _, _ = strings.Cut(line, "#")
-		if line = strings.TrimSpace(line); line == "" {
-			continue
-		}
-		parts := strings.Split(line, ":")
-		var key apiKey
-		hash := []byte{}
-		if len(parts) == 3 {
-			key.name = parts[0]
-			hash, err = hex.DecodeString(parts[2])
-			for name := range strings.SplitSeq(parts[1], "+") {
-				if scopeNames[name] == 0 {
-					err = errors.New("unknown scope")
-				}
-				key.scopes |= scopeNames[name]
-			}
-		}
-		if err != nil || len(hash) != sha256.Size || key.name == "" {
-			return nil, fmt.Errorf("write each API key as NAME:SCOPES:HASH, scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it (key %d is not so)", len(keys)+1)
-		}
-		copy(key.hash[:], hash)
-		keys = append(keys, key)
-	}
-	return keys, nil
-}
-
-// newKey prints a new key and the line that admits it.
-func newKey(nameAndScopes string, w io.Writer) error {
-	key := rand.Text()
-	line := fmt.Sprintf("%s:%x", nameAndScopes, sha256.Sum256([]byte(key)))
-	if _, err := parseKeys(line); err != nil {
-		return fmt.Errorf("name a client and its scopes, as in -new-key checkout:read+write")
-	}
-	_, err := fmt.Fprintf(w, "for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
-	return err
-}
-
-// admit names the client whose key a request carries. Every key is compared, in constant time.
-func (k *keyring) admit(r *http.Request, needed scope) (client string, err error) {
-	keys := *k.keys.Load()
-	if len(keys) == 0 || needed == scopeNone {
-		return "", nil
-	}
-	token, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	hash := sha256.Sum256([]byte(token))
-	var found *apiKey
-	for i := range keys {
-		if subtle.ConstantTimeCompare(hash[:], keys[i].hash[:]) == 1 {
-			found = &keys[i]
-		}
-	}
-	switch {
-	case !bearer || found == nil:
-		return "", refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
-	case found.scopes&needed == 0:
-		return found.name, refuse("forbidden", "The key of %q does not have the scope that this route needs. Ask the operator for one that has.", found.name)
-	}
-	return found.name, nil
-}
-
 // checkListen refuses an address that others can reach while nobody needs a key, unless the operator vouches for what stands in front.
-func checkListen(cfg *config, k *keyring) error {
-	if len(*k.keys.Load()) > 0 || cfg.authenticatedUpstream {
+func checkListen(cfg *config, k *gate.Keyring) error {
+	if !k.Empty() || cfg.authenticatedUpstream {
 		return nil
 	}
 	for name, address := range map[string]string{"LISTEN_ADDR": cfg.listenAddr, "OPERATE_ADDR": cfg.operateAddr} {
@@ -1577,168 +1470,6 @@ func checkListen(cfg *config, k *keyring) error {
 		}
 	}
 	return nil
-}
-
-// clientAddress is who sent a request: the peer, or, if that is a proxy of ours, whom it names. An IPv6 client is its /64, which is what
-// one client usually has.
-func clientAddress(r *http.Request, proxies []netip.Prefix) string {
-	peer, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return "unknown"
-	}
-	address := peer.Addr().Unmap()
-	forwarded := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	for i := len(forwarded) - 1; i >= 0; i-- {
-		if !slices.ContainsFunc(proxies, func(p netip.Prefix) bool { return p.Contains(address) }) {
-			break
-		}
-		next, err := netip.ParseAddr(strings.TrimSpace(forwarded[i]))
-		if err != nil {
-			break
-		}
-		address = next.Unmap()
-	}
-	if address.Is6() {
-		prefix, _ := address.WithZone("").Prefix(64)
-		return prefix.String()
-	}
-	return address.String()
-}
-
-// limiter is a token bucket per client. Its state is bounded: clientsMax buckets, and one for all whom that leaves out.
-type limiter struct {
-	rate, burst float64 // tokens a second; tokens at most
-
-	mu      sync.Mutex
-	clients map[string]*bucket
-	swept   time.Time
-}
-
-type bucket struct {
-	tokens float64
-	at     time.Time
-}
-
-const clientsMax = 50_000
-
-func newLimiter(rate, burst float64) *limiter {
-	return &limiter{rate: rate, burst: burst, clients: make(map[string]*bucket)}
-}
-
-// take takes a token, or says how long until there is one. The headers are those of draft-ietf-httpapi-ratelimit-headers-10.
-func (l *limiter) take(client string, h http.Header) (wait time.Duration) {
-	now := time.Now()
-	l.mu.Lock()
-	b := l.clients[client]
-	if b == nil {
-		if len(l.clients) >= clientsMax && now.Sub(l.swept) > time.Second {
-			l.swept = now
-			for name, b := range l.clients {
-				if b.tokens+now.Sub(b.at).Seconds()*l.rate >= l.burst {
-					delete(l.clients, name) // full again: as good as new
-				}
-			}
-		}
-		if len(l.clients) >= clientsMax {
-			client = ""
-		}
-		if b = l.clients[client]; b == nil {
-			b = &bucket{l.burst, now}
-			l.clients[client] = b
-		}
-	}
-	b.tokens = min(l.burst, b.tokens+now.Sub(b.at).Seconds()*l.rate)
-	b.at = now
-	if b.tokens >= 1 {
-		b.tokens--
-	} else {
-		wait = time.Duration((1 - b.tokens) / l.rate * float64(time.Second))
-	}
-	left := b.tokens
-	l.mu.Unlock()
-	h.Set("RateLimit-Policy", fmt.Sprintf(`"default";q=%g;w=%g`, l.burst, math.Ceil(l.burst/l.rate)))
-	h.Set("RateLimit", fmt.Sprintf(`"default";r=%d;t=%d`, int(left), int(math.Ceil((l.burst-left)/l.rate))))
-	return wait
-}
-
-// limitedListener accepts at most so many connections at a time; the others wait in the kernel's queue.
-type limitedListener struct {
-	net.Listener
-	slots chan struct{}
-}
-
-func limitConnections(l net.Listener, most int) net.Listener {
-	return &limitedListener{l, make(chan struct{}, most)}
-}
-
-func (l *limitedListener) Accept() (net.Conn, error) {
-	l.slots <- struct{}{}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-type limitedConn struct {
-	net.Conn
-	release func()
-}
-
-func (c *limitedConn) Close() error {
-	defer c.release()
-	return c.Conn.Close()
-}
-
-// certificate is TLS_CERT and TLS_KEY, as last read.
-type certificate struct {
-	certFile, keyFile string
-	current           atomic.Pointer[tls.Certificate]
-}
-
-func (c *certificate) load() error {
-	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err != nil {
-		return fmt.Errorf("set TLS_CERT and TLS_KEY to files (PEM) that belong together: %w", err)
-	}
-	c.current.Store(&pair)
-	return nil
-}
-
-func (c *certificate) config() *tls.Config {
-	return &tls.Config{
-		MinVersion:     tls.VersionTLS12,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil },
-	}
-}
-
-// watchFiles calls load whenever one of the files has changed: a mounted Secret, a renewed certificate. What cannot be read is logged, and
-// what is in force stays so.
-func watchFiles(ctx context.Context, every time.Duration, load func() error, files ...string) {
-	state := func() (s string) {
-		for _, file := range files {
-			if info, err := os.Stat(file); err == nil {
-				s += fmt.Sprint(info.ModTime().UnixNano(), " ", info.Size(), " ")
-			}
-		}
-		return s
-	}
-	for last := state(); ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(every):
-		}
-		if now := state(); now != last {
-			last = now
-			if err := load(); err != nil {
-				slog.Error("changed files are not used", "files", files, "error", err)
-			} else {
-				slog.Info("changed files are in use", "files", files)
-			}
-		}
-	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1982,7 +1713,7 @@ func openAPI(routes []route) []byte {
 				"allOf": []any{ref("Problem"), object{"properties": object{"code": object{"enum": list}}}}}}}}
 		}
 		operation["responses"] = answers
-		if r.scope == scopeNone {
+		if r.scope == gate.Open {
 			operation["security"] = []any{}
 		}
 		item, _ := paths[r.path].(object)
@@ -2013,7 +1744,7 @@ func refusalsOf(r route) string {
 	switch {
 	case r.path == "/readyz":
 		return "starting unavailable"
-	case r.scope == scopeNone:
+	case r.scope == gate.Open:
 		return r.refusals
 	}
 	return r.refusals + " " + commonRefusals

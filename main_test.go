@@ -22,6 +22,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"wallet/internal/gate"
 )
 
 // TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
@@ -500,8 +502,8 @@ func TestStartingAndStopping(t *testing.T) {
 }
 
 func TestPanicIsABare500(t *testing.T) {
-	s := newServer(&config{requestTimeout: time.Second, requestsMax: 10}, nil, nil, &keyring{})
-	s.keys.load()
+	s := newServer(&config{requestTimeout: time.Second, requestsMax: 10}, nil, nil, &gate.Keyring{})
+	s.keys.Load()
 	h := s.serve(route{path: "other", handle: func(*http.Request) (*reply, error) { panic("secret") }})
 	recorder := httptest.NewRecorder()
 	h.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))

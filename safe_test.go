@@ -20,7 +20,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -32,6 +31,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"wallet/internal/gate"
 )
 
 func hashed(name, scopes, key string) string {
@@ -87,70 +88,6 @@ func TestKeysAndScopes(t *testing.T) {
 	}
 	if a := w.get("/metrics", "Authorization", "Bearer o-key"); a.status != 404 {
 		t.Errorf("metrics on the public address: %d", a.status)
-	}
-}
-
-// TestKeysRotate: a changed file counts without a restart; a broken one changes nothing.
-func TestKeysRotate(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "keys")
-	write := func(text string) { os.WriteFile(file, []byte(text), 0o600) }
-	write(hashed("old", "read", "old-key"))
-	k, err := newKeyring(&config{apiKeysFile: file})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go watchFiles(ctx, 5*time.Millisecond, k.load, file)
-	admitted := func(key string) bool {
-		r := httptest.NewRequest("GET", "/", nil)
-		r.Header.Set("Authorization", "Bearer "+key)
-		_, err := k.admit(r, scopeRead)
-		return err == nil
-	}
-	if !admitted("old-key") || admitted("new-key") {
-		t.Fatal("the old key is not the only one")
-	}
-	time.Sleep(20 * time.Millisecond)
-	write(hashed("old", "read", "old-key") + "\n" + hashed("new", "read", "new-key"))
-	eventually(t, 5*time.Second, "both keys", func() bool { return admitted("old-key") && admitted("new-key") })
-	write("nonsense")
-	time.Sleep(50 * time.Millisecond)
-	if !admitted("old-key") || !admitted("new-key") {
-		t.Error("a broken file took keys away")
-	}
-	write("")
-	time.Sleep(50 * time.Millisecond)
-	if !admitted("new-key") || admitted("none") {
-		t.Error("an empty file opened the service, or took keys away")
-	}
-	write(hashed("new", "read", "new-key"))
-	eventually(t, 5*time.Second, "the old key gone", func() bool { return !admitted("old-key") && admitted("new-key") })
-}
-
-func TestNewKeyIsAdmitted(t *testing.T) {
-	var out bytes.Buffer
-	if err := newKey("checkout:read+write", &out); err != nil {
-		t.Fatal(err)
-	}
-	key := regexp.MustCompile(`Bearer (\S+)`).FindStringSubmatch(out.String())[1]
-	line := regexp.MustCompile(`(checkout:\S+)`).FindStringSubmatch(out.String())[1]
-	k, err := newKeyring(&config{apiKeys: line})
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := httptest.NewRequest("GET", "/", nil)
-	r.Header.Set("Authorization", "Bearer "+key)
-	if client, err := k.admit(r, scopeWrite); err != nil || client != "checkout" {
-		t.Errorf("%q %v", client, err)
-	}
-	if strings.Contains(line, key) {
-		t.Error("the line holds the key itself")
-	}
-	for _, bad := range []string{"", "x", "x:", ":read", "x:admin", "x:read+", "a:b:c"} {
-		if newKey(bad, &out) == nil {
-			t.Errorf("-new-key %q was taken", bad)
-		}
 	}
 }
 
@@ -214,45 +151,6 @@ func TestRateLimit(t *testing.T) {
 	eventually(t, 3*time.Second, "tokens again", func() bool { return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200 })
 }
 
-func TestClientAddress(t *testing.T) {
-	proxies := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
-	for _, c := range []struct {
-		peer      string
-		forwarded []string
-		want      string
-	}{
-		{"192.0.2.1:5", nil, "192.0.2.1"},
-		{"192.0.2.1:5", []string{"198.51.100.9"}, "192.0.2.1"}, // not from a proxy of ours: a claim
-		{"10.0.0.1:5", []string{"198.51.100.9"}, "198.51.100.9"},
-		{"10.0.0.1:5", []string{"203.0.113.7, 198.51.100.9"}, "198.51.100.9"}, // what the client claims stands further left
-		{"10.0.0.1:5", []string{"203.0.113.7", "198.51.100.9, 10.0.0.2"}, "198.51.100.9"},
-		{"10.0.0.1:5", []string{"nonsense"}, "10.0.0.1"},
-		{"10.0.0.1:5", nil, "10.0.0.1"},
-		{"[2001:db8::1:2:3]:5", nil, "2001:db8::/64"},
-		{"[::ffff:192.0.2.1]:5", nil, "192.0.2.1"},
-	} {
-		r := &http.Request{RemoteAddr: c.peer, Header: http.Header{"X-Forwarded-For": c.forwarded}}
-		if got := clientAddress(r, proxies); got != c.want {
-			t.Errorf("%s forwarded for %v: %s, want %s", c.peer, c.forwarded, got, c.want)
-		}
-	}
-}
-
-// TestLimiterStateIsBounded: a flood of addresses costs a bounded memory, and the clients it leaves out share one bucket.
-func TestLimiterStateIsBounded(t *testing.T) {
-	l := newLimiter(.0001, 5) // so slow that no bucket is full again, however slow the machine
-	h := make(http.Header)
-	refused := 0
-	for i := range clientsMax + 1000 {
-		if l.take(strconv.Itoa(i), h) > 0 {
-			refused++
-		}
-	}
-	if len(l.clients) > clientsMax+1 || refused < 900 {
-		t.Errorf("%d buckets, %d refused", len(l.clients), refused)
-	}
-}
-
 // makeCertificate writes a self-signed certificate for 127.0.0.1.
 func makeCertificate(tb testing.TB, certFile, keyFile string, serial int64) *x509.Certificate {
 	tb.Helper()
@@ -293,14 +191,14 @@ func TestTLS(t *testing.T) {
 		t.Error("TLS 1.1 was spoken")
 	}
 	makeCertificate(t, certFile, keyFile, 2)
-	if err := w.certificate.load(); err != nil {
+	if err := w.certificate.Load(); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
 		t.Errorf("renewed: serial %d, %v", n, err)
 	}
 	os.WriteFile(keyFile, []byte("nonsense"), 0o600)
-	if err := w.certificate.load(); err == nil {
+	if err := w.certificate.Load(); err == nil {
 		t.Error("a broken key was loaded")
 	}
 	if n, err := serial(tls.VersionTLS12); err != nil || n != 2 {
@@ -597,7 +495,7 @@ func TestContract(t *testing.T) {
 	}
 	everywhere("Authorization", "Bearer wrong")
 	everywhere("Authorization", "Bearer operator-key")
-	w.api.limits = newLimiter(0.001, 0)
+	w.api.limits = gate.NewLimiter(0.001, 0)
 	everywhere()
 	w.api.limits = nil
 	w.api.requestsMax = 0
@@ -850,8 +748,8 @@ func FuzzRequest(f *testing.F) {
 			close(op.done)
 		}
 	}()
-	keys := &keyring{}
-	keys.load()
+	keys := &gate.Keyring{}
+	keys.Load()
 	s := newServer(cfg, l, nil, keys)
 	s.started.Store(true)
 	f.Fuzz(func(t *testing.T, method, path, query, key, contentType, trace string, body []byte) {

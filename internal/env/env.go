@@ -1,7 +1,7 @@
 // Package env reads settings from environment variables by one table, which also prints them as help.
 //
-// It touches only the variables that the table names, and what its setters point to. A bad value is one sentence that says what
-// to do, and never shows a secret.
+// It touches only the variables that the table names, and what its setters point to. A bad value is one
+// sentence that says what to do, and never shows a secret.
 package env
 
 import (
@@ -21,11 +21,12 @@ type Setting struct {
 	Default string // as one would write it; empty: none
 	Help    string
 	Secret  bool                     // no error shows its value
-	Set     func(value string) error // takes a value, or says what one should be: "a whole number from 1 to 9"
+	// Set takes a value, or says what one should be: "a whole number from 1 to 9".
+	Set func(value string) error
 }
 
-// Read sets every setting that has a value or a default, in the table's order, up to the first bad one. A variable that is empty
-// counts as not there.
+// Read sets every setting that has a value or a default, in the table's order, up to the first bad one. A
+// variable that is empty counts as not there.
 func Read(settings []Setting, getenv func(string) string) error {
 	for _, s := range settings {
 		value := getenv(s.Name)

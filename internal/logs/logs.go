@@ -1,8 +1,8 @@
 // Package logs makes a slog.Logger whose lines are written in the background until a bound is reached.
 //
-// It touches only the writer it is given. A disk or pipe that is slow for a moment delays nobody who logs, until bytesMax bytes
-// wait: then whoever logs waits too. Lines come out whole and in order. A process that is killed loses its last lines; flush
-// writes them.
+// It touches only the writer it is given. A disk or pipe that is slow for a moment delays nobody who logs,
+// until bytesMax bytes wait: then whoever logs waits too. Lines come out whole and in order. A process that
+// is killed loses its last lines; flush writes them.
 package logs
 
 import (
@@ -12,13 +12,15 @@ import (
 	"sync"
 )
 
-// New makes a logger. format is text or json. flush writes what still waits, and ends the writing: log nothing after it.
+// New makes a logger. format is text or json. flush writes what still waits, and ends the writing: log
+// nothing after it.
 func New(w io.Writer, level slog.Leveler, format string) (log *slog.Logger, flush func()) {
 	background := newWriter(w)
 	return slog.New(handler(background, level, format)), background.close
 }
 
-// handler shows a value that has a String method by it, also in JSON, where slog would show its fields or number.
+// handler shows a value that has a String method by it, also in JSON, where slog would show its fields or
+// number.
 func handler(w io.Writer, level slog.Leveler, format string) slog.Handler {
 	options := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if a.Value.Kind() != slog.KindAny {

@@ -41,7 +41,8 @@ func (d *slowDisk) Write(p []byte) (int, error) {
 	return d.Buffer.Write(p)
 }
 
-// TestLogLinesAreWrittenTogether: all of them, in order, a slow disk taking several at once; and what waits is bounded.
+// TestLogLinesAreWrittenTogether: all of them, in order, a slow disk taking several at once; and what waits
+// is bounded.
 func TestLogLinesAreWrittenTogether(t *testing.T) {
 	disk := new(slowDisk)
 	l := newWriter(disk)

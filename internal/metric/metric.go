@@ -1,8 +1,9 @@
 // Package metric writes Prometheus' text format
 // (https://prometheus.io/docs/instrumenting/exposition_formats/).
 //
-// It touches only the writer it is given, and keeps nothing but a histogram's counts: every other value belongs to whoever
-// counts it. It promises that a metric's help and type stand once, before all of its samples.
+// It touches only the writer it is given, and keeps nothing but a histogram's counts: every other value
+// belongs to whoever counts it. It promises that a metric's help and type stand once, before all of its
+// samples.
 package metric
 
 import (
