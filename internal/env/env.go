@@ -20,7 +20,7 @@ type Setting struct {
 	Name    string
 	Default string // as one would write it; empty: none
 	Help    string
-	Secret  bool                     // no error shows its value
+	Secret  bool // no error shows its value
 	// Set takes a value, or says what one should be: "a whole number from 1 to 9".
 	Set func(value string) error
 }

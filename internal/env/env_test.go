@@ -19,11 +19,13 @@ func TestReadTakesValueThenDefault(t *testing.T) {
 	var ranges []netip.Prefix
 	settings := []Setting{
 		{Name: "S", Default: "x", Set: Text(&s)}, {Name: "UNSET", Set: Text(&unset)},
-		{Name: "N", Default: "5", Set: Int(&n, 1, 9)}, {Name: "D", Default: "1m", Set: Duration(&d, 0, time.Hour)},
+		{Name: "N", Default: "5", Set: Int(&n, 1, 9)},
+		{Name: "D", Default: "1m", Set: Duration(&d, 0, time.Hour)},
 		{Name: "ON", Set: Bool(&on)}, {Name: "LEVEL", Set: Level(&level)},
 		{Name: "HOSTS", Set: HostPorts(&hosts)}, {Name: "RANGES", Set: Prefixes(&ranges)},
 	}
-	given := map[string]string{"N": "9", "ON": "true", "LEVEL": "warn", "HOSTS": "a:1, b:2", "RANGES": "10.0.0.0/8"}
+	given := map[string]string{"N": "9", "ON": "true", "LEVEL": "warn",
+		"HOSTS": "a:1, b:2", "RANGES": "10.0.0.0/8"}
 	if err := Read(settings, func(name string) string { return given[name] }); err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +62,8 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 			return Read([]Setting{setting}, func(string) string { return c.value })
 		}
 		err := read(false)
-		if err == nil || !strings.HasPrefix(err.Error(), "set X to "+c.want) || !strings.HasSuffix(err.Error(), ": what it is") ||
+		if err == nil || !strings.HasPrefix(err.Error(), "set X to "+c.want) ||
+			!strings.HasSuffix(err.Error(), ": what it is") ||
 			!strings.Contains(err.Error(), `(it is "`+c.value+`")`) {
 			t.Errorf("%q: %v", c.value, err)
 		}

@@ -32,7 +32,8 @@ func keysRotate(t *testing.T) {
 	written := time.Now()
 	write := func(text string) {
 		written = written.Add(time.Second)
-		if err := errors.Join(os.WriteFile(file, []byte(text), 0o600), os.Chtimes(file, written, written)); err != nil {
+		err := os.WriteFile(file, []byte(text), 0o600)
+		if err = errors.Join(err, os.Chtimes(file, written, written)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -113,7 +114,8 @@ func TestClientAddress(t *testing.T) {
 		{"192.0.2.1:5", nil, "192.0.2.1"},
 		{"192.0.2.1:5", []string{"198.51.100.9"}, "192.0.2.1"}, // not from a proxy of ours: a claim
 		{"10.0.0.1:5", []string{"198.51.100.9"}, "198.51.100.9"},
-		{"10.0.0.1:5", []string{"203.0.113.7, 198.51.100.9"}, "198.51.100.9"}, // what the client claims stands further left
+		// What the client claims stands further left.
+		{"10.0.0.1:5", []string{"203.0.113.7, 198.51.100.9"}, "198.51.100.9"},
 		{"10.0.0.1:5", []string{"203.0.113.7", "198.51.100.9, 10.0.0.2"}, "198.51.100.9"},
 		{"10.0.0.1:5", []string{"nonsense"}, "10.0.0.1"},
 		{"10.0.0.1:5", nil, "10.0.0.1"},

@@ -23,7 +23,8 @@ func TestStringersAreShownByTheirForm(t *testing.T) {
 		log.Debug("unseen")
 		flush()
 		line := out.String()
-		if !strings.Contains(line, "16/B374D848") || !strings.Contains(line, "0.5") || strings.Contains(line, "unseen") {
+		if !strings.Contains(line, "16/B374D848") || !strings.Contains(line, "0.5") ||
+			strings.Contains(line, "unseen") {
 			t.Errorf("%s: %s", format, line)
 		}
 	}
