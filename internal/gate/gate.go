@@ -108,7 +108,8 @@ func parseKeys(text string) (keys []apiKey, err error) {
 		}
 		if err != nil || len(hash) != sha256.Size || key.name == "" {
 			return nil, fmt.Errorf("write each API key as NAME:SCOPES:HASH, "+
-				"scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it (key %d is not so)", len(keys)+1)
+				"scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it "+
+				"(key %d is not so)", len(keys)+1)
 		}
 		copy(key.hash[:], hash)
 		keys = append(keys, key)
