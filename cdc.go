@@ -126,6 +126,7 @@ var (
 	errGap            = errors.New("the slot begins after the checkpoint, so it was moved or made anew: what lies between must be recovered from the ledger")
 	errKafkaSilent    = fmt.Errorf("no answer from Kafka for %v: giving the slot up", kafkaPatience)
 	errPostgresSilent = fmt.Errorf("no answer from Postgres for %v", postgresPatience)
+	errClockBack      = errors.New("Postgres' clock has gone back: taking the slot on a new connection, by whose time it counts")
 )
 
 // relay is one replica's: at most one replica's leads at a time, the others stand by.
@@ -182,7 +183,7 @@ func (r *relay) run(ctx context.Context) error {
 			}
 			r.enter("refused")
 			wait = refusalInterval
-		case errors.Is(err, errSlotTaken), errors.Is(err, errGap):
+		case errors.Is(err, errSlotTaken), errors.Is(err, errGap), errors.Is(err, errClockBack):
 			slog.Info("relay starts over", "reason", err)
 			wait = standbyInterval
 		case errors.Is(err, errKafkaSilent):
@@ -690,6 +691,9 @@ func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick
 			return false, err
 		}
 		l.received = max(l.received, alive.ServerWALEnd)
+		if err := l.hear(alive.ServerTime); err != nil {
+			return false, err
+		}
 		l.idle(alive)
 		return false, nil
 	case pglogrepl.XLogDataByteID:
@@ -697,10 +701,23 @@ func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick
 		if err != nil {
 			return false, err
 		}
-		l.received, l.serverTime = max(l.received, x.WALStart), x.ServerTime
+		l.received = max(l.received, x.WALStart)
+		if err := l.hear(x.ServerTime); err != nil {
+			return false, err
+		}
 		return l.decode(ctx, x.WALData, tick)
 	}
 	return false, nil
+}
+
+// hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would wait for as
+// long as the step before it took the slot from a leader that has gone silent. On a new connection it counts anew.
+func (l *leadership) hear(serverTime time.Time) error {
+	if serverTime.Before(l.serverTime.Add(-statusInterval)) {
+		return errClockBack
+	}
+	l.serverTime = serverTime
+	return nil
 }
 
 // idle moves the checkpoint over WAL that holds no event, so that a quiet outbox in a busy database does not keep it for ever.

@@ -926,7 +926,9 @@ func (c *chaos) stepClock(server string, offset time.Duration, meanwhile func())
 		meanwhile()
 	}
 	c.command(fmt.Sprintf("clock %s 0", server))
-	time.Sleep(500 * time.Millisecond)
+	// Postgres counts wal_sender_timeout by its clock. A leader that hears of the step connects anew; one that is frozen
+	// before it hears keeps the slot for as long as the step, which is a stated limit.
+	time.Sleep(2500 * time.Millisecond)
 }
 
 func (c *chaos) onRedis(args ...any) {
