@@ -512,6 +512,26 @@ func (l *load) move(key string) {
 	}
 }
 
+// post is a deposit into a wallet, sent until it is answered.
+func (l *load) post(base string, id int64) {
+	key := fmt.Sprintf("open-%x", rand.Uint64())
+	body := fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key)
+	for {
+		response, err := chaosClient.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", base, id), "application/json",
+			strings.NewReader(body))
+		if err == nil {
+			response.Body.Close()
+			if response.StatusCode == 200 {
+				l.mu.Lock()
+				l.acknowledged[fmt.Sprintf("%d %s", id, key)] = true
+				l.mu.Unlock()
+				return
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
 // told notes under mu what a client was told of a wallet.
 func (l *load) told(id, seq int64) {
 	if l.highest[id].seq < seq {
@@ -853,7 +873,10 @@ var faults = []fault{
 		c.command("start redis")
 	}},
 	{"drop the slot", func(c *chaos) {
-		c.stopRelays(func(conn *pgx.Conn) { c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot) })
+		c.stopRelays(func(conn *pgx.Conn) {
+			c.openWallets()
+			c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot)
+		})
 	}},
 	{"invalidate the slot", func(c *chaos) {
 		c.stopRelays(func(conn *pgx.Conn) {
@@ -917,6 +940,16 @@ func step() time.Duration {
 	return offset
 }
 
+// openWallets moves money into wallets that were not there before. Their first entries have the clock's own time;
+// a wallet's later ones are never given an earlier time than those before.
+func (c *chaos) openWallets() {
+	c.t.Helper()
+	for range 10 {
+		c.fromHere++
+		c.load.post(c.writer.url, 1_000_000+c.fromHere)
+	}
+}
+
 // stepClock steps a server's clock for a while, and lets the relay work before it is set right, and after.
 func (c *chaos) stepClock(server string, offset time.Duration, meanwhile func()) {
 	c.t.Logf("the clock of %s goes %v wrong", server, offset)
@@ -946,6 +979,7 @@ var moreFaults = []fault{
 	{"Postgres' clock goes back and the slot is lost", func(c *chaos) {
 		c.stepClock("postgres", -3*time.Hour, func() {
 			c.stopRelays(func(conn *pgx.Conn) {
+				c.openWallets()
 				c.exec(conn, `SELECT pg_drop_replication_slot($1)`, c.cfg.replicationSlot)
 			})
 			c.leader(nil)
