@@ -1318,8 +1318,6 @@ func (s *server) mux(routes []route) *http.ServeMux {
 	return mux
 }
 
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.public.ServeHTTP(w, r) }
-
 type requestIDKey struct{}
 
 func requestID(ctx context.Context) string {

@@ -495,7 +495,7 @@ func TestStartingAndStopping(t *testing.T) {
 	r := httptest.NewRequest("POST", "/v1/wallets/1/deposit", strings.NewReader(`{"amount":"1","idempotency_key":"k"}`))
 	r.Header.Set("Content-Type", "application/json")
 	recorder := httptest.NewRecorder()
-	w.api.ServeHTTP(recorder, r)
+	w.api.public.ServeHTTP(recorder, r)
 	if recorder.Code != 200 || recorder.Header().Get("Connection") != "close" {
 		t.Errorf("while draining: %d, Connection %q", recorder.Code, recorder.Header().Get("Connection"))
 	}

@@ -765,7 +765,7 @@ func FuzzRequest(f *testing.F) {
 			}
 		}
 		recorder := httptest.NewRecorder()
-		s.ServeHTTP(recorder, r)
+		s.public.ServeHTTP(recorder, r)
 		status, text := recorder.Code, recorder.Body.String()
 		if status < 400 || method == http.MethodHead {
 			return

@@ -228,7 +228,7 @@ func start(tb testing.TB, env map[string]string) *wallets {
 		tb.Fatal(err)
 	}
 	listener := newListener(tb)
-	w := &wallets{service: s, http: httptest.NewUnstartedServer(s.api), direct: listener.Addr().String(), env: env}
+	w := &wallets{service: s, http: httptest.NewUnstartedServer(s.api.public), direct: listener.Addr().String(), env: env}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx, listener) }()
