@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"log/slog"
 	"maps"
 	"math"
 	"math/rand/v2"
@@ -31,6 +32,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
+
+	"wallet/internal/logs"
 
 	"wallet/internal/metric"
 )
@@ -1502,5 +1505,18 @@ func TestSecuredKafka(t *testing.T) {
 				t.Errorf("exit status %d, see %s", r.cmd.ProcessState.ExitCode(), r.log)
 			}
 		})
+	}
+}
+
+// TestLogsShowLSNsAsPostgresDoes: in both formats, so that they can be searched for in Postgres' own log.
+func TestLogsShowLSNsAsPostgresDoes(t *testing.T) {
+	for _, format := range []string{"text", "json"} {
+		var out bytes.Buffer
+		log, flush := logs.New(&out, slog.LevelInfo, format)
+		log.Info("relay", "from", pglogrepl.LSN(0x16B374D848))
+		flush()
+		if !strings.Contains(out.String(), "16/B374D848") {
+			t.Errorf("%s: %s", format, out.String())
+		}
 	}
 }
