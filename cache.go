@@ -15,6 +15,9 @@
 //     this replica begins a new generation, in which everything of before counts as nothing, and reads nothing until
 //     then.
 //
+// The relay puts as well, for a writer that died before it could. What it puts, Postgres may show a moment later, so it does
+// not stand for the writer's own put.
+//
 // Not promised: while Redis answers others but not this replica, they may serve what this one could not replace.
 
 package main
@@ -204,6 +207,7 @@ type ticket struct {
 	keys   *cacheKeys
 	losses int64
 	found  string // what a reader saw in the wallet's key: a token, or a balance that was not new enough
+	early  bool   // the relay's: it has a commit out of the WAL, maybe a moment before Postgres shows it
 }
 
 func (c *cache) ticket() ticket {
@@ -316,7 +320,7 @@ func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.keys != keys {
+	if t.keys != keys || t.early { // a reader may still find the one before in Postgres: the writer puts again
 		return
 	}
 	if c.sentTo != keys || len(c.sent) > sentMax {

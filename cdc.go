@@ -989,6 +989,7 @@ func (l *leadership) publish(ctx context.Context) error {
 		return err
 	}
 	l.ticket = l.cache.ticket()
+	l.ticket.early = true
 	select {
 	case l.ready <- from:
 	case <-ctx.Done():
