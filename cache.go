@@ -1,24 +1,27 @@
 // The cache: balances of wallets that were asked for, in Redis.
 //
-// Touches: Redis only. Never authoritative: whatever goes wrong here is counted, logged once and answered from Postgres.
-// Promises: a balance read from here is never behind anything that was answered before the read was sent. Why:
+// Touches: Redis only. Never authoritative: whatever goes wrong here is counted, logged once and answered
+// from Postgres. Promises: a balance read from here is never behind anything that was answered before the
+// read was sent. Why:
 //
-//  1. A wallet's key holds nothing, a balance, or a reader's token. It may become empty at any time: it expires, Redis
-//     evicts or loses it, a new generation begins.
-//  2. An empty key is filled by readers only. A reader leaves a token there, or shares the one that it finds; then it
-//     reads Postgres; then it replaces that very token, and nothing else.
-//  3. Whoever is about to answer with something from Postgres puts it first: an older balance gives way to it, a token
-//     is removed, an empty key stays empty.
-//  4. So no key holds a balance older than one that was put. A fill read Postgres after its token came, and a put since
-//     then took the token away. A put replaces only what is older. How late either arrives makes no difference.
-//  5. A put that failed may leave an older balance behind, and a server that was restarted may hold older data. Then
-//     this replica begins a new generation, in which everything of before counts as nothing, and reads nothing until
-//     then.
+//  1. A wallet's key holds nothing, a balance, or a reader's token. It may become empty at any
+//     time: it expires, Redis evicts or loses it, a new generation begins.
+//  2. An empty key is filled by readers only. A reader leaves a token there, or shares the one that
+//     it finds; then it reads Postgres; then it replaces that very token, and nothing else.
+//  3. Whoever is about to answer with something from Postgres puts it first: an older balance gives
+//     way to it, a token is removed, an empty key stays empty.
+//  4. So no key holds a balance older than one that was put. A fill read Postgres after its token
+//     came, and a put since then took the token away. A put replaces only what is older. How late
+//     either arrives makes no difference.
+//  5. A put that failed may leave an older balance behind, and a server that was restarted may hold
+//     older data. Then this replica begins a new generation, in which everything of before counts
+//     as nothing, and reads nothing until then.
 //
-// The relay puts as well, for a writer that died before it could. What it puts, Postgres may show a moment later, so it does
-// not stand for the writer's own put.
+// The relay puts as well, for a writer that died before it could. What it puts, Postgres may show a moment
+// later, so it does not stand for the writer's own put.
 //
-// Not promised: while Redis answers others but not this replica, they may serve what this one could not replace.
+// Not promised: while Redis answers others but not this replica, they may serve what this one could not
+// replace.
 
 package main
 
@@ -47,10 +50,10 @@ type cachedBalance struct {
 
 // cache is safe for concurrent use.
 //
-// The generation key, one for a ledger, holds a random word. A wallet's key holds "generation seq currency balance", or
-// "generation ?word" for a token; it counts only in its own generation. Wallets' keys also name the life of the database
-// (its timeline and the start of its server), so that a balance of before a failover or a restored volume has no place
-// to go, however late it comes.
+// The generation key, one for a ledger, holds a random word. A wallet's key holds "generation seq currency
+// balance", or "generation ?word" for a token; it counts only in its own generation. Wallets' keys also
+// name the life of the database (its timeline and the start of its server), so that a balance of before a
+// failover or a restored volume has no place to go, however late it comes.
 type cache struct {
 	redis   *redis.Client
 	ttl     time.Duration
@@ -58,11 +61,12 @@ type cache struct {
 
 	keys atomic.Pointer[cacheKeys] // nil until the first Postgres connection tells
 
-	// losses counts the times from which on Redis may hold what is older than an answer; mended is how many of them a new
-	// generation has made up for. Only while both are equal is anything read. It begins with one loss: nobody knows what
-	// this replica's former life left out.
+	// losses counts the times from which on Redis may hold what is older than an answer; mended is how many
+	// of them a new generation has made up for. Only while both are equal is anything read. It begins with
+	// one loss: nobody knows what this replica's former life left out.
 	losses, mended atomic.Int64
-	// away: the last call failed. Puts are left out, each a loss, until run has reached Redis again.
+	// away: no new generation could be begun. Puts are left out, each a loss, until run has reached Redis
+	// again.
 	away atomic.Bool
 
 	mu     sync.Mutex
@@ -86,7 +90,8 @@ func newCache(cfg *config) (*cache, error) {
 		return nil, fmt.Errorf("set REDIS_URL to a URL such as redis://host:6379/0: %w", err)
 	}
 	c := &cache{ttl: cfg.cacheTTL, timeout: cfg.cacheTimeout, sent: make(map[int64]int64)}
-	options.DialTimeout, options.ReadTimeout, options.WriteTimeout = time.Second, cfg.cacheTimeout, cfg.cacheTimeout
+	options.DialTimeout = time.Second
+	options.ReadTimeout, options.WriteTimeout = cfg.cacheTimeout, cfg.cacheTimeout
 	options.ContextTimeoutEnabled = true
 	options.MaxRetries = -1
 	options.OnConnect = c.greet
@@ -95,8 +100,8 @@ func newCache(cfg *config) (*cache, error) {
 	return c, nil
 }
 
-// enter tells which ledger the balances are of, and which life of its database. Each new Postgres connection says it
-// again: that is how a failover, a restart and a restored volume show.
+// enter tells which ledger the balances are of, and which life of its database. Each new Postgres
+// connection says it again: that is how a failover, a restart and a restored volume show.
 func (c *cache) enter(ledger, life string) {
 	prefix := "wallet:{" + ledger + "}:" // one hash slot, should Redis be a cluster
 	keys := &cacheKeys{generation: prefix + "generation", wallets: prefix + life + ":"}
@@ -108,12 +113,13 @@ func (c *cache) enter(ledger, life string) {
 	}
 }
 
-// greet looks who answers on a new connection to Redis. Another run id is another server, or the same one after a
-// restart: it may hold older data.
+// greet looks who answers on a new connection to Redis. Another run id is another server, or the same one
+// after a restart: it may hold older data.
 func (c *cache) greet(ctx context.Context, conn *redis.Conn) error {
 	info, err := conn.Info(ctx, "server").Result()
 	var refusal redis.Error
-	if err != nil && !errors.As(err, &refusal) { // one that does not know INFO, or does not let us, is taken as it is
+	// One that does not know INFO, or does not let us, is taken as it is.
+	if err != nil && !errors.As(err, &refusal) {
 		return err
 	}
 	_, id, _ := strings.Cut(info, "run_id:")
@@ -127,7 +133,8 @@ func (c *cache) greet(ctx context.Context, conn *redis.Conn) error {
 	return nil
 }
 
-// run begins a new generation whenever something was lost and no put does it first, as soon as Redis can be reached.
+// run begins a new generation whenever something was lost and no put does it first, as soon as Redis can be
+// reached.
 func (c *cache) run(ctx context.Context) error {
 	defer c.redis.Close()
 	tick := time.NewTicker(200 * time.Millisecond)
@@ -159,12 +166,14 @@ func (c *cache) run(ctx context.Context) error {
 	}
 }
 
-// begin starts a new generation. It makes up for the losses of before, and not for one that happens meanwhile.
+// begin starts a new generation. It makes up for the losses of before, and not for one that happens
+// meanwhile.
 func (c *cache) begin(ctx context.Context, keys *cacheKeys) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	losses := c.losses.Load()
 	if err := c.redis.Set(ctx, keys.generation, newWord(), 0).Err(); err != nil {
+		c.away.Store(true)
 		return err
 	}
 	c.away.Store(false)
@@ -184,8 +193,8 @@ func (c *cache) mend(losses int64) {
 
 func newWord() string { return strconv.FormatUint(rand.Uint64(), 36) }
 
-// usable says whether balances may be read, from where, and after how many losses: while that number stands, what was
-// read counts.
+// usable says whether balances may be read, from where, and after how many losses: while that number
+// stands, what was read counts.
 func (c *cache) usable() (keys *cacheKeys, losses int64, ok bool) {
 	losses = c.losses.Load()
 	keys = c.keys.Load()
@@ -195,14 +204,13 @@ func (c *cache) usable() (keys *cacheKeys, losses int64, ok bool) {
 // fail counts a fault of Redis. Whatever the call was for may not have arrived.
 func (c *cache) fail(err error) {
 	c.errors.Add(1)
-	c.losses.Add(1)
-	if !c.away.Swap(true) {
+	if before := c.losses.Add(1) - 1; before == c.mended.Load() {
 		slog.Warn("cache failed", "error", err)
 	}
 }
 
-// ticket says under which circumstances something is read from Postgres or committed there; it is taken before. The zero
-// ticket is that of nobody who has spoken to Postgres before.
+// ticket says under which circumstances something is read from Postgres or committed there; it is taken
+// before. The zero ticket is that of nobody who has spoken to Postgres before.
 type ticket struct {
 	keys   *cacheKeys
 	losses int64
@@ -231,8 +239,8 @@ local token = generation .. ' ?' .. ARGV[2]
 redis.call('SET', KEYS[2], token, 'PX', ARGV[3])
 return token`)
 
-// get looks a balance up that is at least as new as entry minSeq. Where it finds none, the ticket lets put bring in what
-// is then read from Postgres.
+// get looks a balance up that is at least as new as entry minSeq. Where it finds none, the ticket lets put
+// bring in what is then read from Postgres.
 func (c *cache) get(ctx context.Context, walletID, minSeq int64) (b cachedBalance, t ticket, ok bool) {
 	if c == nil {
 		return b, t, false
@@ -273,7 +281,8 @@ func (c *cache) get(ctx context.Context, walletID, minSeq int64) (b cachedBalanc
 }
 
 func (c *cache) claim(ctx context.Context, keys *cacheKeys, walletID int64) (found string, err error) {
-	return claimKey.Run(ctx, c.redis, []string{keys.generation, keys.wallet(walletID)}, newWord(), newWord(), c.ttl.Milliseconds()).Text()
+	return claimKey.Run(ctx, c.redis, []string{keys.generation, keys.wallet(walletID)}, newWord(), newWord(),
+		c.ttl.Milliseconds()).Text()
 }
 
 // parseBalance reads a wallet's key; ok is false for a token.
@@ -286,9 +295,9 @@ func parseBalance(walletID int64, value string) (b cachedBalance, ok bool) {
 	return cachedBalance{walletID, seq, fields[2], fields[3]}, err == nil
 }
 
-// put takes balances that were read from Postgres, or committed there, since the ticket was taken, and that are about to
-// be answered. It drops from the map those that this process has put before. It takes at most CACHE_TIMEOUT and never
-// fails: what does not arrive is made up for by a new generation.
+// put takes balances that were read from Postgres, or committed there, since the ticket was taken, and that
+// are about to be answered. It drops from the map those that this process has put before. It takes at most
+// CACHE_TIMEOUT and never fails: what does not arrive is made up for by a new generation.
 func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 	if c == nil {
 		return
@@ -320,7 +329,8 @@ func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.keys != keys || t.early { // a reader may still find the one before in Postgres: the writer puts again
+	// A reader may still find the one before in Postgres: the writer puts again.
+	if t.keys != keys || t.early {
 		return
 	}
 	if c.sentTo != keys || len(c.sent) > sentMax {
@@ -332,8 +342,8 @@ func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 }
 
 // storeNewer puts balances where older ones are, and removes tokens but for the one that is the ticket.
-// KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the ticket or empty, a new generation or empty, then seq
-// and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
+// KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the ticket or empty, a new generation or
+// empty, then seq and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
 var storeNewer = redis.NewScript(`
 if ARGV[3] ~= '' then
     redis.call('SET', KEYS[1], ARGV[3])
@@ -353,30 +363,37 @@ for i = 2, #KEYS do
     end
 end`)
 
-// store runs storeNewer, and says whether it arrived. Where something was lost before, it begins a new generation
-// instead: in that, there is nothing to replace.
+// store runs storeNewer, and says whether it arrived. Where something was lost before, it begins a new
+// generation instead: in that, there is nothing to replace. So does the second try after a failed first
+// one: a process that was frozen finds its call timed out, and what others serve must not wait for its
+// next.
 func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBalance) bool {
-	losses, generation := c.losses.Load(), ""
-	if c.mended.Load() < losses {
-		generation = newWord()
-	}
 	names := append(make([]string, 0, 1+len(balances)), keys.generation)
-	args := append(make([]any, 0, 3+2*len(balances)), c.ttl.Milliseconds(), found, generation)
+	args := append(make([]any, 0, 3+2*len(balances)), c.ttl.Milliseconds(), found, "")
 	for _, b := range balances {
 		names = append(names, keys.wallet(b.walletID))
 		args = append(args, b.seq, b.currency+" "+b.balance)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
-	defer cancel()
-	if err := storeNewer.Run(ctx, c.redis, names, args...).Err(); err != nil && !errors.Is(err, redis.Nil) {
+	for range 2 {
+		losses, generation := c.losses.Load(), ""
+		if c.mended.Load() < losses {
+			generation = newWord()
+		}
+		args[2] = generation
+		ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
+		err := storeNewer.Run(ctx, c.redis, names, args...).Err()
+		cancel()
+		if err == nil || errors.Is(err, redis.Nil) {
+			if generation != "" {
+				c.mend(losses)
+			}
+			c.puts.Add(int64(len(balances)))
+			return true
+		}
 		c.fail(err)
-		return false
 	}
-	if generation != "" {
-		c.mend(losses)
-	}
-	c.puts.Add(int64(len(balances)))
-	return true
+	c.away.Store(true)
+	return false
 }
 
 func (c *cache) writeMetrics(w *metric.Writer) {
@@ -386,8 +403,11 @@ func (c *cache) writeMetrics(w *metric.Writer) {
 	}
 	w.Gauge("wallet_cache_in_use", "1 while Redis answers and its balances count.", inUse)
 	w.Counters("wallet_cache_lookups_total", "Balances looked up.",
-		metric.Sample{Labels: `result="hit"`, Value: float64(c.hits.Load())}, metric.Sample{Labels: `result="miss"`, Value: float64(c.misses.Load())})
+		metric.Sample{Labels: `result="hit"`, Value: float64(c.hits.Load())},
+		metric.Sample{Labels: `result="miss"`, Value: float64(c.misses.Load())})
 	w.Counter("wallet_cache_puts_total", "Balances put.", float64(c.puts.Load()))
-	w.Counter("wallet_cache_errors_total", "Calls to Redis that failed or took too long.", float64(c.errors.Load()))
-	w.Counter("wallet_cache_generations_total", "Times that everything cached was forgotten.", float64(c.generations.Load()))
+	w.Counter("wallet_cache_errors_total", "Calls to Redis that failed or took too long.",
+		float64(c.errors.Load()))
+	w.Counter("wallet_cache_generations_total", "Times that everything cached was forgotten.",
+		float64(c.generations.Load()))
 }

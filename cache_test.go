@@ -224,6 +224,36 @@ func (d *duringSet) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
+// TestFrozenWriter: a writer is stopped between its commit and its put, for longer than a call to Redis may take. When it
+// goes on, its call has timed out; nobody serves the older balance once it has answered.
+func TestFrozenWriter(t *testing.T) {
+	frozen, other := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
+	put(other, look(t, other), 5)
+	want(t, other, 5)
+	frozen.redis.AddHook(&timesOut{left: 1})
+	put(frozen, frozen.ticket(), 6)
+	put(other, look(t, other), 6)
+	want(t, frozen, 6)
+}
+
+// timesOut has the next calls time out without reaching Redis.
+type timesOut struct{ left int }
+
+func (o *timesOut) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (o *timesOut) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+func (o *timesOut) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if o.left > 0 {
+			o.left--
+			cmd.SetErr(context.DeadlineExceeded)
+			return context.DeadlineExceeded
+		}
+		return next(ctx, cmd)
+	}
+}
+
 // TestAnotherLifeSeesNothing: after a failover "only if newer" must not pin balances that never were, and another replica,
 // which has not heard of it, must not go on serving them.
 func TestAnotherLifeSeesNothing(t *testing.T) {

@@ -996,7 +996,7 @@ func unreachable(err error) bool {
 	if errors.As(err, &connectErr) || errors.As(err, &netErr) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
 		return true
 	}
-	rerun, _ := recovery(err)
+	rerun, _ := remedy(err)
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && rerun
 }

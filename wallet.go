@@ -1,11 +1,13 @@
 // The ledger: what money may do, and the only code that writes wallets and entries.
 //
 // Touches: Postgres (wallet, entry, currency), and through outbox.go the outbox, in the same commit.
-// Promises: an operation that was answered is durable and applied once, however often its key is sent and whatever dies; a
-// refused one leaves nothing behind; balances never go below zero and no amount is ever rounded.
+// Promises: an operation that was answered is durable and applied once, however often its key is sent and
+// whatever dies; a refused one leaves nothing behind; balances never go below zero and no amount is ever
+// rounded.
 //
-// Operations are group-committed: handlers queue them, and while one batch is at Postgres the next one gathers by itself.
-// No order between concurrent requests is promised; a request sent after another was answered sees its effect.
+// Operations are group-committed: handlers queue them, and while one batch is at Postgres the next one
+// gathers by itself. No order between concurrent requests is promised; a request sent after another was
+// answered sees its effect.
 
 package main
 
@@ -30,7 +32,8 @@ import (
 	"wallet/internal/metric"
 )
 
-// Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and writes both.
+// Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and
+// writes both.
 const (
 	kindDeposit     = "deposit"
 	kindWithdrawal  = "withdrawal"
@@ -53,7 +56,8 @@ type entry struct {
 	traceparent string // of the request, for the event; not stored in the ledger
 }
 
-// appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating entry's.
+// appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating
+// entry's.
 func (e *entry) appendTransactionID(dst []byte) []byte {
 	if e.Kind == kindTransferIn {
 		return appendEntryID(dst, e.CounterpartyID, e.CounterpartySeq)
@@ -76,7 +80,8 @@ type wallet struct {
 	changed     bool // by this batch
 }
 
-// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's balance after it.
+// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's
+// balance after it.
 type posted struct {
 	entry
 	toBalance decimal.Decimal
@@ -93,7 +98,7 @@ type operation struct {
 	key         string
 	traceparent string
 
-	ctx  context.Context // the request's: an operation whose client has gone before its batch formed is dropped
+	ctx  context.Context // the request's: if it ends before a batch forms, the operation is dropped
 	done chan struct{}   // closed after the fields below are final
 
 	posted   posted // of a movement
@@ -102,8 +107,8 @@ type operation struct {
 	err      error  // a *refusal, errUnavailable or an unknown fault
 }
 
-// refusal is an operation's or a request's clear no: a stable code, and a sentence that says what to do. The codes and their
-// HTTP statuses stand in one table in main.go.
+// refusal is an operation's or a request's clear no: a stable code, and a sentence that says what to do.
+// The codes and their HTTP statuses stand in one table in main.go.
 type refusal struct{ code, detail string }
 
 func (r *refusal) Error() string { return r.code + ": " + r.detail }
@@ -113,16 +118,19 @@ func refuse(code, format string, args ...any) *refusal {
 }
 
 var (
-	errOverloaded = refuse("overloaded", "Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
-	// errLocked puts an operation off: a wallet of its is locked by somebody who is not one of our writers, or a stalled one.
+	errOverloaded = refuse("overloaded",
+		"Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
+	// errLocked puts an operation off: one of its wallets is locked by another session or a stalled writer.
+	// The operation is queued again.
 	errLocked = errors.New("the wallet is locked by somebody else")
 	// errUnavailable does not say that nothing happened: the commit's outcome may be unknown.
-	errUnavailable = refuse("unavailable", "The ledger did not confirm in time. Send the same request with the same key again: if it had been applied, it is not applied twice.")
+	errUnavailable = refuse("unavailable", "The ledger did not confirm in time. Send the same request with "+
+		"the same key again: if it had been applied, it is not applied twice.")
 )
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Amounts, keys and ids
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 const (
 	wholeDigitsMax  = 20 // before the point; wallet.balance's CHECK says the same
@@ -139,33 +147,42 @@ type amount struct {
 	decimals int32
 }
 
-// parseAmount reads a plain decimal number. Digits are counted before anything is computed, so that no text is expensive.
+// parseAmount reads a plain decimal number. Digits are counted before anything is computed, so that no text
+// is expensive.
 func parseAmount(s string) (amount, error) {
 	rest, negative := strings.CutPrefix(s, "-")
 	whole, fraction, pointed := strings.Cut(rest, ".")
 	switch {
 	case strings.ContainsAny(s, "eE") && strings.Trim(s, "0123456789.eE+-") == "":
 		return amount{}, refuse("amount_exponent", "Write the amount without an exponent, such as \"10.50\".")
-	case whole == "" || pointed && fraction == "" || strings.Trim(whole, "0123456789") != "" || strings.Trim(fraction, "0123456789") != "":
-		return amount{}, refuse("amount_malformed", "Write the amount as a plain decimal number, such as \"10.50\".")
+	case whole == "" || pointed && fraction == "" || strings.Trim(whole, "0123456789") != "" ||
+		strings.Trim(fraction, "0123456789") != "":
+		return amount{}, refuse("amount_malformed",
+			"Write the amount as a plain decimal number, such as \"10.50\".")
 	case len(whole) > 1 && whole[0] == '0':
-		return amount{}, refuse("amount_malformed", "Write the amount without leading zeros, such as \"10.50\".")
+		return amount{}, refuse("amount_malformed",
+			"Write the amount without leading zeros, such as \"10.50\".")
 	case len(whole) > wholeDigitsMax:
-		return amount{}, refuse("amount_too_large", "An amount has at most %d digits before the point.", wholeDigitsMax)
+		return amount{}, refuse("amount_too_large", "An amount has at most %d digits before the point.",
+			wholeDigitsMax)
 	case len(fraction) > decimalsMax:
-		return amount{}, refuse("amount_scale", "The amount has %d decimals; no currency here has more than %d.", len(fraction), decimalsMax)
+		return amount{}, refuse("amount_scale",
+			"The amount has %d decimals; no currency here has more than %d.", len(fraction), decimalsMax)
 	}
 	value, err := decimal.NewFromString(rest)
 	if err != nil {
-		return amount{}, refuse("amount_malformed", "Write the amount as a plain decimal number, such as \"10.50\".")
+		return amount{}, refuse("amount_malformed",
+			"Write the amount as a plain decimal number, such as \"10.50\".")
 	}
 	if negative || value.IsZero() {
-		return amount{}, refuse("amount_not_positive", "The amount must be greater than zero; the route says in which direction the money moves.")
+		return amount{}, refuse("amount_not_positive",
+			"The amount must be greater than zero; the route says in which direction the money moves.")
 	}
 	return amount{value, int32(len(fraction))}, nil
 }
 
-// appendDecimal appends d as decimal.String writes it, without trailing zeros. Up to 18 digits take no arithmetic of big numbers.
+// appendDecimal appends d as decimal.String writes it, without trailing zeros. Up to 18 digits take no
+// arithmetic of big numbers.
 func appendDecimal(dst []byte, d decimal.Decimal) []byte {
 	places := int(-d.Exponent())
 	if places < 0 || d.NumDigits() > 18 {
@@ -197,19 +214,21 @@ func decimalText(d decimal.Decimal) string {
 // parseKey checks an idempotency key: 1-255 printable ASCII characters.
 func parseKey(s string) (string, error) {
 	if len(s) == 0 || len(s) > keyLenMax {
-		return "", refuse("idempotency_key_malformed", "An idempotency key has 1 to %d characters.", keyLenMax)
+		return "", refuse("idempotency_key_malformed", "An idempotency key has 1 to %d characters.",
+			keyLenMax)
 	}
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {
-			return "", refuse("idempotency_key_malformed", "An idempotency key has printable ASCII characters only.")
+			return "", refuse("idempotency_key_malformed",
+				"An idempotency key has printable ASCII characters only.")
 		}
 	}
 	return s, nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The ledger and its writers
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 type ledger struct {
 	reads           *pgxpool.Pool
@@ -243,13 +262,15 @@ func newLedger(cfg *config, reads, writes *pgxpool.Pool, cache *cache) *ledger {
 	}
 }
 
-// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts without a restart.
+// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts
+// without a restart.
 func (l *ledger) loadCurrencies(ctx context.Context) error {
 	rows, _ := l.reads.Query(ctx, `SELECT code, scale FROM currency`)
 	scales := make(map[string]int32)
 	var code string
 	var scale int32
-	if _, err := pgx.ForEachRow(rows, []any{&code, &scale}, func() error { scales[code] = scale; return nil }); err != nil {
+	if _, err := pgx.ForEachRow(rows, []any{&code, &scale},
+		func() error { scales[code] = scale; return nil }); err != nil {
 		return fmt.Errorf("read currencies: %w", err)
 	}
 	if _, known := scales[l.defaultCurrency]; !known {
@@ -259,8 +280,8 @@ func (l *ledger) loadCurrencies(ctx context.Context) error {
 	return nil
 }
 
-// do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the caller, and the
-// operation may still be applied.
+// do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the
+// caller, and the operation may still be applied.
 func (l *ledger) do(ctx context.Context, op *operation) error {
 	op.ctx, op.done = ctx, make(chan struct{})
 	select {
@@ -276,16 +297,16 @@ func (l *ledger) do(ctx context.Context, op *operation) error {
 	}
 }
 
-// A batch costs Postgres as much as a dozen operations, whatever it holds, and its flush waits for another's. So beside one that is at
-// Postgres a further one starts only when it is worth it, or when that one has been there for so long that something must hold it up.
+// A batch has a fixed cost, about a dozen operations'. While one is at Postgres, another starts only for
+// furtherBatchMin operations or after furtherBatchAfter, when something must hold the first one up.
 const (
 	furtherBatchMin   = 32 // operations
 	furtherBatchAfter = 20 * time.Millisecond
 )
 
-// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those before it are at Postgres: when
-// none is there it starts at once, however small. It gets all that have gathered, except operations on a wallet that another writer has in
-// hand. At Postgres those would only wait for a lock, and everything else in their batch with them.
+// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those
+// before it are at Postgres; when none is there it starts at once, however small. It takes every waiting
+// operation except those on wallets that another batch holds: they would block it on a lock.
 func (l *ledger) run(ctx context.Context) error {
 	free, finished := l.writers, make(chan []*operation, l.writers)
 	inHand := make(map[int64]bool) // wallets of the batches at Postgres
@@ -334,7 +355,8 @@ func (l *ledger) run(ctx context.Context) error {
 			case op.ctx.Err() != nil:
 				op.err = errUnavailable // nobody is waiting any more, and nothing was done
 				close(op.done)
-			case len(batch) == l.batchOpsMax || inHand[op.walletID] || inHand[op.toID] || awaited[op.walletID] || awaited[op.toID]:
+			case len(batch) == l.batchOpsMax || inHand[op.walletID] || inHand[op.toID] ||
+				awaited[op.walletID] || awaited[op.toID]:
 				// Those behind it wait as well, or it might wait for ever.
 				awaited[op.walletID], awaited[op.toID] = true, op.toID != 0
 				waiting = append(waiting, op)
@@ -360,9 +382,9 @@ func (l *ledger) run(ctx context.Context) error {
 	return nil
 }
 
-// post brings a batch into the ledger, or settles each operation's error. Running a batch again is always safe, also when its
-// commit's outcome is unknown: the idempotency keys find what was written. heads takes what the answers are about to tell
-// of each wallet, for the cache.
+// post brings a batch into the ledger, or settles each operation's error. Running a batch again is always
+// safe, also when its commit's outcome is unknown: the idempotency keys find what was written. heads takes
+// what the answers are about to tell of each wallet, for the cache.
 func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 	started := time.Now()
 	lock := lockWallets
@@ -375,7 +397,7 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 			l.batchSeconds.Observe(time.Since(started).Seconds())
 			return
 		}
-		rerun, split := recovery(err)
+		rerun, split := remedy(err)
 		switch {
 		case split && len(batch) > 1:
 			// One operation's fault must not fail its neighbours: halve until it stands alone.
@@ -391,7 +413,7 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 			case "55P03": // lock_timeout: a wallet that somebody holds must not hold up the others
 				lock = lockFreeWallets
 				continue
-			case "23514": // no partition of the outbox for this hour (recovery lets no other of this state through)
+			case "23514": // no partition of the outbox for this hour: remedy lets no other through
 				if err := makeOutboxPartitions(context.Background(), l.reads); err != nil {
 					slog.Error("the outbox lacks this hour's partition", "error", err)
 				}
@@ -410,8 +432,8 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 	}
 }
 
-// recovery says what helps against a failed batch: to run it again, to split it, or neither.
-func recovery(err error) (rerun, split bool) {
+// remedy says what helps against a failed batch: to run it again, to split it, or neither.
+func remedy(err error) (rerun, split bool) {
 	var pgErr *pgconn.PgError
 	if errors.Is(err, errBroken) {
 		return false, true
@@ -420,7 +442,8 @@ func recovery(err error) (rerun, split bool) {
 		return true, false // a lost connection, a timeout: the outcome is unknown
 	}
 	switch {
-	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" || pgErr.ConstraintName == "wallet_creation_key_once"):
+	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" ||
+		pgErr.ConstraintName == "wallet_creation_key_once"):
 		return true, false // another writer made the wallet first: this time we lock it
 	case pgErr.Code == "23514" && strings.HasPrefix(pgErr.Message, "no partition"):
 		return true, false // an outbox without this hour's partition
@@ -447,8 +470,8 @@ func (l *ledger) putOff(op *operation) {
 	}
 }
 
-// announce tells the cache and then the clients. The cache comes first, so that a read sent after the answer is not
-// served anything older from there.
+// announce tells the cache and then the clients. The cache comes first, so that a read sent after the
+// answer is not served anything older from there.
 func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBalance) {
 	l.cache.put(t, heads)
 	for _, op := range batch {
@@ -460,18 +483,18 @@ func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBa
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // One batch: one Postgres transaction, READ COMMITTED, in two round trips
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// Lock order: every transaction locks the wallets that exist by ascending id, then inserts the missing ones by ascending id,
-// so no two can wait for each other in a circle.
+// Lock order: every transaction locks the wallets that exist by ascending id, then inserts the missing ones
+// by ascending id, so no two can wait for each other in a circle.
 //
-// A statement planned while its table was nearly empty joins by reading the whole index for each row, and the plan stays. So each join
-// here has a form that leaves the planner one way, an index lookup for each row: LATERAL with a LIMIT, a subquery, ANY (ARRAY[...]).
+// A plan made on an empty table is kept, and scans the index for every row. These joins allow index lookups
+// only: LATERAL with a LIMIT, a subquery, ANY (ARRAY[...]).
 //
-// Rows arrive as arrays, one a column, unnested in the select list, side by side: in FROM each array is first copied into a store of its
-// own, row by row, which costs Postgres a twentieth of the batch.
+// Rows arrive as arrays, one a column, unnested in the select list, side by side: in FROM each array is
+// first copied into a store of its own, row by row, which costs Postgres a twentieth of the batch.
 const (
 	lockWallets = `
 SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
@@ -481,33 +504,40 @@ WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
 	lockFreeWallets = lockWallets + ` SKIP LOCKED`
 	findWallets     = `SELECT id FROM wallet WHERE id = ANY ($1::bigint[])`
 
-	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders wrote is seen. So is a
-	// wallet that was missing a moment ago; what is new to it fails on the wallet's id, and the batch runs again.
+	// A statement of its own after the locks, hence with a newer snapshot: what the locks' former holders
+	// wrote is seen. So is a wallet that was missing a moment ago; what is new to it fails on the wallet's
+	// id, and the batch runs again.
 	findKeys = selectPosted + `
 FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::text[]) AS key) k
-CROSS JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = k.wallet_id AND idempotency_key = k.key AND kind <> 'transfer_in' LIMIT 1) e`
+CROSS JOIN LATERAL (
+    SELECT * FROM entry
+    WHERE wallet_id = k.wallet_id AND idempotency_key = k.key AND kind <> 'transfer_in' LIMIT 1
+) e`
 
 	findCreations = `
 SELECT id, currency, created_at, creation_key FROM wallet WHERE creation_key = ANY ($1::text[])`
 
 	insertWallets = `
 INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key)
-SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::bigint[]), unnest($5::timestamptz[]),
-       unnest($6::timestamptz[]), nullif(unnest($7::text[]), '')`
+SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::bigint[]),
+       unnest($5::timestamptz[]), unnest($6::timestamptz[]), nullif(unnest($7::text[]), '')`
 
 	updateWallets = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
-FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balance, unnest($3::bigint[]) AS seq, unnest($4::timestamptz[]) AS entry_at) n
+FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balance,
+             unnest($3::bigint[]) AS seq, unnest($4::timestamptz[]) AS entry_at) n
 WHERE wallet.id = ANY (ARRAY[n.id])`
 
 	insertEntries = `
-INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0), nullif(unnest($4::bigint[]), 0), unnest($5::timestamptz[]),
-       unnest($6::text[]::entry_kind[]), unnest($7::text[]::numeric[]), unnest($8::text[]::numeric[]), unnest($9::text[])`
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+                   idempotency_key)
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
+       nullif(unnest($4::bigint[]), 0), unnest($5::timestamptz[]), unnest($6::text[]::entry_kind[]),
+       unnest($7::text[]::numeric[]), unnest($8::text[]::numeric[]), unnest($9::text[])`
 )
 
-// tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something unknown, happened.
-// lock is lockWallets or lockFreeWallets.
+// tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something
+// unknown, happened. lock is lockWallets or lockFreeWallets.
 func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cachedBalance) error {
 	// The server's own timeouts (openPool) are shorter: this one is for a network that swallows everything.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -549,7 +579,8 @@ type outcome struct {
 	created wallet
 }
 
-// is says whether the ledger holds just what this try wanted to write: nobody else's has the same time as well.
+// is says whether the ledger holds just what this try wanted to write: nobody else's has the same time as
+// well.
 func (o *outcome) is(op *operation) bool {
 	if op.kind == kindCreation {
 		return o.created.ID == op.created.ID && o.created.CreatedAt.Equal(op.created.CreatedAt)
@@ -557,8 +588,8 @@ func (o *outcome) is(op *operation) bool {
 	return o.posted.Seq == op.posted.Seq && o.posted.CreatedAt.Equal(op.posted.CreatedAt)
 }
 
-// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay tells of it as
-// well. Of a wallet that could not be locked, a replay tells what it was.
+// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
+// tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
 func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance) {
 	newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
 		if heads[walletID].seq < seq {
@@ -593,7 +624,8 @@ type movementKey struct {
 }
 
 // read is the first round trip: lock, then look up the keys.
-func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation, lock string) (*posting, error) {
+func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation, lock string,
+) (*posting, error) {
 	p := &posting{
 		scales:          *l.scales.Load(),
 		defaultCurrency: l.defaultCurrency,
@@ -645,16 +677,17 @@ func (p *posting) scanWallets(rows pgx.Rows) error {
 	var w wallet
 	var balance string
 	var entryAt *time.Time
-	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt}, func() (err error) {
-		found := w
-		found.exists = true
-		if entryAt != nil {
-			found.EntryAt = *entryAt
-		}
-		found.Balance, err = decimal.NewFromString(balance)
-		p.wallets[w.ID] = &found
-		return err
-	})
+	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt},
+		func() (err error) {
+			found := w
+			found.exists = true
+			if entryAt != nil {
+				found.EntryAt = *entryAt
+			}
+			found.Balance, err = decimal.NewFromString(balance)
+			p.wallets[w.ID] = &found
+			return err
+		})
 	return err
 }
 
@@ -680,16 +713,20 @@ func (p *posting) scanKeys(rows pgx.Rows) error {
 	return rows.Err()
 }
 
-// A movement is read the same way wherever it is read: its initiating entry e, the wallet's currency, the payee's balance.
+// A movement is read the same way wherever it is read: its initiating entry e, the wallet's currency, the
+// payee's balance.
 const selectPosted = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount::text,
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
+       e.kind::text, e.amount::text,
        e.balance::text, e.idempotency_key, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
-       coalesce((SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq), 0)::text`
+       coalesce((
+           SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
+       ), 0)::text`
 
 // scanPosted reads what selectPosted selects, and what stands behind it.
 func scanPosted(row pgx.Row, m *posted, more ...any) error {
-	return row.Scan(append([]any{&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt, &m.Kind, &m.Amount,
-		&m.Balance, &m.Key, &m.Currency, &m.toBalance}, more...)...)
+	return row.Scan(append([]any{&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt,
+		&m.Kind, &m.Amount, &m.Balance, &m.Key, &m.Currency, &m.toBalance}, more...)...)
 }
 
 func (p *posting) scanCreations(rows pgx.Rows) error {
@@ -702,17 +739,20 @@ func (p *posting) scanCreations(rows pgx.Rows) error {
 	return err
 }
 
-// decide accepts or refuses one operation against the running balances, in arrival order. The key comes first: what was
-// accepted once stays accepted, whatever the balance is now.
+// decide accepts or refuses one operation against the running balances, in arrival order. The key comes
+// first: what was accepted once stays accepted, whatever the balance is now.
 func (p *posting) decide(op *operation) error {
 	if op.kind == kindCreation {
 		return p.create(op)
 	}
 	if before, ok := p.byKey[movementKey{op.walletID, op.key}]; ok {
-		same := before.Kind == op.kind && before.CounterpartyID == op.toID && before.Amount.Abs().Equal(op.amount.Decimal) &&
+		same := before.Kind == op.kind && before.CounterpartyID == op.toID &&
+			before.Amount.Abs().Equal(op.amount.Decimal) &&
 			(op.currency == "" || op.currency == before.Currency)
 		if !same {
-			return refuse("idempotency_key_reused", "This key was used on wallet %d for another operation (transaction %s). Use a new key for a new operation.",
+			return refuse("idempotency_key_reused",
+				"This key was used on wallet %d for another operation (transaction %s). Use a new key "+
+					"for a new operation.",
 				op.walletID, entryID(before.WalletID, before.Seq))
 		}
 		op.posted, op.replayed = *before, true
@@ -731,22 +771,32 @@ func (p *posting) decide(op *operation) error {
 	scale, known := p.scales[currency]
 	switch {
 	case !known:
-		return refuse("currency_unknown", "Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
+		return refuse("currency_unknown",
+			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
 	case from.Currency != "" && from.Currency != currency:
-		return refuse("currency_mismatch", "Wallet %d is in %s, the request in %s. Use a wallet in the request's currency.", from.ID, from.Currency, currency)
+		return refuse("currency_mismatch",
+			"Wallet %d is in %s, the request in %s. Use a wallet in the request's "+
+				"currency.", from.ID, from.Currency, currency)
 	case op.amount.decimals > scale:
-		return refuse("amount_scale", "The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact amount.", op.amount.decimals, currency, scale)
+		return refuse("amount_scale",
+			"The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact "+
+				"amount.", op.amount.decimals, currency, scale)
 	case !opens && from.Balance.LessThan(op.amount.Decimal):
-		return refuse("insufficient_funds", "Wallet %d holds less than the amount. Deposit first; the same key may then be used again.", from.ID)
+		return refuse("insufficient_funds",
+			"Wallet %d holds less than the amount. Deposit first; the same key may then be used "+
+				"again.", from.ID)
 	}
 
 	amount := op.amount.Decimal
 	at := latest(p.now, from.EntryAt)
-	first := entry{WalletID: from.ID, Kind: op.kind, Currency: currency, Key: op.key, traceparent: op.traceparent}
+	first := entry{WalletID: from.ID, Kind: op.kind, Currency: currency, Key: op.key,
+		traceparent: op.traceparent}
 	switch op.kind {
 	case kindDeposit:
 		if from.Balance.Add(amount).GreaterThanOrEqual(balanceLimit) {
-			return refuse("balance_limit", "The balance of wallet %d would have more than %d digits before the point.", from.ID, wholeDigitsMax)
+			return refuse("balance_limit",
+				"The balance of wallet %d would have more than %d digits before the "+
+					"point.", from.ID, wholeDigitsMax)
 		}
 		first.Amount = amount
 		p.append(from, &first, at)
@@ -761,9 +811,13 @@ func (p *posting) decide(op *operation) error {
 		to := p.wallets[op.toID]
 		switch {
 		case to.Currency != "" && to.Currency != currency:
-			return refuse("currency_mismatch", "Wallet %d is in %s, wallet %d in %s. A transfer stays in one currency.", from.ID, from.Currency, to.ID, to.Currency)
+			return refuse("currency_mismatch",
+				"Wallet %d is in %s, wallet %d in %s. A transfer stays in one "+
+					"currency.", from.ID, from.Currency, to.ID, to.Currency)
 		case to.Balance.Add(amount).GreaterThanOrEqual(balanceLimit):
-			return refuse("balance_limit", "The balance of wallet %d would have more than %d digits before the point.", to.ID, wholeDigitsMax)
+			return refuse("balance_limit",
+				"The balance of wallet %d would have more than %d digits before the "+
+					"point.", to.ID, wholeDigitsMax)
 		}
 		at = latest(at, to.EntryAt)
 		second := first
@@ -799,9 +853,12 @@ func (p *posting) create(op *operation) error {
 	currency := cmp.Or(op.currency, p.defaultCurrency)
 	if before, ok := p.creations[op.key]; ok {
 		if before.Currency != currency || !op.idChosen && op.walletID != before.ID {
-			return refuse("idempotency_key_reused", "This key was used to create wallet %d in %s. Use a new key for a new wallet.", before.ID, before.Currency)
+			return refuse("idempotency_key_reused",
+				"This key was used to create wallet %d in %s. Use a new key for a new "+
+					"wallet.", before.ID, before.Currency)
 		}
-		op.created, op.replayed = wallet{ID: before.ID, Currency: before.Currency, CreatedAt: before.CreatedAt}, true
+		op.created, op.replayed = wallet{ID: before.ID, Currency: before.Currency,
+			CreatedAt: before.CreatedAt}, true
 		return nil
 	}
 	w := p.wallets[op.walletID]
@@ -809,7 +866,8 @@ func (p *posting) create(op *operation) error {
 		return errLocked
 	}
 	if _, known := p.scales[currency]; !known {
-		return refuse("currency_unknown", "Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
+		return refuse("currency_unknown",
+			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
 	}
 	if w.Currency != "" {
 		return refuse("wallet_exists", "Wallet %d exists already, in %s.", w.ID, w.Currency)
@@ -823,8 +881,9 @@ func (p *posting) create(op *operation) error {
 // errBroken is a mistake of ours, found before it reached the database.
 var errBroken = errors.New("assertion failed")
 
-// check catches our own mistakes before they reach the database: money of a batch's transfers sums to zero, and each changed wallet
-// stands where its last entry says. The operation at fault ends alone, in a 500 and a log line, rather than the process.
+// check catches our own mistakes before they reach the database: money of a batch's transfers sums to zero,
+// and each changed wallet stands where its last entry says. The operation at fault ends alone, in a 500 and
+// a log line, rather than the process.
 func (p *posting) check() error {
 	var transferred decimal.Decimal
 	for i := range p.entries {
@@ -856,7 +915,8 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 	if len(missing) > 0 {
 		slices.SortFunc(missing, func(a, b *wallet) int { return cmp.Compare(a.ID, b.ID) })
 		c := walletColumns(missing)
-		b.Queue(insertWallets, c.ids, c.currencies, c.balances, c.seqs, c.entryAts, c.createdAts, c.creationKeys)
+		b.Queue(insertWallets, c.ids, c.currencies, c.balances, c.seqs, c.entryAts, c.createdAts,
+			c.creationKeys)
 	}
 	var updated *int64
 	if len(changed) > 0 {
@@ -869,11 +929,13 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 	}
 	if n := len(p.entries); n > 0 {
 		ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
-		ats, kinds, amounts, balances, keys := make([]time.Time, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+		ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
+		amounts, balances := make([]string, n), make([]string, n)
 		for i := range p.entries {
 			e := &p.entries[i]
-			ids[i], seqs[i], toIDs[i], toSeqs[i], ats[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq, e.CreatedAt
-			kinds[i], amounts[i], balances[i], keys[i] = e.Kind, decimalText(e.Amount), decimalText(e.Balance), e.Key
+			ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
+			ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
+			amounts[i], balances[i] = decimalText(e.Amount), decimalText(e.Balance)
 		}
 		b.Queue(insertEntries, ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys)
 		queueOutbox(&b, p.entries)
@@ -903,7 +965,8 @@ func walletColumns(wallets []*wallet) walletArrays {
 			entryAt = &w.EntryAt
 		}
 		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
-		c.currencies, c.balances, c.creationKeys = append(c.currencies, w.Currency), append(c.balances, decimalText(w.Balance)), append(c.creationKeys, w.creationKey)
+		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
+		c.balances = append(c.balances, decimalText(w.Balance))
 		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
 	}
 	return c
@@ -916,9 +979,9 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Reads
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 const (
 	selectWallet = `SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet WHERE id = $1`
@@ -937,7 +1000,8 @@ WITH s AS MATERIALIZED (
            coalesce(nullif($3::bigint, 0), seq_since(w.id, $5)) AS high
     FROM wallet w WHERE w.id = $1
 )` + selectPosted + `, s.currency, s.balance::text, s.seq, s.low, s.high
-FROM s LEFT JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
+FROM s LEFT JOIN LATERAL (
+    SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
 )
 
 // wallet reads one wallet from Postgres.
@@ -979,7 +1043,8 @@ func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cac
 		return cachedBalance{}, err
 	}
 	if w.Seq < minSeq {
-		return cachedBalance{}, refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", id, w.Seq, minSeq)
+		return cachedBalance{}, refuse("seq_not_reached",
+			"Wallet %d is at seq %d; no entry %d has been written.", id, w.Seq, minSeq)
 	}
 	return w.cached(), nil
 }
@@ -997,15 +1062,16 @@ func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted,
 	}
 	told := map[int64]cachedBalance{walletID: {walletID, seq, m.Currency, decimalText(m.Balance)}}
 	if m.CounterpartyID != 0 {
-		told[m.CounterpartyID] = cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, decimalText(m.toBalance)}
+		told[m.CounterpartyID] = cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency,
+			decimalText(m.toBalance)}
 	}
 	l.cache.put(t, told)
 	return &m, nil
 }
 
-// page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <= seq < to or,
-// where these are 0, of since <= created_at < until. A nil since means 24 hours ago, by the database's clock as the
-// entries' times are.
+// page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <=
+// seq < to or, where these are 0, of since <= created_at < until. A nil since means 24 hours ago, by the
+// database's clock as the entries' times are.
 type page struct {
 	from, to   int64
 	since      *time.Time
@@ -1014,8 +1080,8 @@ type page struct {
 	limit      int
 }
 
-// history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so that everything
-// is of one moment.
+// history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so
+// that everything is of one moment.
 func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []entry, err error) {
 	query := selectPageUp
 	if p.descending {
@@ -1053,18 +1119,23 @@ func errNoWallet(id int64) *refusal {
 
 func (l *ledger) writeMetrics(w *metric.Writer) {
 	w.Counter("wallet_batches_total", "Batches committed.", float64(l.batches.Load()))
-	w.Counter("wallet_operations_total", "Operations decided, replays and refusals included.", float64(l.operations.Load()))
+	w.Counter("wallet_operations_total", "Operations decided, replays and refusals included.",
+		float64(l.operations.Load()))
 	w.Counter("wallet_batch_reruns_total", "Batches run again after a fault.", float64(l.reruns.Load()))
-	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.", float64(l.splits.Load()))
-	w.Gauge("wallet_queue_operations", "Operations that wait for a batch.", float64(len(l.queue))+float64(l.aside.Load()))
+	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.",
+		float64(l.splits.Load()))
+	w.Gauge("wallet_queue_operations", "Operations that wait for a batch.",
+		float64(len(l.queue))+float64(l.aside.Load()))
 	w.Histogram("wallet_batch_operations", "Operations of a batch.", l.batchSizes)
-	w.Histogram("wallet_batch_seconds", "From a batch's forming to its commit, reruns included.", l.batchSeconds)
+	w.Histogram("wallet_batch_seconds", "From a batch's forming to its commit, reruns included.",
+		l.batchSeconds)
 	for _, pool := range []struct {
 		name string
 		*pgxpool.Pool
 	}{{"read", l.reads}, {"write", l.writes}} {
 		stat := pool.Stat()
 		w.Gauges("wallet_postgres_"+pool.name+"_connections", "Connections to Postgres.",
-			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())}, metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
+			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())},
+			metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
 	}
 }
