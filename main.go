@@ -18,7 +18,6 @@ import (
 	"crypto/rand"
 	_ "embed"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -27,12 +26,10 @@ import (
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
-	"mime"
 	"net"
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
-	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -41,7 +38,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -50,6 +46,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/api"
 	"wallet/internal/env"
 	"wallet/internal/gate"
 	"wallet/internal/logs"
@@ -240,7 +237,7 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		}
 		if s.cfg.apiKeysFile != "" {
 			keeping.run(func(ctx context.Context) error {
-				gate.Watch(ctx, 5*time.Second, s.api.keys.Load, s.cfg.apiKeysFile)
+				gate.Watch(ctx, 5*time.Second, s.api.Keys.Load, s.cfg.apiKeysFile)
 				return nil
 			})
 		}
@@ -250,7 +247,7 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 				return nil
 			})
 		}
-		s.api.started.Store(true)
+		s.api.Started.Store(true)
 		slog.Info("ready")
 		return s.keep(ctx)
 	})
@@ -262,7 +259,7 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	case err = <-failed:
 		slog.Error("stopping, since a part failed", "error", err)
 	}
-	s.api.draining.Store(true)
+	s.api.Draining.Store(true)
 	if err == nil {
 		time.Sleep(s.cfg.drainDelay)
 	}
@@ -534,48 +531,111 @@ func (s *service) keep(ctx context.Context) error {
 // Routes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// route is one operation of the API: what runs, who may, and what the OpenAPI document says of it.
-type route struct {
-	method, path string
-	scope        gate.Scope
-	handle       func(*http.Request) (*reply, error) // its error becomes a problem document
-
-	summary  string
-	fields   []string // of the body
-	query    []string
-	answers  string // schema of the answer
-	refusals string // codes, space-separated, besides those that every route has
+// server is the HTTP side. Its ServeHTTP is the whole public handler, operator the other one: tests use them
+// through httptest.
+type server struct {
+	*api.Server
+	ledger   *ledger
+	relay    *relay // nil without Kafka
+	public   *http.ServeMux
+	operator *http.ServeMux
+	document []byte // OpenAPI
 }
 
-func (s *server) routes() []route {
-	return []route{
-		{"POST", "/v1/wallets", gate.Write, s.createWallet, "Create a wallet", creationFields, nil, "Wallet",
-			bodyRefusals + " wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing wallet_exists"},
-		{"GET", "/v1/wallets/{id}", gate.Read, s.getWallet, "Read a wallet", nil, nil, "Wallet", "wallet_id_malformed wallet_not_found"},
-		{"GET", "/v1/wallets/{id}/balance", gate.Read, s.getBalance, "Read a balance, from the cache unless Cache-Control says no-cache", nil, balanceQuery, "Balance",
-			"wallet_id_malformed parameter_malformed wallet_not_found seq_not_reached"},
-		{"GET", "/v1/wallets/{id}/history", gate.Read, s.getHistory, "Read a wallet's entries, a page at a time", nil, historyQuery, "History",
-			"wallet_id_malformed parameter_malformed wallet_not_found"},
-		{"POST", "/v1/wallets/{id}/deposit", gate.Write, s.deposit, "Deposit; creates the wallet if need be", movementFields, nil, "Receipt",
-			movementRefusals + " currency_unknown balance_limit"},
-		{"POST", "/v1/wallets/{id}/withdraw", gate.Write, s.withdraw, "Withdraw", movementFields, nil, "Receipt",
-			movementRefusals + " wallet_not_found insufficient_funds"},
-		{"POST", "/v1/wallets/{id}/transfer", gate.Write, s.transfer, "Transfer to another wallet; creates it if need be", transferFields, nil, "TransferReceipt",
-			movementRefusals + " wallet_not_found insufficient_funds same_wallet balance_limit"},
-		{"GET", "/v1/transactions/{id}", gate.Read, s.getTransaction, "Read a movement of money by its id", nil, nil, "Transaction",
-			"transaction_id_malformed transaction_not_found"},
-		{"GET", "/openapi.json", gate.Open, s.getOpenAPI, "This document", nil, nil, "Document", ""},
-		{"GET", "/healthz", gate.Open, s.healthz, "Is the process alive?", nil, nil, "Status", ""},
-		{"GET", "/readyz", gate.Open, s.readyz, "Can it serve?", nil, nil, "Status", ""},
+func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
+	s := &server{ledger: l, relay: r, Server: api.New(api.Config{
+		Problems:    problems,
+		Overloaded:  errOverloaded,
+		Starting:    refuse("starting", "The service is waiting for its database."),
+		Unavailable: refuse("unavailable", "The ledger could not be read in time. Try again."),
+		Unreachable: unreachable,
+		Keys:        keys,
+		Proxies:     cfg.trustedProxies,
+		Timeout:     cfg.requestTimeout,
+		RequestsMax: int64(cfg.requestsMax),
+	})}
+	if cfg.rateLimit > 0 {
+		s.Limits = gate.NewLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
+	}
+	s.document = s.OpenAPI(s.routes(), apiContract)
+	s.public = s.Mux(s.routes())
+	s.operator = s.Mux(s.operatorRoutes())
+	for path, profile := range map[string]http.HandlerFunc{
+		"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol,
+		"trace": pprof.Trace,
+	} {
+		s.operator.Handle("GET /debug/pprof/"+path, s.Guard("/debug/pprof/", gate.Operate, profile))
+	}
+	return s
+}
+
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.public.ServeHTTP(w, r) }
+
+// Refusal makes the ledger's refusals answers of the API.
+func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
+
+// unreachable says whether a read failed because Postgres was not there, too slow, or not as a primary.
+func unreachable(err error) bool {
+	var connectErr *pgconn.ConnectError
+	var netErr net.Error
+	switch {
+	case pgconn.Timeout(err), errors.As(err, &connectErr), errors.As(err, &netErr), errors.Is(err, io.EOF),
+		errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed):
+		return true
+	}
+	rerun, _ := remedy(err)
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && rerun
+}
+
+func (s *server) routes() []api.Route {
+	return []api.Route{
+		{Method: "POST", Path: "/v1/wallets", Scope: gate.Write, Handle: s.createWallet, Status: 201,
+			Doc: api.Doc{Summary: "Create a wallet", Fields: creationFields, Answer: "Wallet",
+				Refusals: "wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing " +
+					"idempotency_key_reused wallet_exists"}},
+		{Method: "GET", Path: "/v1/wallets/{id}", Scope: gate.Read, Handle: s.getWallet,
+			Doc: api.Doc{Summary: "Read a wallet", ID: "WalletID", Answer: "Wallet",
+				Refusals: "wallet_id_malformed wallet_not_found"}},
+		{Method: "GET", Path: "/v1/wallets/{id}/balance", Scope: gate.Read, Handle: s.getBalance,
+			Doc: api.Doc{Summary: "Read a balance, from the cache unless Cache-Control says no-cache",
+				ID: "WalletID", Query: balanceQuery, Answer: "Balance",
+				Refusals: "wallet_id_malformed wallet_not_found seq_not_reached"}},
+		{Method: "GET", Path: "/v1/wallets/{id}/history", Scope: gate.Read, Handle: s.getHistory,
+			Doc: api.Doc{Summary: "Read a wallet's entries, a page at a time",
+				ID: "WalletID", Query: historyQuery, Answer: "History",
+				Refusals: "wallet_id_malformed wallet_not_found"}},
+		{Method: "POST", Path: "/v1/wallets/{id}/deposit", Scope: gate.Write, Handle: s.deposit,
+			Doc: api.Doc{Summary: "Deposit; creates the wallet if need be",
+				ID: "WalletID", Fields: movementFields, Required: []string{"amount"}, Answer: "Receipt",
+				Refusals: movementRefusals + " currency_unknown balance_limit"}},
+		{Method: "POST", Path: "/v1/wallets/{id}/withdraw", Scope: gate.Write, Handle: s.withdraw,
+			Doc: api.Doc{Summary: "Withdraw",
+				ID: "WalletID", Fields: movementFields, Required: []string{"amount"}, Answer: "Receipt",
+				Refusals: movementRefusals + " wallet_not_found insufficient_funds"}},
+		{Method: "POST", Path: "/v1/wallets/{id}/transfer", Scope: gate.Write, Handle: s.transfer,
+			Doc: api.Doc{Summary: "Transfer to another wallet; creates it if need be",
+				ID: "WalletID", Fields: transferFields, Required: []string{"to_id", "amount"},
+				Answer:   "TransferReceipt",
+				Refusals: movementRefusals + " wallet_not_found insufficient_funds same_wallet balance_limit"}},
+		{Method: "GET", Path: "/v1/transactions/{id}", Scope: gate.Read, Handle: s.getTransaction,
+			Doc: api.Doc{Summary: "Read a movement of money by its id", ID: "TransactionID", Answer: "Transaction",
+				Refusals: "transaction_id_malformed transaction_not_found"}},
+		{Method: "GET", Path: "/openapi.json", Scope: gate.Open, Handle: s.getOpenAPI,
+			Doc: api.Doc{Summary: "This document", Answer: "Document"}},
+		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: s.healthz,
+			Doc: api.Doc{Summary: "Is the process alive?", Answer: "Status"}},
+		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz,
+			Doc: api.Doc{Summary: "Can it serve?", Answer: "Status", Refusals: "starting unavailable"}},
 	}
 }
 
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
-func (s *server) operatorRoutes() []route {
-	return []route{
-		{method: "GET", path: "/metrics", scope: gate.Operate, handle: s.getMetrics},
-		{method: "GET", path: "/healthz", scope: gate.Open, handle: s.healthz},
-		{method: "GET", path: "/readyz", scope: gate.Open, handle: s.readyz},
+func (s *server) operatorRoutes() []api.Route {
+	return []api.Route{
+		{Method: "GET", Path: "/metrics", Scope: gate.Operate, Handle: s.getMetrics},
+		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: s.healthz},
+		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz},
 	}
 }
 
@@ -588,78 +648,68 @@ var (
 	historyQuery   = []string{"limit", "since", "until", "order", "cursor"}
 )
 
-const (
-	bodyRefusals = "body_malformed body_too_large content_type_unsupported field_unknown field_duplicate idempotency_key_malformed idempotency_key_conflict " +
-		"idempotency_key_reused"
-	movementRefusals = bodyRefusals + " wallet_id_malformed field_missing idempotency_key_missing amount_malformed amount_exponent amount_not_positive " +
-		"amount_too_large amount_scale currency_malformed currency_mismatch"
-	// commonRefusals may come from any route that is not open to all.
-	commonRefusals = "unauthenticated forbidden rate_limited overloaded starting unavailable internal"
-)
+const movementRefusals = "wallet_id_malformed field_missing idempotency_key_missing idempotency_key_reused " +
+	"amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale currency_malformed " +
+	"currency_mismatch"
 
 // problems is every refusal there is: its stable code, its status and its title.
-var problems = map[string]struct {
-	status int
-	title  string
-}{
-	"body_malformed":            {400, "The body is not the JSON object that this route takes"},
-	"field_unknown":             {400, "The body has a field that this route does not know"},
-	"field_duplicate":           {400, "The body has a field twice"},
-	"field_missing":             {400, "The body lacks a field"},
-	"wallet_id_malformed":       {400, "Not a wallet id"},
-	"transaction_id_malformed":  {400, "Not a transaction id"},
-	"amount_malformed":          {400, "Not an amount"},
-	"amount_exponent":           {400, "An amount with an exponent"},
-	"amount_not_positive":       {400, "An amount that is not positive"},
-	"amount_too_large":          {400, "An amount with too many digits"},
-	"currency_malformed":        {400, "Not a currency code"},
-	"same_wallet":               {400, "A transfer to the same wallet"},
-	"idempotency_key_missing":   {400, "No idempotency key"},
-	"idempotency_key_malformed": {400, "Not an idempotency key"},
-	"idempotency_key_conflict":  {400, "Two different idempotency keys"},
-	"parameter_malformed":       {400, "A query parameter with a bad value"},
-	"wallet_not_found":          {404, "No such wallet"},
-	"transaction_not_found":     {404, "No such transaction"},
-	"route_not_found":           {404, "No such route"},
-	"method_not_allowed":        {405, "Not a method of this route"},
-	"wallet_exists":             {409, "The wallet exists already"},
-	"seq_not_reached":           {409, "The wallet has no such entry yet"},
-	"body_too_large":            {413, "The body is too large"},
-	"content_type_unsupported":  {415, "Not JSON by its content type"},
-	"amount_scale":              {422, "More decimals than the currency has"},
-	"currency_unknown":          {422, "Unknown currency"},
-	"currency_mismatch":         {422, "Another currency than the wallet's"},
-	"insufficient_funds":        {422, "Insufficient funds"},
-	"balance_limit":             {422, "The balance would become too large"},
-	"idempotency_key_reused":    {422, "The key was used for another operation"},
-	"unauthenticated":           {401, "No valid API key"},
-	"forbidden":                 {403, "The API key's scopes do not include this"},
-	"rate_limited":              {429, "Too many requests"},
-	"internal":                  {500, "A fault of ours"},
-	"overloaded":                {503, "Too busy"},
-	"unavailable":               {503, "Not available"},
-	"starting":                  {503, "Not ready"},
+var problems = map[string]api.Problem{
+	"body_malformed":            {Status: 400, Title: "The body is not the JSON object that this route takes"},
+	"field_unknown":             {Status: 400, Title: "The body has a field that this route does not know"},
+	"field_duplicate":           {Status: 400, Title: "The body has a field twice"},
+	"field_missing":             {Status: 400, Title: "The body lacks a field"},
+	"wallet_id_malformed":       {Status: 400, Title: "Not a wallet id"},
+	"transaction_id_malformed":  {Status: 400, Title: "Not a transaction id"},
+	"amount_malformed":          {Status: 400, Title: "Not an amount"},
+	"amount_exponent":           {Status: 400, Title: "An amount with an exponent"},
+	"amount_not_positive":       {Status: 400, Title: "An amount that is not positive"},
+	"amount_too_large":          {Status: 400, Title: "An amount with too many digits"},
+	"currency_malformed":        {Status: 400, Title: "Not a currency code"},
+	"same_wallet":               {Status: 400, Title: "A transfer to the same wallet"},
+	"idempotency_key_missing":   {Status: 400, Title: "No idempotency key"},
+	"idempotency_key_malformed": {Status: 400, Title: "Not an idempotency key"},
+	"idempotency_key_conflict":  {Status: 400, Title: "Two different idempotency keys"},
+	"parameter_malformed":       {Status: 400, Title: "A query parameter with a bad value"},
+	"wallet_not_found":          {Status: 404, Title: "No such wallet"},
+	"transaction_not_found":     {Status: 404, Title: "No such transaction"},
+	"route_not_found":           {Status: 404, Title: "No such route"},
+	"method_not_allowed":        {Status: 405, Title: "Not a method of this route"},
+	"wallet_exists":             {Status: 409, Title: "The wallet exists already"},
+	"seq_not_reached":           {Status: 409, Title: "The wallet has no such entry yet"},
+	"body_too_large":            {Status: 413, Title: "The body is too large"},
+	"content_type_unsupported":  {Status: 415, Title: "Not JSON by its content type"},
+	"amount_scale":              {Status: 422, Title: "More decimals than the currency has"},
+	"currency_unknown":          {Status: 422, Title: "Unknown currency"},
+	"currency_mismatch":         {Status: 422, Title: "Another currency than the wallet's"},
+	"insufficient_funds":        {Status: 422, Title: "Insufficient funds"},
+	"balance_limit":             {Status: 422, Title: "The balance would become too large"},
+	"idempotency_key_reused":    {Status: 422, Title: "The key was used for another operation"},
+	"unauthenticated":           {Status: 401, Title: "No valid API key"},
+	"forbidden":                 {Status: 403, Title: "The API key's scopes do not include this"},
+	"rate_limited":              {Status: 429, Title: "Too many requests"},
+	"internal":                  {Status: 500, Title: "A fault of ours"},
+	"overloaded":                {Status: 503, Title: "Too busy"},
+	"unavailable":               {Status: 503, Title: "Not available"},
+	"starting":                  {Status: 503, Title: "Not ready"},
 }
 
-const bodyBytesMax = 4 << 10
-
-func (s *server) createWallet(r *http.Request) (*reply, error) {
-	body, err := readFields(r, creationFields...)
+func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
+	body, err := api.ReadFields(r, creationFields...)
 	if err != nil {
 		return nil, err
 	}
 	op := &operation{kind: kindCreation}
-	if op.currency, err = body.currency(); err != nil {
+	if op.currency, err = currencyOf(body); err != nil {
 		return nil, err
 	}
 	if id, given := body["id"]; given {
-		if op.walletID, err = parseWalletID(id.text); err != nil {
+		if op.walletID, err = parseWalletID(id.Text); err != nil {
 			return nil, err
 		}
 	} else {
 		op.walletID, op.idChosen = 1+mathrand.Int64N(walletIDAutoMax), true
 	}
-	switch op.key, err = body.idempotencyKey(r); {
+	switch op.key, err = api.Key(r, body, parseKey); {
 	case err != nil:
 		return nil, err
 	case op.key == "" && op.idChosen:
@@ -672,21 +722,20 @@ func (s *server) createWallet(r *http.Request) (*reply, error) {
 		return nil, err
 	}
 	w := &op.created
-	return &reply{
-		status:   http.StatusCreated,
-		body:     appendWallet(nil, w),
-		replayed: op.replayed,
-		header:   map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", w.ID)},
+	return &api.Reply{
+		Body:     appendWallet(nil, w),
+		Replayed: op.replayed,
+		Header:   map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", w.ID)},
 	}, nil
 }
 
-func (s *server) deposit(r *http.Request) (*reply, error)  { return s.move(r, kindDeposit) }
-func (s *server) withdraw(r *http.Request) (*reply, error) { return s.move(r, kindWithdrawal) }
-func (s *server) transfer(r *http.Request) (*reply, error) { return s.move(r, kindTransferOut) }
+func (s *server) deposit(r *http.Request) (*api.Reply, error)  { return s.move(r, kindDeposit) }
+func (s *server) withdraw(r *http.Request) (*api.Reply, error) { return s.move(r, kindWithdrawal) }
+func (s *server) transfer(r *http.Request) (*api.Reply, error) { return s.move(r, kindTransferOut) }
 
 // move is every movement of money: it reads the operation, has it posted and shows how it stands in the ledger.
-func (s *server) move(r *http.Request, kind string) (*reply, error) {
-	op := &operation{kind: kind, traceparent: traceparent(r.Header)}
+func (s *server) move(r *http.Request, kind string) (*api.Reply, error) {
+	op := &operation{kind: kind, traceparent: api.Traceparent(r.Header)}
 	var err error
 	if op.walletID, err = parseWalletID(r.PathValue("id")); err != nil {
 		return nil, err
@@ -695,11 +744,11 @@ func (s *server) move(r *http.Request, kind string) (*reply, error) {
 	if kind == kindTransferOut {
 		allowed = transferFields
 	}
-	body, err := readFields(r, allowed...)
+	body, err := api.ReadFields(r, allowed...)
 	if err != nil {
 		return nil, err
 	}
-	if op.key, err = body.idempotencyKey(r); err != nil {
+	if op.key, err = api.Key(r, body, parseKey); err != nil {
 		return nil, err
 	}
 	if op.key == "" {
@@ -709,10 +758,10 @@ func (s *server) move(r *http.Request, kind string) (*reply, error) {
 	if !given {
 		return nil, refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
 	}
-	if op.amount, err = parseAmount(amount.text); err != nil {
+	if op.amount, err = parseAmount(amount.Text); err != nil {
 		return nil, err
 	}
-	if op.currency, err = body.currency(); err != nil {
+	if op.currency, err = currencyOf(body); err != nil {
 		return nil, err
 	}
 	if kind == kindTransferOut {
@@ -720,7 +769,7 @@ func (s *server) move(r *http.Request, kind string) (*reply, error) {
 		if !given {
 			return nil, refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
 		}
-		if op.toID, err = parseWalletID(to.text); err != nil {
+		if op.toID, err = parseWalletID(to.Text); err != nil {
 			return nil, err
 		}
 		if op.toID == op.walletID {
@@ -730,10 +779,10 @@ func (s *server) move(r *http.Request, kind string) (*reply, error) {
 	if err := s.ledger.do(r.Context(), op); err != nil {
 		return nil, err
 	}
-	return &reply{body: append(appendReceipt(nil, &op.posted), '}'), replayed: op.replayed}, nil
+	return &api.Reply{Body: append(appendReceipt(nil, &op.posted), '}'), Replayed: op.replayed}, nil
 }
 
-func (s *server) getWallet(r *http.Request) (*reply, error) {
+func (s *server) getWallet(r *http.Request) (*api.Reply, error) {
 	id, err := parseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
@@ -742,19 +791,19 @@ func (s *server) getWallet(r *http.Request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: appendWallet(nil, w)}, nil
+	return &api.Reply{Body: appendWallet(nil, w)}, nil
 }
 
-func (s *server) getBalance(r *http.Request) (*reply, error) {
+func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	id, err := parseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	query, err := readQuery(r, balanceQuery...)
+	query, err := api.ReadQuery(r, balanceQuery...)
 	if err != nil {
 		return nil, err
 	}
-	minSeq, err := query.integer("min_seq", 0, 0, math.MaxInt64)
+	minSeq, err := query.Integer("min_seq", 0, 0, math.MaxInt64)
 	if err != nil {
 		return nil, err
 	}
@@ -763,7 +812,7 @@ func (s *server) getBalance(r *http.Request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`, b.walletID, b.currency, b.balance, b.seq)}, nil
+	return &api.Reply{Body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`, b.walletID, b.currency, b.balance, b.seq)}, nil
 }
 
 const (
@@ -774,16 +823,16 @@ const (
 // endOfTime is the until of a history that has none.
 var endOfTime = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
 
-func (s *server) getHistory(r *http.Request) (*reply, error) {
+func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 	id, err := parseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	query, err := readQuery(r, historyQuery...)
+	query, err := api.ReadQuery(r, historyQuery...)
 	if err != nil {
 		return nil, err
 	}
-	limit, err := query.integer("limit", historyLimit, 1, historyLimitMax)
+	limit, err := query.Integer("limit", historyLimit, 1, historyLimitMax)
 	if err != nil {
 		return nil, err
 	}
@@ -803,14 +852,14 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 		default:
 			return nil, refuse("parameter_malformed", "order is asc or desc.")
 		}
-		since, err := query.time("since", time.Time{})
+		since, err := query.Time("since", time.Time{})
 		if err != nil {
 			return nil, err
 		}
 		if query["since"] != "" {
 			p.since = &since
 		}
-		if p.until, err = query.time("until", endOfTime); err != nil {
+		if p.until, err = query.Time("until", endOfTime); err != nil {
 			return nil, err
 		}
 		if !p.descending && query["until"] == "" {
@@ -822,7 +871,7 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := &reply{body: []byte{'['}}
+	answer := &api.Reply{Body: []byte{'['}}
 	if len(entries) > int(limit) {
 		entries = entries[:limit]
 		if last := entries[limit-1].Seq; p.descending {
@@ -830,19 +879,19 @@ func (s *server) getHistory(r *http.Request) (*reply, error) {
 		} else {
 			p.from = last + 1
 		}
-		answer.header = map[string]string{"Link": fmt.Sprintf(`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
+		answer.Header = map[string]string{"Link": fmt.Sprintf(`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
 	}
 	for i := range entries {
 		if i > 0 {
-			answer.body = append(answer.body, ',')
+			answer.Body = append(answer.Body, ',')
 		}
-		answer.body = appendEvent(answer.body, &entries[i])
+		answer.Body = appendEvent(answer.Body, &entries[i])
 	}
-	answer.body = append(answer.body, ']')
+	answer.Body = append(answer.Body, ']')
 	return answer, nil
 }
 
-func (s *server) getTransaction(r *http.Request) (*reply, error) {
+func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
 	id := r.PathValue("id")
 	wallet, number, found := strings.Cut(id, "-")
 	walletID, err := parseWalletID(wallet)
@@ -859,17 +908,17 @@ func (s *server) getTransaction(r *http.Request) (*reply, error) {
 	body = append(body, strings.TrimSuffix(m.Kind, "_out")...) // the transaction is a transfer, the entry its transfer_out
 	body = append(body, `","idempotency_key":`...)
 	body = strconv.AppendQuote(body, m.Key)
-	return &reply{body: append(body, '}')}, nil
+	return &api.Reply{Body: append(body, '}')}, nil
 }
 
 // healthz: the process is alive. It asks nobody, since restarting us would not mend another server.
-func (s *server) healthz(*http.Request) (*reply, error) {
-	return &reply{body: []byte(`{"status":"alive"}`)}, nil
+func (s *server) healthz(*http.Request) (*api.Reply, error) {
+	return &api.Reply{Body: []byte(`{"status":"alive"}`)}, nil
 }
 
 // readyz: Postgres is reachable and its schema at least ours, and we are not on our way out.
-func (s *server) readyz(r *http.Request) (*reply, error) {
-	if s.draining.Load() || !s.started.Load() {
+func (s *server) readyz(r *http.Request) (*api.Reply, error) {
+	if s.Draining.Load() || !s.Started.Load() {
 		return nil, refuse("starting", "The service is starting or stopping.")
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
@@ -879,10 +928,10 @@ func (s *server) readyz(r *http.Request) (*reply, error) {
 		slog.WarnContext(ctx, "not ready", "schema", version, "error", err)
 		return nil, refuse("unavailable", "Postgres cannot be reached, or its schema is older than this program.")
 	}
-	return &reply{body: []byte(`{"status":"ready"}`)}, nil
+	return &api.Reply{Body: []byte(`{"status":"ready"}`)}, nil
 }
 
-func (s *server) getMetrics(*http.Request) (*reply, error) {
+func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	var out bytes.Buffer
 	w := metric.NewWriter(&out)
 	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
@@ -899,7 +948,7 @@ func (s *server) getMetrics(*http.Request) (*reply, error) {
 	w.Gauge("wallet_go_heap_bytes", "Memory of live and not yet collected objects.", value(1))
 	w.Gauge("wallet_go_memory_bytes", "Memory that Go's runtime has mapped.", value(2))
 	w.Counter("wallet_go_gc_cycles_total", "Garbage collections.", value(3))
-	s.writeMetrics(w)
+	s.WriteMetrics(w, "wallet_http_request_seconds")
 	s.ledger.writeMetrics(w)
 	if s.ledger.cache != nil {
 		s.ledger.cache.writeMetrics(w)
@@ -907,20 +956,12 @@ func (s *server) getMetrics(*http.Request) (*reply, error) {
 	if s.relay != nil {
 		s.relay.writeMetrics(w)
 	}
-	return &reply{body: out.Bytes(), header: map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}}, nil
+	return &api.Reply{Body: out.Bytes(), Header: map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}}, nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Answers
 // ---------------------------------------------------------------------------------------------------------------------
-
-// reply is a successful answer; status 0 is 200.
-type reply struct {
-	status   int
-	body     []byte
-	replayed bool
-	header   map[string]string
-}
 
 // appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function of the ledger, so that
 // a replay is equal byte for byte.
@@ -959,48 +1000,6 @@ func appendWallet(dst []byte, w *wallet) []byte {
 	return append(dst, `"}`...)
 }
 
-// problem is an RFC 9457 document. Error repeats Detail under the name that the predecessor's clients read.
-type problem struct {
-	Type      string `json:"type"`
-	Title     string `json:"title"`
-	Status    int    `json:"status"`
-	Code      string `json:"code"`
-	Detail    string `json:"detail"`
-	Error     string `json:"error"`
-	RequestID string `json:"request_id"`
-}
-
-// problemOf turns any error into a problem. What is not a refusal is ours: bare outside, whole in the log.
-func problemOf(ctx context.Context, err error) *problem {
-	var no *refusal
-	switch {
-	case errors.As(err, &no):
-	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err) || unreachable(err):
-		slog.WarnContext(ctx, "request not served", "request_id", requestID(ctx), "error", err)
-		no = refuse("unavailable", "The ledger could not be read in time. Try again.")
-	default:
-		slog.ErrorContext(ctx, "request failed", "request_id", requestID(ctx), "error", err)
-		no = refuse("internal", "Something went wrong on our side. The request id leads to it in our log.")
-	}
-	p, known := problems[no.code]
-	if !known {
-		panic("refusal without a place in the table: " + no.code)
-	}
-	return &problem{"about:blank", p.title, p.status, no.code, no.detail, no.detail, requestID(ctx)}
-}
-
-// unreachable says whether a read failed because Postgres was not there, or not as a primary.
-func unreachable(err error) bool {
-	var connectErr *pgconn.ConnectError
-	var netErr net.Error
-	if errors.As(err, &connectErr) || errors.As(err, &netErr) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
-		return true
-	}
-	rerun, _ := remedy(err)
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && rerun
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Requests
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1014,205 +1013,19 @@ func parseWalletID(s string) (int64, error) {
 	return id, nil
 }
 
-// fields is a request's JSON object: scalars only, each as its text.
-type fields map[string]field
-
-type field struct {
-	text   string
-	quoted bool
-}
-
-// readFields reads a body that is one JSON object with no other fields than those allowed, each at most once. A number stays the
-// text it was: nothing passes through a float.
-func readFields(r *http.Request, allowed ...string) (fields, error) {
-	kind := r.Header.Get("Content-Type")
-	if kind != "application/json" { // mostly it is just that
-		kind, _, _ = mime.ParseMediaType(kind)
-	}
-	if kind != "application/json" {
-		return nil, refuse("content_type_unsupported", "Send Content-Type: application/json (curl --json does).")
-	}
-	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, bodyBytesMax))
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return nil, refuse("body_too_large", "The body may have %d bytes.", bodyBytesMax)
-	}
-	if err != nil {
-		return nil, refuse("body_malformed", "The body could not be read to its end.")
-	}
-	return parseFields(body, allowed...)
-}
-
-var errBodyMalformed = refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
-
-func parseFields(body []byte, allowed ...string) (fields, error) {
-	found := make(fields, len(allowed))
-	rest, ok := bytes.CutPrefix(trimSpace(body), []byte{'{'})
-	if rest = trimSpace(rest); !ok || len(rest) == 0 {
-		return nil, errBodyMalformed
-	}
-	for more := rest[0] != '}'; more; {
-		var name, value field
-		if name, rest, ok = parseScalar(rest); !ok || !name.quoted {
-			return nil, errBodyMalformed
-		}
-		if !slices.Contains(allowed, name.text) {
-			return nil, refuse("field_unknown", "This route has no field %.40q. It takes %s.", name.text, strings.Join(allowed, ", "))
-		}
-		if _, twice := found[name.text]; twice {
-			return nil, refuse("field_duplicate", "The field %q is there twice.", name.text)
-		}
-		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte{':'}); !ok {
-			return nil, errBodyMalformed
-		}
-		if value, rest, ok = parseScalar(trimSpace(rest)); !ok {
-			return nil, refuse("body_malformed", "The field %q must be a string or a number.", name.text)
-		}
-		found[name.text] = value
-		rest, more = bytes.CutPrefix(trimSpace(rest), []byte{','})
-		rest = trimSpace(rest)
-	}
-	if rest, ok = bytes.CutPrefix(rest, []byte{'}'}); !ok {
-		return nil, errBodyMalformed
-	}
-	if len(trimSpace(rest)) > 0 {
-		return nil, refuse("body_malformed", "Something follows the JSON object. Send one object only.")
-	}
-	return found, nil
-}
-
-func trimSpace(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") } // what JSON takes for white space
-
-// parseScalar reads a JSON string or number (RFC 8259) off the front of text. What is more than plain ASCII is left to encoding/json: to
-// have it read whole bodies, token by token, took as long as all of net/http's own work on a request.
-func parseScalar(text []byte) (f field, rest []byte, ok bool) {
-	if len(text) > 0 && text[0] == '"' {
-		plain := true
-		for i := 1; i < len(text); i++ {
-			switch c := text[i]; {
-			case c == '"':
-				f = field{string(text[1:i]), true}
-				if !plain {
-					ok = json.Unmarshal(text[:i+1], &f.text) == nil
-				}
-				return f, text[i+1:], plain || ok
-			case c == '\\':
-				i++ // whatever it escapes, it ends nothing
-				plain = false
-			case c < ' ' || c > '~':
-				plain = false
-			}
-		}
-		return f, nil, false
-	}
-	end := bytes.IndexFunc(text, func(c rune) bool { return !strings.ContainsRune("0123456789+-.eE", c) })
-	if end <= 0 || !json.Valid(text[:end]) {
-		return f, nil, false
-	}
-	return field{string(text[:end]), false}, text[end:], true
-}
-
-// currency is the request's currency code, or empty where it names none.
-func (f fields) currency() (string, error) {
-	code, given := f["currency"]
+// currencyOf is the request's currency code, or empty where it names none.
+func currencyOf(body api.Fields) (string, error) {
+	code, given := body["currency"]
 	if !given {
 		return "", nil
 	}
-	wellFormed := code.quoted && len(code.text) >= 3 && len(code.text) <= 10 && strings.Trim(code.text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") == ""
+	wellFormed := code.Quoted && len(code.Text) >= 3 && len(code.Text) <= 10 &&
+		strings.Trim(code.Text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") == ""
 	if !wellFormed {
-		return "", refuse("currency_malformed", "A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
+		return "", refuse("currency_malformed",
+			"A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
 	}
-	return code.text, nil
-}
-
-// idempotencyKey is the key from the header or the body, or empty where neither has one.
-func (f fields) idempotencyKey(r *http.Request) (string, error) {
-	inBody, given := f["idempotency_key"]
-	if given && !inBody.quoted {
-		return "", refuse("idempotency_key_malformed", "The \"idempotency_key\" must be a string.")
-	}
-	values := r.Header.Values("Idempotency-Key")
-	if len(values) == 0 {
-		if !given {
-			return "", nil
-		}
-		return parseKey(inBody.text)
-	}
-	key, err := parseKeyHeader(values[0])
-	switch {
-	case err != nil:
-		return "", err
-	case len(values) > 1:
-		return "", refuse("idempotency_key_conflict", "Send one Idempotency-Key header.")
-	case given && inBody.text != key:
-		return "", refuse("idempotency_key_conflict", "The Idempotency-Key header and the body's \"idempotency_key\" differ. Send one, or the same twice.")
-	}
-	return key, nil
-}
-
-// parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651, 3.3.3).
-func parseKeyHeader(value string) (string, error) {
-	if !strings.HasPrefix(value, `"`) {
-		return parseKey(value)
-	}
-	var key strings.Builder
-	for i := 1; i < len(value); i++ {
-		switch c := value[i]; {
-		case c == '"' && i == len(value)-1:
-			return parseKey(key.String())
-		case c == '\\' && i+1 < len(value) && (value[i+1] == '"' || value[i+1] == '\\'):
-			i++
-			key.WriteByte(value[i])
-		case c == '"' || c == '\\':
-			return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends at its second quote, and escapes only \\\" and \\\\.")
-		default:
-			key.WriteByte(c)
-		}
-	}
-	return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends with a quote.")
-}
-
-// query is a request's query parameters, each at most once.
-type query map[string]string
-
-func readQuery(r *http.Request, allowed ...string) (query, error) {
-	values, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return nil, refuse("parameter_malformed", "The query string is not well-formed.")
-	}
-	q := make(query)
-	for name, v := range values {
-		if !slices.Contains(allowed, name) {
-			return nil, refuse("parameter_malformed", "This route has no parameter %.40q. It takes %s.", name, strings.Join(allowed, ", "))
-		}
-		if len(v) > 1 {
-			return nil, refuse("parameter_malformed", "The parameter %q is there twice.", name)
-		}
-		q[name] = v[0]
-	}
-	return q, nil
-}
-
-func (q query) integer(name string, fallback, least, most int64) (int64, error) {
-	if q[name] == "" {
-		return fallback, nil
-	}
-	n, err := strconv.ParseInt(q[name], 10, 64)
-	if err != nil || n < least || n > most {
-		return 0, refuse("parameter_malformed", "%s is a whole number from %d to %d.", name, least, most)
-	}
-	return n, nil
-}
-
-func (q query) time(name string, fallback time.Time) (time.Time, error) {
-	if q[name] == "" {
-		return fallback, nil
-	}
-	at, err := time.Parse(time.RFC3339, q[name])
-	if err != nil || at.Year() < 1 || at.Year() > 9999 {
-		return at, refuse("parameter_malformed", "%s is an RFC 3339 time, such as 2026-01-02T03:04:05Z (a + must be sent as %%2B).", name)
-	}
-	return at, nil
+	return code.Text, nil
 }
 
 // cursor names the rest of a history after a page: opaque to clients.
@@ -1239,216 +1052,6 @@ func parseCursor(s string) (page, error) {
 		return page{}, bad
 	}
 	return p, nil
-}
-
-// traceparent is the request's W3C trace context (https://www.w3.org/TR/trace-context/#traceparent-header), or empty.
-func traceparent(h http.Header) string {
-	v := h.Get("Traceparent")
-	if len(v) != 55 || v[2] != '-' || v[35] != '-' || v[52] != '-' || v[:2] == "ff" || strings.Trim(v, "0123456789abcdef-") != "" ||
-		strings.Trim(v[3:35], "0") == "" || strings.Trim(v[36:52], "0") == "" || strings.Count(v, "-") != 3 {
-		return ""
-	}
-	return v
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What stands around every route
-// ---------------------------------------------------------------------------------------------------------------------
-
-// server is the HTTP side. Its ServeHTTP is the whole public handler, operator the other one: tests use them through httptest.
-type server struct {
-	ledger         *ledger
-	relay          *relay // nil without Kafka
-	keys           *gate.Keyring
-	limits         *gate.Limiter // nil: no limit
-	proxies        []netip.Prefix
-	requestTimeout time.Duration
-	requestsMax    int64
-	public         *http.ServeMux
-	operator       *http.ServeMux
-	document       []byte // OpenAPI
-
-	started  atomic.Bool // the servers we need have been there once
-	draining atomic.Bool
-	requests atomic.Int64 // being served
-
-	statistics sync.Map // requestLabels -> *metric.Histogram of seconds
-}
-
-func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
-	s := &server{ledger: l, relay: r, keys: keys, proxies: cfg.trustedProxies, requestTimeout: cfg.requestTimeout, requestsMax: int64(cfg.requestsMax)}
-	if cfg.rateLimit > 0 {
-		s.limits = gate.NewLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
-	}
-	s.document = openAPI(s.routes())
-	s.public = s.mux(s.routes())
-	s.operator = s.mux(s.operatorRoutes())
-	for path, profile := range map[string]http.HandlerFunc{"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol, "trace": pprof.Trace} {
-		s.operator.HandleFunc("GET /debug/pprof/"+path, func(w http.ResponseWriter, r *http.Request) {
-			if _, err := s.admit(r, gate.Operate); err != nil {
-				s.serve(route{path: "/debug/pprof/", handle: func(*http.Request) (*reply, error) { return nil, err }}).ServeHTTP(w, r)
-				return
-			}
-			profile(w, r)
-		})
-	}
-	return s
-}
-
-// mux serves routes, and answers what is none of them.
-func (s *server) mux(routes []route) *http.ServeMux {
-	mux := http.NewServeMux()
-	methods := make(map[string][]string)
-	for _, r := range routes {
-		methods[r.path] = append(methods[r.path], r.method)
-		mux.Handle(r.method+" "+r.path, s.serve(r))
-	}
-	for path, allowed := range methods {
-		if slices.Contains(allowed, "GET") {
-			allowed = append(allowed, "HEAD")
-		}
-		allow := strings.Join(allowed, ", ")
-		mux.Handle(path, s.serve(route{path: path, handle: func(r *http.Request) (*reply, error) {
-			return &reply{header: map[string]string{"Allow": allow}}, refuse("method_not_allowed", "%.100q takes %s.", r.URL.Path, allow)
-		}}))
-	}
-	mux.Handle("/", s.serve(route{path: "other", handle: func(r *http.Request) (*reply, error) {
-		return nil, refuse("route_not_found", "There is no %.100q here. /openapi.json lists the routes.", r.URL.Path)
-	}}))
-	return mux
-}
-
-type requestIDKey struct{}
-
-func requestID(ctx context.Context) string {
-	id, _ := ctx.Value(requestIDKey{}).(string)
-	return id
-}
-
-// serve wraps a route's handle: request id, deadline, the problem document of an error or a panic, one log line, statistics.
-func (s *server) serve(route route) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		started := time.Now()
-		id := r.Header.Get("X-Request-Id")
-		if len(id) > 64 || strings.Trim(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" || id == "" {
-			id = rand.Text()
-		}
-		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), requestIDKey{}, id), s.requestTimeout)
-		defer cancel()
-		h := w.Header()
-		h["X-Request-Id"] = []string{id}
-		h["Content-Type"], h["Cache-Control"], h["X-Content-Type-Options"] = contentJSON, noStore, noSniff
-		if s.draining.Load() {
-			h.Set("Connection", "close") // else Shutdown may close a kept connection just as the next request arrives on it
-		}
-		if len(r.TransferEncoding) > 0 {
-			// It may have had a Content-Length too, which Go does not tell: what follows could be a smuggled request (RFC 9112, 6.1).
-			h.Set("Connection", "close")
-		}
-
-		answer, client, err := s.admitAndHandle(route, r.WithContext(ctx), h)
-		if answer != nil {
-			for name, value := range answer.header {
-				h.Set(name, value)
-			}
-		}
-		var status int
-		var body []byte
-		code := ""
-		if err != nil {
-			p := problemOf(ctx, err)
-			status, code = p.Status, p.Code
-			switch status {
-			case http.StatusServiceUnavailable:
-				h.Set("Retry-After", "1")
-			case http.StatusUnauthorized:
-				h.Set("WWW-Authenticate", "Bearer")
-			}
-			h.Set("Content-Type", "application/problem+json")
-			body, _ = json.Marshal(p)
-		} else {
-			status, body = cmp.Or(answer.status, http.StatusOK), answer.body
-			if answer.replayed {
-				h.Set("Idempotent-Replayed", "true")
-			}
-		}
-		h.Set("Content-Length", strconv.Itoa(len(body)))
-		w.WriteHeader(status)
-		if r.Method != http.MethodHead {
-			w.Write(body)
-		}
-		took := time.Since(started)
-		s.observe(route.path, r.Method, status, took)
-		s.log(ctx, accessLevel(route.path, status), slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", status),
-			slog.String("code", code), slog.String("client", client), slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
-			slog.String("trace", traceparent(r.Header)))
-	})
-}
-
-// Headers that all answers have alike; not to be changed in place.
-var contentJSON, noStore, noSniff = []string{"application/json"}, []string{"no-store"}, []string{"nosniff"}
-
-// log writes a request's line, without attributes that say nothing. slog's own functions look up their caller each time.
-func (s *server) log(ctx context.Context, level slog.Level, attrs ...slog.Attr) {
-	handler := slog.Default().Handler()
-	if !handler.Enabled(ctx, level) {
-		return
-	}
-	line := slog.NewRecord(time.Now(), level, "request", 0)
-	line.AddAttrs(slices.DeleteFunc(attrs, func(a slog.Attr) bool { return a.Value.Kind() == slog.KindString && a.Value.String() == "" })...)
-	_ = handler.Handle(ctx, line)
-}
-
-// admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then whether we have started. A panic of one
-// request does not end the others.
-func (s *server) admitAndHandle(route route, r *http.Request, h http.Header) (answer *reply, client string, err error) {
-	defer func() {
-		if fault := recover(); fault != nil {
-			answer, err = nil, fmt.Errorf("panic: %v\n%s", fault, debug.Stack())
-		}
-	}()
-	defer s.requests.Add(-1)
-	if s.requests.Add(1) > s.requestsMax && route.scope != gate.Open {
-		return nil, "", errOverloaded
-	}
-	client, err = s.admit(r, route.scope)
-	if client == "" {
-		client = gate.Client(r, s.proxies)
-	}
-	if s.limits != nil && (route.scope != gate.Open || err != nil) {
-		if wait := s.limits.Take(client, h); wait > 0 {
-			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
-			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. Try again after the time in Retry-After.", s.limits.Rate())
-		}
-	}
-	if err != nil {
-		return nil, client, err
-	}
-	if strings.HasPrefix(route.path, "/v1/") && !s.started.Load() {
-		return nil, client, refuse("starting", "The service is waiting for its database.")
-	}
-	answer, err = route.handle(r)
-	return answer, client, err
-}
-
-// admit names the client whose key a request carries; its error is a refusal.
-func (s *server) admit(r *http.Request, needed gate.Scope) (client string, err error) {
-	switch client, err = s.keys.Admit(r.Header, needed); {
-	case errors.Is(err, gate.ErrUnauthenticated):
-		err = refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
-	case errors.Is(err, gate.ErrForbidden):
-		err = refuse("forbidden", "The key of %q does not have the scope that this route needs. "+
-			"Ask the operator for one that has.", client)
-	}
-	return client, err
-}
-
-// accessLevel keeps probes and scrapes out of the log.
-func accessLevel(path string, status int) slog.Level {
-	if !strings.HasPrefix(path, "/v1/") && status < 400 {
-		return slog.LevelDebug
-	}
-	return slog.LevelInfo
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1663,97 +1266,22 @@ func readConfig(getenv func(string) string) (*config, error) {
 // The API's contract
 // ---------------------------------------------------------------------------------------------------------------------
 
-func (s *server) getOpenAPI(*http.Request) (*reply, error) { return &reply{body: s.document}, nil }
-
-// object is a JSON object.
-type object = map[string]any
-
-// openAPI makes the OpenAPI 3.1 document out of the route table: no route, parameter or refusal stands in it that is not there.
-func openAPI(routes []route) []byte {
-	ref := func(name string) object { return object{"$ref": "#/components/schemas/" + name} }
-	paths := make(object)
-	for _, r := range routes {
-		operation := object{"summary": r.summary, "operationId": strings.ToLower(r.method) + strings.NewReplacer("/", "_", "{", "", "}", "", ".", "_").Replace(r.path)}
-		var parameters []any
-		if strings.Contains(r.path, "{id}") {
-			parameters = append(parameters, object{"name": "id", "in": "path", "required": true, "schema": ref(pathID(r.path))})
-		}
-		for _, name := range r.query {
-			parameters = append(parameters, object{"name": name, "in": "query", "schema": parameterSchemas[name]})
-		}
-		if len(r.fields) > 0 {
-			parameters = append(parameters, object{"name": "Idempotency-Key", "in": "header", "schema": ref("IdempotencyKey"), "description": "In place of the body's idempotency_key; one of them is needed."})
-			properties, required := make(object), []string{}
-			for _, name := range r.fields {
-				properties[name] = fieldSchemas[name]
-				if name == "amount" || name == "to_id" {
-					required = append(required, name)
-				}
-			}
-			operation["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": object{
-				"type": "object", "properties": properties, "required": required, "additionalProperties": false}}}}
-		}
-		if len(parameters) > 0 {
-			operation["parameters"] = parameters
-		}
-		success := "200"
-		if r.method == "POST" && r.path == "/v1/wallets" {
-			success = "201"
-		}
-		answers := object{success: object{"description": "Done.", "content": object{"application/json": object{"schema": ref(r.answers)}}}}
-		codes := make(map[int][]string)
-		for _, code := range strings.Fields(refusalsOf(r)) {
-			codes[problems[code].status] = append(codes[problems[code].status], code)
-		}
-		for status, list := range codes {
-			slices.Sort(list)
-			answers[strconv.Itoa(status)] = object{"description": strings.Join(list, ", "), "content": object{"application/problem+json": object{"schema": object{
-				"allOf": []any{ref("Problem"), object{"properties": object{"code": object{"enum": list}}}}}}}}
-		}
-		operation["responses"] = answers
-		if r.scope == gate.Open {
-			operation["security"] = []any{}
-		}
-		item, _ := paths[r.path].(object)
-		if item == nil {
-			item = make(object)
-			paths[r.path] = item
-		}
-		item[strings.ToLower(r.method)] = operation
-	}
-	document, err := json.MarshalIndent(object{
-		"openapi":  "3.1.0",
-		"info":     object{"title": "wallet", "version": buildVersion(), "description": "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are RFC 9457 problem documents with a stable code."},
-		"paths":    paths,
-		"security": []any{object{"key": []string{}}},
-		"components": object{
-			"schemas":         schemas,
-			"securitySchemes": object{"key": object{"type": "http", "scheme": "bearer"}},
-		},
-	}, "", " ")
-	if err != nil {
-		panic(err)
-	}
-	return document
+// apiContract is what the names in the route table stand for.
+var apiContract = api.Contract{
+	Title:   "wallet",
+	Version: buildVersion(),
+	Description: "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are RFC 9457 " +
+		"problem documents with a stable code.",
+	Schemas:    schemas,
+	Fields:     fieldSchemas,
+	Parameters: parameterSchemas,
 }
 
-// refusalsOf is every code that a route may refuse with, by itself or by what stands around it.
-func refusalsOf(r route) string {
-	switch {
-	case r.path == "/readyz":
-		return "starting unavailable"
-	case r.scope == gate.Open:
-		return r.refusals
-	}
-	return r.refusals + " " + commonRefusals
+func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
+	return &api.Reply{Body: s.document}, nil
 }
 
-func pathID(path string) string {
-	if strings.HasPrefix(path, "/v1/transactions/") {
-		return "TransactionID"
-	}
-	return "WalletID"
-}
+type object = api.Object
 
 var (
 	textSchema     = object{"type": "string"}
@@ -1775,17 +1303,15 @@ var (
 	}
 	schemas = object{
 		"WalletID": walletIDSchema, "TransactionID": object{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"}, "IdempotencyKey": keySchema,
-		"Wallet":  record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}),
-		"Balance": record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema}),
-		"Receipt": record(receipt), "TransferReceipt": record(transferReceipt),
-		"Transaction": object{"oneOf": []any{record(with(receipt, transactionExtra)), record(with(transferReceipt, transactionExtra))}},
-		"History": object{"type": "array", "items": with(record(object{
+		"Wallet":  api.Record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}),
+		"Balance": api.Record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema}),
+		"Receipt": api.Record(receipt), "TransferReceipt": api.Record(transferReceipt),
+		"Transaction": object{"oneOf": []any{api.Record(with(receipt, transactionExtra)), api.Record(with(transferReceipt, transactionExtra))}},
+		"History": object{"type": "array", "items": with(api.Record(object{
 			"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema, "kind": object{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
 			"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema, "balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema,
-		}), object{"additionalProperties": record(object{"wallet_id": walletIDSchema, "seq": seqSchema})})}, // counterparty, of a transfer
-		"Problem": with(record(object{"type": textSchema, "title": textSchema, "status": object{"type": "integer"}, "code": textSchema, "detail": textSchema, "error": textSchema,
-			"request_id": textSchema}), object{"additionalProperties": true}),
-		"Status": record(object{"status": textSchema}), "Document": object{"type": "object"},
+		}), object{"additionalProperties": api.Record(object{"wallet_id": walletIDSchema, "seq": seqSchema})})}, // counterparty, of a transfer
+		"Status": api.Record(object{"status": textSchema}), "Document": object{"type": "object"},
 	}
 	receipt = object{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema, "amount": amountSchema, "balance": amountSchema,
 		"seq": seqSchema, "created_at": timeSchema}
@@ -1794,49 +1320,8 @@ var (
 	transactionExtra = object{"kind": object{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}}, "idempotency_key": keySchema}
 )
 
-// record is the schema of an object that has all of these members and no others.
-func record(members object) object {
-	names := slices.Sorted(maps.Keys(members))
-	return object{"type": "object", "properties": members, "required": names, "additionalProperties": false}
-}
-
 func with(a, b object) object {
 	both := maps.Clone(a)
 	maps.Copy(both, b)
 	return both
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Metrics, as Prometheus text
-// ---------------------------------------------------------------------------------------------------------------------
-
-// requestLabels are what requests are counted by.
-type requestLabels struct {
-	method, route string
-	status        int
-}
-
-// observe counts a request. The method is a label only where it is one of ours: labels are bounded.
-func (s *server) observe(path, method string, status int, took time.Duration) {
-	if method != http.MethodGet && method != http.MethodPost {
-		method = "other"
-	}
-	labels := requestLabels{method, path, status}
-	h, ok := s.statistics.Load(labels)
-	if !ok {
-		fresh := metric.NewHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
-		h, _ = s.statistics.LoadOrStore(labels, fresh)
-	}
-	h.(*metric.Histogram).Observe(took.Seconds())
-}
-
-func (s *server) writeMetrics(w *metric.Writer) {
-	const help = "Requests by route and status, and how long they took."
-	w.Histograms("wallet_http_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
-		s.statistics.Range(func(key, h any) bool {
-			is := key.(requestLabels)
-			labels := fmt.Sprintf(`method="%s",route="%s",status="%d"`, is.method, is.route, is.status)
-			return yield(labels, h.(*metric.Histogram))
-		})
-	})
 }

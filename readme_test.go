@@ -79,14 +79,14 @@ func TestReadmeTables(t *testing.T) {
 		t.Errorf("the README lists %s, which is not read", name)
 	}
 	for _, r := range new(server).routes() {
-		path := r.path
+		path := r.Path
 		for _, short := range []string{path, strings.Replace(path, "/v1/wallets/{id}", "...", 1)} {
 			if strings.Contains(string(readme), short+"`") {
 				path = ""
 			}
 		}
 		if path != "" {
-			t.Errorf("the README does not list %s %s", r.method, r.path)
+			t.Errorf("the README does not list %s %s", r.Method, r.Path)
 		}
 	}
 }

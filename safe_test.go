@@ -32,6 +32,7 @@ import (
 	"testing"
 	"time"
 
+	"wallet/internal/api"
 	"wallet/internal/gate"
 )
 
@@ -435,7 +436,7 @@ func TestContract(t *testing.T) {
 			post(strings.Replace(target, "/1/", "/x/", 1), `{`+extra+key+`}`)
 		}
 		post(target, `{`+extra+key)
-		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", bodyBytesMax)+`"}`)
+		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", api.BodyBytesMax)+`"}`)
 		post(target, `{`+extra+key+`}`, "Content-Type", "text/plain")
 		post(target, `{`+extra+`"x":1,`+key+`}`)
 		post(target, `{`+extra+key+`,`+key+`}`)
@@ -495,16 +496,16 @@ func TestContract(t *testing.T) {
 	}
 	everywhere("Authorization", "Bearer wrong")
 	everywhere("Authorization", "Bearer operator-key")
-	w.api.limits = gate.NewLimiter(0.001, 0)
+	w.api.Limits = gate.NewLimiter(0.001, 0)
 	everywhere()
-	w.api.limits = nil
-	w.api.requestsMax = 0
+	w.api.Limits = nil
+	w.api.RequestsMax = 0
 	everywhere()
-	w.api.requestsMax = 1000
-	w.api.started.Store(false)
+	w.api.RequestsMax = 1000
+	w.api.Started.Store(false)
 	everywhere()
 	get("/readyz")
-	w.api.started.Store(true)
+	w.api.Started.Store(true)
 	admin := connect(t, w.env["DATABASE_URL"])
 	for _, statement := range []string{`ALTER TABLE entry RENAME TO entry_gone`, `ALTER TABLE wallet RENAME TO wallet_gone`} {
 		if _, err := admin.Exec(context.Background(), statement); err != nil {
@@ -517,10 +518,10 @@ func TestContract(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	w.api.requestTimeout = time.Microsecond // 503, unavailable
+	w.api.Timeout = time.Microsecond // 503, unavailable
 	everywhere("Cache-Control", "no-cache")
 	get("/readyz")
-	w.api.requestTimeout = time.Second
+	w.api.Timeout = time.Second
 
 	for key := range unseen {
 		t.Errorf("documented but not caused: %s", key)
@@ -751,7 +752,7 @@ func FuzzRequest(f *testing.F) {
 	keys := &gate.Keyring{}
 	keys.Load()
 	s := newServer(cfg, l, nil, keys)
-	s.started.Store(true)
+	s.Started.Store(true)
 	f.Fuzz(func(t *testing.T, method, path, query, key, contentType, trace string, body []byte) {
 		r, err := http.NewRequest(method, "http://wallet/", bytes.NewReader(body))
 		if err != nil {
@@ -770,8 +771,12 @@ func FuzzRequest(f *testing.F) {
 		if status < 400 || method == http.MethodHead {
 			return
 		}
-		var p problem
-		if err := json.Unmarshal([]byte(text), &p); err != nil || p.Status != status || problems[p.Code].status != status || p.Detail == "" {
+		var p struct {
+			Status       int
+			Code, Detail string
+		}
+		err = json.Unmarshal([]byte(text), &p)
+		if err != nil || p.Status != status || problems[p.Code].Status != status || p.Detail == "" {
 			t.Fatalf("%s %q?%q %q: %d %s", method, path, query, body, status, text)
 		}
 		if status == 500 {

@@ -267,7 +267,7 @@ func (a answer) json(tb testing.TB) map[string]any {
 }
 
 func (a answer) code() string {
-	var p problem
+	var p struct{ Code string }
 	json.Unmarshal([]byte(a.body), &p)
 	return p.Code
 }

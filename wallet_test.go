@@ -5,7 +5,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +13,6 @@ import (
 	"net"
 	"net/url"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -740,7 +738,7 @@ func FuzzAmount(f *testing.F) {
 		a, err := parseAmount(s)
 		if err != nil {
 			var no *refusal
-			if !errors.As(err, &no) || problems[no.code].status == 0 {
+			if !errors.As(err, &no) || problems[no.code].Status == 0 {
 				t.Fatalf("%q: not a refusal with a status: %v", s, err)
 			}
 			return
@@ -752,74 +750,6 @@ func FuzzAmount(f *testing.F) {
 		// What was taken is exactly what was written.
 		if back := a.StringFixed(a.decimals); back != s {
 			t.Fatalf("%q came back as %q", s, back)
-		}
-	})
-}
-
-func FuzzBody(f *testing.F) {
-	for _, seed := range []string{`{"amount":"1","idempotency_key":"k"}`, `{"amount":1.50}`, `{}`, `{"amount":{}}`, `[`, `{"a":1,"a":2}`, `{"amount":1}x`, ` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`, `{"amount":01}`, `{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}", "{\"amount\":\"1\n\"}", "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`} {
-		f.Add([]byte(seed))
-	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		found, err := parseFields(body, bodyNames...)
-		want, ok := readByTokens(body)
-		if (err == nil) != ok || ok && !maps.Equal(found, want) {
-			t.Fatalf("%q: %v, %v; encoding/json reads %v, %v", body, found, err, want, ok)
-		}
-		var no *refusal
-		if err != nil && (!errors.As(err, &no) || problems[no.code].status != 400) {
-			t.Fatalf("%q: not a 400: %v", body, err)
-		}
-	})
-}
-
-var bodyNames = []string{"amount", "currency", "idempotency_key", "to_id"}
-
-// readByTokens is what parseFields does, by encoding/json alone: an object of bodyNames, each at most once, strings and numbers only.
-func readByTokens(body []byte) (fields, bool) {
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	decoder.UseNumber()
-	if open, err := decoder.Token(); err != nil || open != json.Delim('{') {
-		return nil, false
-	}
-	found := make(fields)
-	for decoder.More() {
-		token, err := decoder.Token()
-		name, ok := token.(string)
-		if _, twice := found[name]; err != nil || !ok || twice || !slices.Contains(bodyNames, name) {
-			return nil, false
-		}
-		switch value, _ := decoder.Token(); v := value.(type) {
-		case string:
-			found[name] = field{v, true}
-		case json.Number:
-			found[name] = field{v.String(), false}
-		default:
-			return nil, false
-		}
-	}
-	if _, err := decoder.Token(); err != nil { // the closing brace
-		return nil, false
-	}
-	_, err := decoder.Token()
-	return found, err == io.EOF
-}
-
-func FuzzKeyHeader(f *testing.F) {
-	for _, seed := range []string{`k`, `"k"`, `"a\"b"`, `"a`, `a"b`, `""`, `"\x"`, "a\nb", strings.Repeat("k", 256)} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, header string) {
-		key, err := parseKeyHeader(header)
-		if err != nil {
-			return
-		}
-		if _, err := parseKey(key); err != nil {
-			t.Fatalf("%q gave the key %q: %v", header, key, err)
-		}
-		quoted := `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(key) + `"`
-		if again, err := parseKeyHeader(quoted); err != nil || again != key {
-			t.Fatalf("%q: quoted as %s it is %q, %v", key, quoted, again, err)
 		}
 	})
 }

@@ -1,0 +1,383 @@
+// Package api serves HTTP operations out of one table of routes. Around each stand admission (gate), a deadline,
+// the problem document of an error or a panic, one log line, statistics; the same table makes the OpenAPI document.
+//
+// It touches nothing but requests and answers. Each request gets one answer, and no refusal is without a row in
+// the table of problems. What bodies, queries and headers say is read in read.go, the document made in openapi.go.
+package api
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/http"
+	"net/netip"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"wallet/internal/gate"
+	"wallet/internal/metric"
+)
+
+// Route is one operation: what runs, who may, and what the OpenAPI document says of it.
+type Route struct {
+	Method, Path string
+	Scope        gate.Scope
+	Handle       func(*http.Request) (*Reply, error) // its error becomes a problem document
+	Status       int                                 // of a successful answer; 0: 200
+	Doc          Doc
+}
+
+// Doc is what the OpenAPI document says of a route. Schemas, fields and parameters are named; Contract has them.
+type Doc struct {
+	Summary  string
+	ID       string   // schema of the {id} in the path
+	Fields   []string // of the body
+	Required []string // of these
+	Query    []string
+	Answer   string // schema
+	Refusals string // codes, space-separated, besides those of what stands around the handler
+}
+
+// versioned tells the service's own operations from what is about it: health, metrics, the document. Only they
+// wait for its start, and only they are logged when they succeed.
+func (r *Route) versioned() bool { return strings.HasPrefix(r.Path, "/v1/") }
+
+// refusals is every code that the route may refuse with, by itself or by what stands around it.
+func (r *Route) refusals() []string {
+	codes := strings.Fields(r.Doc.Refusals)
+	if len(r.Doc.Fields) > 0 {
+		codes = append(codes, "body_malformed", "body_too_large", "content_type_unsupported", "field_unknown",
+			"field_duplicate", "idempotency_key_malformed", "idempotency_key_conflict")
+	}
+	if len(r.Doc.Query) > 0 {
+		codes = append(codes, "parameter_malformed")
+	}
+	if r.Scope != gate.Open {
+		codes = append(codes, "unauthenticated", "forbidden", "rate_limited", "overloaded", "starting",
+			"unavailable", "internal")
+	}
+	return codes
+}
+
+// Reply is a successful answer.
+type Reply struct {
+	Body     []byte
+	Replayed bool // the same request was answered before
+	Header   map[string]string
+}
+
+// Refusal is a clear no: a stable code, which Config.Problems has, and a sentence that says what to do.
+type Refusal interface {
+	error
+	Refusal() (code, detail string)
+}
+
+type refusal struct{ code, detail string }
+
+func (r *refusal) Error() string                  { return r.code + ": " + r.detail }
+func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
+
+func refuse(code, format string, args ...any) Refusal {
+	return &refusal{code, fmt.Sprintf(format, args...)}
+}
+
+// Problem is what all refusals of one code share.
+type Problem struct {
+	Status int
+	Title  string
+}
+
+// Config is what a server is told of its service.
+type Config struct {
+	Problems map[string]Problem // every refusal there is, by its code
+
+	// The service's words for what is found out here, with the codes overloaded, starting and unavailable.
+	Overloaded, Starting, Unavailable Refusal
+	// Unreachable says whether an error means that another server was not there, or too slow.
+	Unreachable func(error) bool
+
+	Keys        *gate.Keyring
+	Limits      *gate.Limiter  // nil: no limit
+	Proxies     []netip.Prefix // whose X-Forwarded-For is believed
+	Timeout     time.Duration  // of a request
+	RequestsMax int64          // at a time; open routes are not refused, but counted
+}
+
+// Server serves routes, in as many muxes as there are addresses.
+type Server struct {
+	Config
+	Started  atomic.Bool // the servers that the service needs have been there once
+	Draining atomic.Bool // on the way out
+
+	requests   atomic.Int64 // being served
+	statistics sync.Map     // requestLabels -> *metric.Histogram of seconds
+}
+
+// New makes a server that has not started.
+func New(c Config) *Server { return &Server{Config: c} }
+
+// Mux serves routes, and answers what is none of them. A route that may refuse with what is no problem is a
+// programmer's error.
+func (s *Server) Mux(routes []Route) *http.ServeMux {
+	mux := http.NewServeMux()
+	methods := make(map[string][]string)
+	for _, r := range routes {
+		for _, code := range r.refusals() {
+			s.problem(code)
+		}
+		methods[r.Path] = append(methods[r.Path], r.Method)
+		mux.Handle(r.Method+" "+r.Path, s.serve(r))
+	}
+	for path, allowed := range methods {
+		if slices.Contains(allowed, "GET") {
+			allowed = append(allowed, "HEAD")
+		}
+		allow := strings.Join(allowed, ", ")
+		mux.Handle(path, s.serve(Route{Path: path, Handle: func(r *http.Request) (*Reply, error) {
+			no := refuse("method_not_allowed", "%.100q takes %s.", r.URL.Path, allow)
+			return &Reply{Header: map[string]string{"Allow": allow}}, no
+		}}))
+	}
+	mux.Handle("/", s.serve(Route{Path: "other", Handle: func(r *http.Request) (*Reply, error) {
+		no := refuse("route_not_found", "There is no %.100q here. /openapi.json lists the routes.", r.URL.Path)
+		return nil, no
+	}}))
+	return mux
+}
+
+// Guard lets those whose key has the scope through to a handler that is no route. Others get a problem document.
+func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := s.admit(r, needed); err != nil {
+			no := func(*http.Request) (*Reply, error) { return nil, err }
+			s.serve(Route{Path: path, Handle: no}).ServeHTTP(w, r)
+			return
+		}
+		handler.ServeHTTP(w, r)
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What stands around every route
+// ---------------------------------------------------------------------------------------------------------------------
+
+type requestIDKey struct{}
+
+func requestID(ctx context.Context) string {
+	id, _ := ctx.Value(requestIDKey{}).(string)
+	return id
+}
+
+const requestIDChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+
+// serve wraps a route's Handle: request id, deadline, the problem document of an error or a panic, one log line,
+// statistics.
+func (s *Server) serve(route Route) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		started := time.Now()
+		id := r.Header.Get("X-Request-Id")
+		if len(id) > 64 || strings.Trim(id, requestIDChars) != "" || id == "" {
+			id = rand.Text()
+		}
+		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), requestIDKey{}, id), s.Timeout)
+		defer cancel()
+		h := w.Header()
+		h["X-Request-Id"] = []string{id}
+		h["Content-Type"], h["Cache-Control"], h["X-Content-Type-Options"] = contentJSON, noStore, noSniff
+		if s.Draining.Load() {
+			// Else Shutdown may close a kept connection just as the next request arrives on it.
+			h.Set("Connection", "close")
+		}
+		if len(r.TransferEncoding) > 0 {
+			// It may have had a Content-Length too, which Go does not tell: what follows could be a smuggled
+			// request (RFC 9112, 6.1).
+			h.Set("Connection", "close")
+		}
+
+		answer, client, err := s.admitAndHandle(&route, r.WithContext(ctx), h)
+		if answer != nil {
+			for name, value := range answer.Header {
+				h.Set(name, value)
+			}
+		}
+		var status int
+		var body []byte
+		code := ""
+		if err != nil {
+			p := s.problemOf(ctx, err)
+			status, code = p.Status, p.Code
+			switch status {
+			case http.StatusServiceUnavailable:
+				h.Set("Retry-After", "1")
+			case http.StatusUnauthorized:
+				h.Set("WWW-Authenticate", "Bearer")
+			}
+			h.Set("Content-Type", "application/problem+json")
+			body, _ = json.Marshal(p)
+		} else {
+			status, body = cmp.Or(route.Status, http.StatusOK), answer.Body
+			if answer.Replayed {
+				h.Set("Idempotent-Replayed", "true")
+			}
+		}
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+		w.WriteHeader(status)
+		if r.Method != http.MethodHead {
+			w.Write(body)
+		}
+		took := time.Since(started)
+		s.observe(route.Path, r.Method, status, took)
+		level := slog.LevelInfo
+		if !route.versioned() && status < 400 {
+			level = slog.LevelDebug // probes and scrapes
+		}
+		log(ctx, level, slog.String("method", r.Method), slog.String("path", r.URL.Path),
+			slog.Int("status", status), slog.String("code", code), slog.String("client", client),
+			slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
+			slog.String("trace", Traceparent(r.Header)))
+	})
+}
+
+// Headers that all answers have alike; not to be changed in place.
+var contentJSON, noStore, noSniff = []string{"application/json"}, []string{"no-store"}, []string{"nosniff"}
+
+// log writes a request's line, without attributes that say nothing. slog's own functions look up their caller
+// each time.
+func log(ctx context.Context, level slog.Level, attrs ...slog.Attr) {
+	handler := slog.Default().Handler()
+	if !handler.Enabled(ctx, level) {
+		return
+	}
+	line := slog.NewRecord(time.Now(), level, "request", 0)
+	line.AddAttrs(slices.DeleteFunc(attrs, func(a slog.Attr) bool {
+		return a.Value.Kind() == slog.KindString && a.Value.String() == ""
+	})...)
+	_ = handler.Handle(ctx, line)
+}
+
+// admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then whether we
+// have started. A panic of one request does not end the others.
+func (s *Server) admitAndHandle(route *Route, r *http.Request, h http.Header) (answer *Reply, client string, err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			answer, err = nil, fmt.Errorf("panic: %v\n%s", fault, debug.Stack())
+		}
+	}()
+	defer s.requests.Add(-1)
+	if s.requests.Add(1) > s.RequestsMax && route.Scope != gate.Open {
+		return nil, "", s.Overloaded
+	}
+	client, err = s.admit(r, route.Scope)
+	if client == "" {
+		client = gate.Client(r, s.Proxies)
+	}
+	if s.Limits != nil && (route.Scope != gate.Open || err != nil) {
+		if wait := s.Limits.Take(client, h); wait > 0 {
+			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. "+
+				"Try again after the time in Retry-After.", s.Limits.Rate())
+		}
+	}
+	if err != nil {
+		return nil, client, err
+	}
+	if route.versioned() && !s.Started.Load() {
+		return nil, client, s.Starting
+	}
+	answer, err = route.Handle(r)
+	return answer, client, err
+}
+
+// admit names the client whose key a request carries; its error is a refusal.
+func (s *Server) admit(r *http.Request, needed gate.Scope) (client string, err error) {
+	switch client, err = s.Keys.Admit(r.Header, needed); {
+	case errors.Is(err, gate.ErrUnauthenticated):
+		err = refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
+	case errors.Is(err, gate.ErrForbidden):
+		err = refuse("forbidden", "The key of %q does not have the scope that this route needs. "+
+			"Ask the operator for one that has.", client)
+	}
+	return client, err
+}
+
+// document is an RFC 9457 document. Error repeats Detail under the name that older clients read.
+type document struct {
+	Type      string `json:"type"`
+	Title     string `json:"title"`
+	Status    int    `json:"status"`
+	Code      string `json:"code"`
+	Detail    string `json:"detail"`
+	Error     string `json:"error"`
+	RequestID string `json:"request_id"`
+}
+
+// problemOf turns any error into a document. What is not a refusal is ours: bare outside, whole in the log.
+func (s *Server) problemOf(ctx context.Context, err error) *document {
+	var no Refusal
+	switch {
+	case errors.As(err, &no):
+	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) || s.Unreachable(err):
+		slog.WarnContext(ctx, "request not served", "request_id", requestID(ctx), "error", err)
+		no = s.Unavailable
+	default:
+		slog.ErrorContext(ctx, "request failed", "request_id", requestID(ctx), "error", err)
+		no = refuse("internal", "Something went wrong on our side. The request id leads to it in our log.")
+	}
+	code, detail := no.Refusal()
+	p := s.problem(code)
+	return &document{"about:blank", p.Title, p.Status, code, detail, detail, requestID(ctx)}
+}
+
+func (s *Server) problem(code string) Problem {
+	p, known := s.Problems[code]
+	if !known {
+		panic("refusal without a place in the table: " + code)
+	}
+	return p
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Statistics
+// ---------------------------------------------------------------------------------------------------------------------
+
+// requestLabels are what requests are counted by.
+type requestLabels struct {
+	method, route string
+	status        int
+}
+
+// observe counts a request. The method is a label only where it is one of ours: labels are bounded.
+func (s *Server) observe(path, method string, status int, took time.Duration) {
+	if method != http.MethodGet && method != http.MethodPost {
+		method = "other"
+	}
+	labels := requestLabels{method, path, status}
+	h, ok := s.statistics.Load(labels)
+	if !ok {
+		fresh := metric.NewHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+		h, _ = s.statistics.LoadOrStore(labels, fresh)
+	}
+	h.(*metric.Histogram).Observe(took.Seconds())
+}
+
+// WriteMetrics writes, under a name, how many requests there were and how long they took.
+func (s *Server) WriteMetrics(w *metric.Writer, name string) {
+	const help = "Requests by route and status, and how long they took."
+	w.Histograms(name, help, func(yield func(string, *metric.Histogram) bool) {
+		s.statistics.Range(func(key, h any) bool {
+			is := key.(requestLabels)
+			labels := fmt.Sprintf(`method="%s",route="%s",status="%d"`, is.method, is.route, is.status)
+			return yield(labels, h.(*metric.Histogram))
+		})
+	})
+}

@@ -1,0 +1,218 @@
+package api
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"wallet/internal/gate"
+)
+
+// someProblems are those that a table must have for what is read and found out here.
+var someProblems = map[string]Problem{
+	"body_malformed": {400, "Body"}, "field_unknown": {400, "Field"}, "field_duplicate": {400, "Field"},
+	"idempotency_key_malformed": {400, "Key"}, "idempotency_key_conflict": {400, "Key"},
+	"parameter_malformed": {400, "Parameter"}, "route_not_found": {404, "Route"}, "method_not_allowed": {405, "Method"},
+	"body_too_large": {413, "Body"}, "content_type_unsupported": {415, "Body"},
+	"unauthenticated": {401, "Key"}, "forbidden": {403, "Scope"}, "rate_limited": {429, "Rate"},
+	"overloaded": {503, "Busy"}, "starting": {503, "Starting"}, "unavailable": {503, "Away"},
+	"internal": {500, "Fault"}, "sold_out": {422, "Sold out"},
+}
+
+func newTestServer(tb testing.TB) *Server {
+	tb.Helper()
+	keys, err := gate.NewKeyring("", "")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	s := New(Config{
+		Problems:    someProblems,
+		Overloaded:  refuse("overloaded", "busy"),
+		Starting:    refuse("starting", "starting"),
+		Unavailable: refuse("unavailable", "away"),
+		Unreachable: func(err error) bool { return errors.Is(err, io.EOF) },
+		Keys:        keys, Timeout: time.Second, RequestsMax: 10,
+	})
+	s.Started.Store(true)
+	return s
+}
+
+// TestOneAnswer: whatever a handler does, the answer is whole, and of the status that its table says.
+func TestOneAnswer(t *testing.T) {
+	var body []byte
+	var err error
+	s := newTestServer(t)
+	mux := s.Mux([]Route{{Method: "GET", Path: "/v1/shop/{id}", Scope: gate.Read, Status: 202,
+		Handle: func(*http.Request) (*Reply, error) { return &Reply{Body: body, Replayed: true}, err }}})
+	ask := func(method, path string) *httptest.ResponseRecorder {
+		recorder := httptest.NewRecorder()
+		mux.ServeHTTP(recorder, httptest.NewRequest(method, path, nil))
+		return recorder
+	}
+	body = []byte(`{"open":true}`)
+	for method, want := range map[string]string{"GET": string(body), "HEAD": ""} {
+		a := ask(method, "/v1/shop/1")
+		if a.Code != 202 || a.Body.String() != want || a.Header().Get("Content-Length") != "13" ||
+			a.Header().Get("Idempotent-Replayed") != "true" {
+			t.Errorf("%s: %d %s %v", method, a.Code, a.Body, a.Header())
+		}
+	}
+	refused := func(name string, a *httptest.ResponseRecorder, status int, code string) {
+		t.Helper()
+		var p document
+		unreadable := json.Unmarshal(a.Body.Bytes(), &p)
+		if unreadable != nil || a.Code != status || p.Status != status || p.Code != code || p.Detail == "" ||
+			p.Error != p.Detail || p.Title != someProblems[code].Title ||
+			p.RequestID != a.Header().Get("X-Request-Id") {
+			t.Errorf("%s: %d %s", name, a.Code, a.Body)
+		}
+	}
+	err = refuse("sold_out", "none left")
+	refused("a refusal", ask("GET", "/v1/shop/1"), 422, "sold_out")
+	err = io.EOF
+	refused("another server is away", ask("GET", "/v1/shop/1"), 503, "unavailable")
+	err = errors.New("secret")
+	fault := ask("GET", "/v1/shop/1")
+	refused("a fault", fault, 500, "internal")
+	if strings.Contains(fault.Body.String(), "secret") {
+		t.Errorf("a fault is told: %s", fault.Body)
+	}
+	refused("another path", ask("GET", "/v1/shop"), 404, "route_not_found")
+	notAllowed := ask("PUT", "/v1/shop/1")
+	refused("another method", notAllowed, 405, "method_not_allowed")
+	if allow := notAllowed.Header().Get("Allow"); allow != "GET, HEAD" {
+		t.Errorf("Allow: %s", allow)
+	}
+	s.Started.Store(false)
+	refused("before the start", ask("GET", "/v1/shop/1"), 503, "starting")
+	s.RequestsMax = 0
+	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
+}
+
+func TestPanicIsABare500(t *testing.T) {
+	h := newTestServer(t).serve(Route{Path: "other", Handle: func(*http.Request) (*Reply, error) { panic("secret") }})
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))
+	id := recorder.Header().Get("X-Request-Id")
+	text := recorder.Body.String()
+	if recorder.Code != 500 || strings.Contains(text, "secret") || !strings.Contains(text, id) {
+		t.Errorf("%d %s", recorder.Code, text)
+	}
+}
+
+// TestNoRefusalWithoutARow: a route whose refusals the table of problems does not have is found at start.
+func TestNoRefusalWithoutARow(t *testing.T) {
+	for refusals, fine := range map[string]bool{"sold_out": true, "sold_out burnt_down": false} {
+		func() {
+			defer func() {
+				if fault := recover(); (fault == nil) != fine {
+					t.Errorf("%s: %v", refusals, fault)
+				}
+			}()
+			newTestServer(t).Mux([]Route{{Method: "GET", Path: "/x", Doc: Doc{Refusals: refusals}}})
+		}()
+	}
+}
+
+func FuzzBody(f *testing.F) {
+	for _, seed := range []string{
+		`{"amount":"1","idempotency_key":"k"}`, `{"amount":1.50}`, `{}`, `{"amount":{}}`, `[`, `{"a":1,"a":2}`,
+		`{"amount":1}x`, ` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`, `{"amount":01}`,
+		`{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}",
+		"{\"amount\":\"1\n\"}", "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		found, err := parseFields(body, bodyNames...)
+		want, ok := readByTokens(body)
+		if (err == nil) != ok || ok && !maps.Equal(found, want) {
+			t.Fatalf("%q: %v, %v; encoding/json reads %v, %v", body, found, err, want, ok)
+		}
+		var no *refusal
+		if err != nil && (!errors.As(err, &no) || someProblems[no.code].Status != 400) {
+			t.Fatalf("%q: not a 400: %v", body, err)
+		}
+	})
+}
+
+var bodyNames = []string{"amount", "currency", "idempotency_key", "to_id"}
+
+// readByTokens is what parseFields does, by encoding/json alone: an object of bodyNames, each at most once,
+// strings and numbers only.
+func readByTokens(body []byte) (Fields, bool) {
+	decoder := json.NewDecoder(bytes.NewReader(body))
+	decoder.UseNumber()
+	if open, err := decoder.Token(); err != nil || open != json.Delim('{') {
+		return nil, false
+	}
+	found := make(Fields)
+	for decoder.More() {
+		token, err := decoder.Token()
+		name, ok := token.(string)
+		if _, twice := found[name]; err != nil || !ok || twice || !slices.Contains(bodyNames, name) {
+			return nil, false
+		}
+		switch value, _ := decoder.Token(); v := value.(type) {
+		case string:
+			found[name] = Field{v, true}
+		case json.Number:
+			found[name] = Field{v.String(), false}
+		default:
+			return nil, false
+		}
+	}
+	if _, err := decoder.Token(); err != nil { // the closing brace
+		return nil, false
+	}
+	_, err := decoder.Token()
+	return found, err == io.EOF
+}
+
+// FuzzKeyHeader: a key has one meaning, whether it is sent bare, quoted or in the body as well, and passes the
+// service's own rule.
+func FuzzKeyHeader(f *testing.F) {
+	for _, seed := range []string{
+		`k`, `"k"`, `"a\"b"`, `"a`, `a"b`, `""`, `"\x"`, "a\nb", strings.Repeat("k", 256),
+	} {
+		f.Add(seed)
+	}
+	short := func(key string) (string, error) {
+		if len(key) == 0 || len(key) > 255 {
+			return "", refuse("idempotency_key_malformed", "too short, or too long")
+		}
+		return key, nil
+	}
+	f.Fuzz(func(t *testing.T, header string) {
+		r := &http.Request{Header: http.Header{"Idempotency-Key": {header}}}
+		key, err := Key(r, nil, short)
+		if err != nil {
+			var no *refusal
+			if !errors.As(err, &no) || no.code != "idempotency_key_malformed" {
+				t.Fatalf("%q: %v", header, err)
+			}
+			return
+		}
+		if _, err := short(key); err != nil {
+			t.Fatalf("%q gave the key %q: %v", header, key, err)
+		}
+		body := Fields{"idempotency_key": {key, true}}
+		quoted := `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(key) + `"`
+		r.Header.Set("Idempotency-Key", quoted)
+		if again, err := Key(r, body, short); err != nil || again != key {
+			t.Fatalf("%q: quoted as %s it is %q, %v", key, quoted, again, err)
+		}
+		body["idempotency_key"] = Field{key + "x", true}
+		if _, err := Key(r, body, short); err == nil {
+			t.Fatalf("%q in the header and %q in the body were taken", key, key+"x")
+		}
+	})
+}

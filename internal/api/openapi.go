@@ -1,0 +1,122 @@
+package api
+
+import (
+	"cmp"
+	"encoding/json"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+
+	"wallet/internal/gate"
+)
+
+// Object is a JSON object.
+type Object = map[string]any
+
+// Contract is what the routes' names stand for in the OpenAPI document. Where bodies have fields, Schemas has the
+// IdempotencyKey; Problem is added to them.
+type Contract struct {
+	Title, Version, Description string
+	Schemas, Fields, Parameters Object // schemas by name: of answers, of a body's fields, of a query's parameters
+}
+
+// Record is the schema of an object that has all of these members and no others.
+func Record(members Object) Object {
+	names := slices.Sorted(maps.Keys(members))
+	return Object{"type": "object", "properties": members, "required": names, "additionalProperties": false}
+}
+
+// OpenAPI makes the OpenAPI 3.1 document out of the route table: no route, parameter or refusal stands in it that
+// is not there.
+func (s *Server) OpenAPI(routes []Route, c Contract) []byte {
+	paths := make(Object)
+	for _, r := range routes {
+		item, _ := paths[r.Path].(Object)
+		if item == nil {
+			item = make(Object)
+			paths[r.Path] = item
+		}
+		item[strings.ToLower(r.Method)] = s.operation(&r, &c)
+	}
+	schemas := maps.Clone(c.Schemas)
+	schemas["Problem"] = problemSchema
+	document, err := json.MarshalIndent(Object{
+		"openapi":  "3.1.0",
+		"info":     Object{"title": c.Title, "version": c.Version, "description": c.Description},
+		"paths":    paths,
+		"security": []any{Object{"key": []string{}}},
+		"components": Object{
+			"schemas":         schemas,
+			"securitySchemes": Object{"key": Object{"type": "http", "scheme": "bearer"}},
+		},
+	}, "", " ")
+	if err != nil {
+		panic(err)
+	}
+	return document
+}
+
+var problemSchema = func() Object { // of a document
+	text := Object{"type": "string"}
+	schema := Record(Object{
+		"type": text, "title": text, "status": Object{"type": "integer"}, "code": text, "detail": text,
+		"error": text, "request_id": text,
+	})
+	schema["additionalProperties"] = true
+	return schema
+}()
+
+// operation is one route in the document.
+func (s *Server) operation(r *Route, c *Contract) Object {
+	ref := func(name string) Object { return Object{"$ref": "#/components/schemas/" + name} }
+	name := strings.NewReplacer("/", "_", "{", "", "}", "", ".", "_").Replace(r.Path)
+	operation := Object{"summary": r.Doc.Summary, "operationId": strings.ToLower(r.Method) + name}
+	var parameters []any
+	if r.Doc.ID != "" {
+		parameters = append(parameters, Object{
+			"name": "id", "in": "path", "required": true, "schema": ref(r.Doc.ID)})
+	}
+	for _, name := range r.Doc.Query {
+		parameters = append(parameters, Object{"name": name, "in": "query", "schema": c.Parameters[name]})
+	}
+	if len(r.Doc.Fields) > 0 {
+		parameters = append(parameters, Object{
+			"name": "Idempotency-Key", "in": "header", "schema": ref("IdempotencyKey"),
+			"description": "In place of the body's idempotency_key; one of them is needed."})
+		properties := make(Object)
+		for _, name := range r.Doc.Fields {
+			properties[name] = c.Fields[name]
+		}
+		schema := Object{"type": "object", "properties": properties, "additionalProperties": false,
+			"required": append([]string{}, r.Doc.Required...)} // in JSON a list, also where it is empty
+		operation["requestBody"] = Object{"required": true, "content": content("json", schema)}
+	}
+	if len(parameters) > 0 {
+		operation["parameters"] = parameters
+	}
+	success := strconv.Itoa(cmp.Or(r.Status, http.StatusOK))
+	answers := Object{success: Object{"description": "Done.", "content": content("json", ref(r.Doc.Answer))}}
+	codes := make(map[int][]string)
+	for _, code := range r.refusals() {
+		status := s.problem(code).Status
+		codes[status] = append(codes[status], code)
+	}
+	for status, list := range codes {
+		slices.Sort(list)
+		schema := Object{"allOf": []any{ref("Problem"),
+			Object{"properties": Object{"code": Object{"enum": list}}}}}
+		answers[strconv.Itoa(status)] = Object{
+			"description": strings.Join(list, ", "), "content": content("problem+json", schema)}
+	}
+	operation["responses"] = answers
+	if r.Scope == gate.Open {
+		operation["security"] = []any{}
+	}
+	return operation
+}
+
+func content(kind string, schema Object) Object {
+	return Object{"application/" + kind: Object{"schema": schema}}
+}

@@ -1,0 +1,232 @@
+package api
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// BodyBytesMax is how long a request's body may be.
+const BodyBytesMax = 4 << 10
+
+// Fields is a request's JSON object: scalars only, each as its text.
+type Fields map[string]Field
+
+// Field is a JSON string, or a number as it was written.
+type Field struct {
+	Text   string
+	Quoted bool
+}
+
+// ReadFields reads a body that is one JSON object with no other fields than those allowed, each at most once. A
+// number stays the text it was: nothing passes through a float.
+func ReadFields(r *http.Request, allowed ...string) (Fields, error) {
+	kind := r.Header.Get("Content-Type")
+	if kind != "application/json" { // mostly it is just that
+		kind, _, _ = mime.ParseMediaType(kind)
+	}
+	if kind != "application/json" {
+		return nil, refuse("content_type_unsupported", "Send Content-Type: application/json (curl --json does).")
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, BodyBytesMax))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, refuse("body_too_large", "The body may have %d bytes.", BodyBytesMax)
+	}
+	if err != nil {
+		return nil, refuse("body_malformed", "The body could not be read to its end.")
+	}
+	return parseFields(body, allowed...)
+}
+
+var errBodyMalformed = refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
+
+func parseFields(body []byte, allowed ...string) (Fields, error) {
+	found := make(Fields, len(allowed))
+	rest, ok := bytes.CutPrefix(trimSpace(body), []byte{'{'})
+	if rest = trimSpace(rest); !ok || len(rest) == 0 {
+		return nil, errBodyMalformed
+	}
+	for more := rest[0] != '}'; more; {
+		var name, value Field
+		if name, rest, ok = parseScalar(rest); !ok || !name.Quoted {
+			return nil, errBodyMalformed
+		}
+		if !slices.Contains(allowed, name.Text) {
+			return nil, refuse("field_unknown", "This route has no field %.40q. It takes %s.",
+				name.Text, strings.Join(allowed, ", "))
+		}
+		if _, twice := found[name.Text]; twice {
+			return nil, refuse("field_duplicate", "The field %q is there twice.", name.Text)
+		}
+		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte{':'}); !ok {
+			return nil, errBodyMalformed
+		}
+		if value, rest, ok = parseScalar(trimSpace(rest)); !ok {
+			return nil, refuse("body_malformed", "The field %q must be a string or a number.", name.Text)
+		}
+		found[name.Text] = value
+		rest, more = bytes.CutPrefix(trimSpace(rest), []byte{','})
+		rest = trimSpace(rest)
+	}
+	if rest, ok = bytes.CutPrefix(rest, []byte{'}'}); !ok {
+		return nil, errBodyMalformed
+	}
+	if len(trimSpace(rest)) > 0 {
+		return nil, refuse("body_malformed", "Something follows the JSON object. Send one object only.")
+	}
+	return found, nil
+}
+
+func trimSpace(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") } // what JSON takes for white space
+
+// parseScalar reads a JSON string or number (RFC 8259) off the front of text. What is more than plain ASCII is
+// left to encoding/json: to have it read whole bodies, token by token, took as long as all of net/http's own work
+// on a request.
+func parseScalar(text []byte) (f Field, rest []byte, ok bool) {
+	if len(text) > 0 && text[0] == '"' {
+		plain := true
+		for i := 1; i < len(text); i++ {
+			switch c := text[i]; {
+			case c == '"':
+				f = Field{string(text[1:i]), true}
+				if !plain {
+					ok = json.Unmarshal(text[:i+1], &f.Text) == nil
+				}
+				return f, text[i+1:], plain || ok
+			case c == '\\':
+				i++ // whatever it escapes, it ends nothing
+				plain = false
+			case c < ' ' || c > '~':
+				plain = false
+			}
+		}
+		return f, nil, false
+	}
+	end := bytes.IndexFunc(text, func(c rune) bool { return !strings.ContainsRune("0123456789+-.eE", c) })
+	if end <= 0 || !json.Valid(text[:end]) {
+		return f, nil, false
+	}
+	return Field{string(text[:end]), false}, text[end:], true
+}
+
+// Key is a request's idempotency key, from the Idempotency-Key header or the body's idempotency_key; empty where
+// neither has one. check is the service's own rule for a key's text.
+func Key(r *http.Request, body Fields, check func(key string) (string, error)) (string, error) {
+	inBody, given := body["idempotency_key"]
+	if given && !inBody.Quoted {
+		return "", refuse("idempotency_key_malformed", "The \"idempotency_key\" must be a string.")
+	}
+	values := r.Header.Values("Idempotency-Key")
+	if len(values) == 0 {
+		if !given {
+			return "", nil
+		}
+		return check(inBody.Text)
+	}
+	key, err := parseKeyHeader(values[0])
+	if err == nil {
+		key, err = check(key)
+	}
+	switch {
+	case err != nil:
+		return "", err
+	case len(values) > 1:
+		return "", refuse("idempotency_key_conflict", "Send one Idempotency-Key header.")
+	case given && inBody.Text != key:
+		return "", refuse("idempotency_key_conflict", "The Idempotency-Key header and the body's "+
+			"\"idempotency_key\" differ. Send one, or the same twice.")
+	}
+	return key, nil
+}
+
+// parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651, 3.3.3).
+func parseKeyHeader(value string) (string, error) {
+	if !strings.HasPrefix(value, `"`) {
+		return value, nil
+	}
+	var key strings.Builder
+	for i := 1; i < len(value); i++ {
+		switch c := value[i]; {
+		case c == '"' && i == len(value)-1:
+			return key.String(), nil
+		case c == '\\' && i+1 < len(value) && (value[i+1] == '"' || value[i+1] == '\\'):
+			i++
+			key.WriteByte(value[i])
+		case c == '"' || c == '\\':
+			return "", refuse("idempotency_key_malformed",
+				"A quoted Idempotency-Key ends at its second quote, and escapes only \\\" and \\\\.")
+		default:
+			key.WriteByte(c)
+		}
+	}
+	return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends with a quote.")
+}
+
+// Query is a request's query parameters, each at most once.
+type Query map[string]string
+
+// ReadQuery reads a query string with no other parameters than those allowed.
+func ReadQuery(r *http.Request, allowed ...string) (Query, error) {
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, refuse("parameter_malformed", "The query string is not well-formed.")
+	}
+	q := make(Query)
+	for name, v := range values {
+		if !slices.Contains(allowed, name) {
+			return nil, refuse("parameter_malformed", "This route has no parameter %.40q. It takes %s.",
+				name, strings.Join(allowed, ", "))
+		}
+		if len(v) > 1 {
+			return nil, refuse("parameter_malformed", "The parameter %q is there twice.", name)
+		}
+		q[name] = v[0]
+	}
+	return q, nil
+}
+
+// Integer is a parameter that is a whole number from least to most, or fallback where it is empty.
+func (q Query) Integer(name string, fallback, least, most int64) (int64, error) {
+	if q[name] == "" {
+		return fallback, nil
+	}
+	n, err := strconv.ParseInt(q[name], 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, refuse("parameter_malformed", "%s is a whole number from %d to %d.", name, least, most)
+	}
+	return n, nil
+}
+
+// Time is a parameter that is a time (RFC 3339), or fallback where it is empty.
+func (q Query) Time(name string, fallback time.Time) (time.Time, error) {
+	if q[name] == "" {
+		return fallback, nil
+	}
+	at, err := time.Parse(time.RFC3339, q[name])
+	if err != nil || at.Year() < 1 || at.Year() > 9999 {
+		return at, refuse("parameter_malformed",
+			"%s is an RFC 3339 time, such as 2026-01-02T03:04:05Z (a + must be sent as %%2B).", name)
+	}
+	return at, nil
+}
+
+// Traceparent is a request's W3C trace context (https://www.w3.org/TR/trace-context/#traceparent-header), or
+// empty.
+func Traceparent(h http.Header) string {
+	v := h.Get("Traceparent")
+	if len(v) != 55 || v[2] != '-' || v[35] != '-' || v[52] != '-' || v[:2] == "ff" ||
+		strings.Trim(v, "0123456789abcdef-") != "" || strings.Trim(v[3:35], "0") == "" ||
+		strings.Trim(v[36:52], "0") == "" || strings.Count(v, "-") != 3 {
+		return ""
+	}
+	return v
+}
