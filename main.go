@@ -81,10 +81,12 @@ func main() {
 		return
 	}
 	if *makeKey != "" {
-		if err := gate.MakeKey(*makeKey, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, "wallet:", err)
+		key, line, err := gate.MakeKey(*makeKey)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "wallet: name a client and its scopes, as in -new-key checkout:read+write")
 			os.Exit(2)
 		}
+		fmt.Printf("for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
 		return
 	}
 	cfg, err := readConfig(os.Getenv)
@@ -190,14 +192,14 @@ func newService(cfg *config) (*service, error) {
 	}
 	keys, err := gate.NewKeyring(cfg.apiKeys, cfg.apiKeysFile)
 	if err != nil {
-		return nil, err
+		return nil, keysAdvice(err)
 	}
 	if err := checkListen(cfg, keys); err != nil {
 		return nil, err
 	}
 	if cfg.tlsCert != "" || cfg.tlsKey != "" {
 		if s.certificate, err = gate.LoadCertificate(cfg.tlsCert, cfg.tlsKey); err != nil {
-			return nil, err
+			return nil, certificateAdvice(err)
 		}
 	}
 	s.api = newServer(cfg, s.ledger, s.relay, keys)
@@ -237,13 +239,15 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		}
 		if s.cfg.apiKeysFile != "" {
 			keeping.run(func(ctx context.Context) error {
-				gate.Watch(ctx, 5*time.Second, s.api.Keys.Load, s.cfg.apiKeysFile)
+				load := func() error { return keysAdvice(s.api.Keys.Load()) }
+				gate.Watch(ctx, 5*time.Second, load, s.cfg.apiKeysFile)
 				return nil
 			})
 		}
 		if s.certificate != nil {
 			keeping.run(func(ctx context.Context) error {
-				gate.Watch(ctx, 5*time.Second, s.certificate.Load, s.cfg.tlsCert, s.cfg.tlsKey)
+				load := func() error { return certificateAdvice(s.certificate.Load()) }
+				gate.Watch(ctx, 5*time.Second, load, s.cfg.tlsCert, s.cfg.tlsKey)
 				return nil
 			})
 		}
@@ -1057,6 +1061,30 @@ func parseCursor(s string) (page, error) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Who may, and how much
 // ---------------------------------------------------------------------------------------------------------------------
+
+// keysAdvice says which setting mends what gate says of its keys.
+func keysAdvice(err error) error {
+	var malformed gate.MalformedKey
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, gate.ErrNoKeys):
+		return errors.New("put a line NAME:SCOPES:HASH into API_KEYS_FILE (wallet -new-key makes one): " +
+			"an empty file would open the service to everybody")
+	case errors.As(err, &malformed):
+		return fmt.Errorf("write each API key as NAME:SCOPES:HASH, scopes of read, write and operate joined by +, "+
+			"as `wallet -new-key NAME:SCOPES` prints it (key %d is not so)", int(malformed))
+	}
+	return fmt.Errorf("set API_KEYS_FILE to a file that can be read: %w", err)
+}
+
+// certificateAdvice does so for its certificate.
+func certificateAdvice(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("set TLS_CERT and TLS_KEY to files (PEM) that belong together: %w", err)
+}
 
 // checkListen refuses an address that others can reach while nobody needs a key, unless the operator vouches for what stands in front.
 func checkListen(cfg *config, k *gate.Keyring) error {

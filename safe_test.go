@@ -114,6 +114,27 @@ func TestWithoutKeysOnlyLoopback(t *testing.T) {
 	}
 }
 
+// TestBadKeysNameTheirSetting: whatever is wrong with keys or a certificate, the sentence says what to set.
+func TestBadKeysNameTheirSetting(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	os.WriteFile(file, []byte("# none yet\n"), 0o600)
+	good := hashed("a", "read", "k")
+	for _, c := range []struct {
+		cfg  config
+		want string
+	}{
+		{config{apiKeys: good + ",b:admin:00"}, "write each API key as NAME:SCOPES:HASH, .*[(]key 2 is not so[)]$"},
+		{config{apiKeysFile: file}, "^put a line NAME:SCOPES:HASH into API_KEYS_FILE .* open the service to everybody$"},
+		{config{apiKeysFile: file + "x"}, "^set API_KEYS_FILE to a file that can be read: open "},
+		{config{apiKeys: good, tlsCert: file}, "^set TLS_CERT and TLS_KEY to files [(]PEM[)] that belong together: "},
+	} {
+		c.cfg.databaseURL, c.cfg.readConns, c.cfg.writers = "postgres://localhost/x", 1, 1
+		if _, err := newService(&c.cfg); err == nil || !regexp.MustCompile(c.want).MatchString(err.Error()) {
+			t.Errorf("%v, want %s", err, c.want)
+		}
+	}
+}
+
 func TestRateLimit(t *testing.T) {
 	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20", "API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization", "Bearer b-key")

@@ -2,7 +2,8 @@
 // bound on connections, a certificate.
 //
 // It touches key and certificate files, which it reads again when they change; a bad one leaves in force what
-// was. Its state is bounded, however many clients come.
+// was. Its state is bounded, however many clients come. Its errors say what is wrong; what to set instead, the
+// program says that knows its settings.
 package gate
 
 import (
@@ -14,7 +15,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math"
 	"net"
@@ -64,20 +64,28 @@ func NewKeyring(inline, file string) (*Keyring, error) {
 // Empty says that there is no key: nobody is asked for one.
 func (k *Keyring) Empty() bool { return len(*k.keys.Load()) == 0 }
 
-// Load reads the keys, at start and whenever the file changes; on an error the keys in force stay so.
+// ErrNoKeys says that a file of keys has none: it would open the service to everybody.
+var ErrNoKeys = errors.New("the file has no keys")
+
+// MalformedKey says which key, counted from 1, is not NAME:SCOPES:HASH.
+type MalformedKey int
+
+func (n MalformedKey) Error() string { return fmt.Sprintf("key %d is not NAME:SCOPES:HASH", int(n)) }
+
+// Load reads the keys, at start and whenever the file changes; on an error the keys in force stay so. The error is
+// ErrNoKeys, a MalformedKey, or the file's.
 func (k *Keyring) Load() error {
 	text := k.inline
 	if k.file != "" {
 		content, err := os.ReadFile(k.file)
 		if err != nil {
-			return fmt.Errorf("set API_KEYS_FILE to a file that can be read: %w", err)
+			return err
 		}
 		text += "\n" + string(content)
 	}
 	keys, err := parseKeys(text)
 	if err == nil && k.file != "" && len(keys) == 0 {
-		err = errors.New("put a line NAME:SCOPES:HASH into API_KEYS_FILE (wallet -new-key makes one): " +
-			"an empty file would open the service to everybody")
+		err = ErrNoKeys
 	}
 	if err == nil {
 		k.keys.Store(&keys)
@@ -107,9 +115,7 @@ func parseKeys(text string) (keys []apiKey, err error) {
 			}
 		}
 		if err != nil || len(hash) != sha256.Size || key.name == "" {
-			return nil, fmt.Errorf("write each API key as NAME:SCOPES:HASH, "+
-				"scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it "+
-				"(key %d is not so)", len(keys)+1)
+			return nil, MalformedKey(len(keys) + 1)
 		}
 		copy(key.hash[:], hash)
 		keys = append(keys, key)
@@ -117,15 +123,12 @@ func parseKeys(text string) (keys []apiKey, err error) {
 	return keys, nil
 }
 
-// MakeKey prints a new key and the line that admits it.
-func MakeKey(nameAndScopes string, w io.Writer) error {
-	key := rand.Text()
-	line := fmt.Sprintf("%s:%x", nameAndScopes, sha256.Sum256([]byte(key)))
-	if _, err := parseKeys(line); err != nil {
-		return fmt.Errorf("name a client and its scopes, as in -new-key checkout:read+write")
-	}
-	_, err := fmt.Fprintf(w, "for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
-	return err
+// MakeKey makes a key, and the line that admits it. Its error is a MalformedKey.
+func MakeKey(nameAndScopes string) (key, line string, err error) {
+	key = rand.Text()
+	line = fmt.Sprintf("%s:%x", nameAndScopes, sha256.Sum256([]byte(key)))
+	_, err = parseKeys(line)
+	return key, line, err
 }
 
 // ErrUnauthenticated says that a request carries no key of ours.
@@ -289,14 +292,13 @@ func LoadCertificate(certFile, keyFile string) (*Certificate, error) {
 	return c, c.Load()
 }
 
-// Load reads the files again. On an error the certificate in force stays so.
+// Load reads the files, which must belong together. On an error the certificate in force stays so.
 func (c *Certificate) Load() error {
 	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err != nil {
-		return fmt.Errorf("set TLS_CERT and TLS_KEY to files (PEM) that belong together: %w", err)
+	if err == nil {
+		c.current.Store(&pair)
 	}
-	c.current.Store(&pair)
-	return nil
+	return err
 }
 
 // Config is TLS 1.2 or later with whichever certificate is in force at a handshake.
