@@ -126,7 +126,7 @@ var (
 	errGap            = errors.New("the slot begins after the checkpoint, so it was moved or made anew: what lies between must be recovered from the ledger")
 	errKafkaSilent    = fmt.Errorf("no answer from Kafka for %v: giving the slot up", kafkaPatience)
 	errPostgresSilent = fmt.Errorf("no answer from Postgres for %v", postgresPatience)
-	errClockBack      = errors.New("Postgres' clock has gone back: taking the slot on a new connection, by whose time it counts")
+	errClockBack      = errors.New("the clock of Postgres has gone back: taking the slot on a new connection, by whose time it counts")
 )
 
 // relay is one replica's: at most one replica's leads at a time, the others stand by.

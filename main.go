@@ -535,8 +535,7 @@ func (s *service) keep(ctx context.Context) error {
 // Routes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// server is the HTTP side. Its ServeHTTP is the whole public handler, operator the other one: tests use them
-// through httptest.
+// server is the HTTP side: public is the whole handler of the clients' address, operator that of the operators'.
 type server struct {
 	*api.Server
 	ledger   *ledger
@@ -572,8 +571,6 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	}
 	return s
 }
-
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.public.ServeHTTP(w, r) }
 
 // Refusal makes the ledger's refusals answers of the API.
 func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
