@@ -48,40 +48,29 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/hmac"
-	"crypto/pbkdf2"
-	crand "crypto/rand"
-	"crypto/sha256"
-	"crypto/sha512"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"hash/maphash"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/IBM/sarama"
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"wallet/internal/kafka"
 	"wallet/internal/metric"
 )
 
@@ -120,6 +109,15 @@ const (
 type relayRefusal string
 
 func (r relayRefusal) Error() string { return string(r) }
+
+// refusalIn finds a refusal in err: one of ours, or one of the brokers and topics.
+func refusalIn(err error) (refusal relayRefusal, found bool) {
+	var kafkaError kafka.ConfigError
+	if errors.As(err, &kafkaError) {
+		return relayRefusal(kafkaError), true
+	}
+	return refusal, errors.As(err, &refusal)
+}
 
 var (
 	errSlotTaken      = errors.New("another relay took the slot")
@@ -174,9 +172,9 @@ func (r *relay) run(ctx context.Context) error {
 		}
 		// At random, so that after a fault on this replica's side another one is first to the slot.
 		wait := time.Duration(float64(min(200*time.Millisecond<<min(failures, 5), 5*time.Second)) * (0.5 + rand.Float64()))
-		var refusal relayRefusal
+		refusal, refused := refusalIn(err)
 		switch {
-		case errors.As(err, &refusal):
+		case refused:
 			if lastRefusal != string(refusal) {
 				slog.Error("relay refuses to publish", "reason", string(refusal))
 				lastRefusal = string(refusal)
@@ -206,11 +204,13 @@ func (r *relay) enter(state string, args ...any) {
 // lead waits for the slot, then publishes until something fails or ctx ends.
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
-	k, err := within(ctx, kafkaPatience, func() (*kafka, error) { return openKafka(r.cfg) }, (*kafka).close)
+	l := &leadership{relay: r, mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
+	open := func() (*kafka.Client, error) { return openKafka(r.cfg, l.waitKafka) }
+	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
 	}
-	defer func() { go k.close() }()
+	defer func() { go k.Close() }()
 
 	slot, err := r.awaitSlot(ctx)
 	if err != nil {
@@ -229,7 +229,8 @@ func (r *relay) lead(ctx context.Context) error {
 	id.database = slot.databaseOID
 
 	// Before anything is changed, and without fencing: is this the topics' database?
-	last, err := within(ctx, kafkaPatience, k.lastCheckpoint, func(*checkpoint) {})
+	look := func() (*checkpoint, error) { return lastCheckpoint(k, r.cfg.kafkaCheckpointTopic) }
+	last, err := kafka.Within(ctx, kafkaPatience, look, func(*checkpoint) {})
 	if err != nil {
 		return fmt.Errorf("read checkpoint: %w", err)
 	}
@@ -242,8 +243,7 @@ func (r *relay) lead(ctx context.Context) error {
 		}
 	}
 
-	l := &leadership{relay: r, k: k, conn: conn, id: id, slot: slot,
-		mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
+	l.k, l.conn, l.id, l.slot = k, conn, id, slot
 	if !slot.exists || slot.lost || uint64(slot.confirmed) == r.gap.Load() || r.adopting {
 		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader comes here again.
 		if err := l.makeSlot(ctx); err != nil {
@@ -269,13 +269,13 @@ const wayOutOfThePast = "Bring back the newer data. If they are lost, run `walle
 	"ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
-func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka) error {
+func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.Client) error {
 	switch {
 	case c == nil:
 		return nil
-	case c.Partitions != k.partitions:
+	case c.Partitions != k.Partitions():
 		return relayRefusal(fmt.Sprintf("topic %s has %d partitions but had %d when its events were written, which breaks each wallet's order: "+
-			"set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", k.events, k.partitions, c.Partitions))
+			"set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", r.cfg.kafkaTopic, k.Partitions(), c.Partitions))
 	case r.adopting:
 		return nil
 	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
@@ -287,34 +287,35 @@ func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka) 
 		}
 		if behind && c.Timeline == id.timeline {
 			return relayRefusal(fmt.Sprintf("topic %s follows this database to %s, and its WAL ends at %s: its data are those of an earlier day. "+
-				wayOutOfThePast, k.events, c.EndLSN, flushed))
+				wayOutOfThePast, r.cfg.kafkaTopic, c.EndLSN, flushed))
 		}
 		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
 			return relayRefusal(fmt.Sprintf("topic %s follows timeline %d of this database, and this server is on timeline %d, which does not descend from it: "+
-				"connect to the server that was promoted, or run `wallet -adopt` if this one was restored in its place", k.events, c.Timeline, id.timeline))
+				"connect to the server that was promoted, or run `wallet -adopt` if this one was restored in its place", r.cfg.kafkaTopic, c.Timeline, id.timeline))
 		}
 		return nil
 	}
 	return relayRefusal(fmt.Sprintf("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the same ledger, "+
 		"restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
-		k.events, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot))
+		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot))
 }
 
 // checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is published after its
 // entry's commit, so it always does, unless the data are those of an earlier day and went on from there: then the same
 // numbers mean other entries, and the WAL's positions other commits. The positions alone may have overtaken the checkpoint.
-func (r *relay) checkTail(ctx context.Context, k *kafka) error {
-	for p := range k.partitions {
-		tail, err := within(ctx, kafkaPatience, func() (*topicRecord, error) { return k.lastRecord(k.events, p) }, func(*topicRecord) {})
+func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
+	for p := range k.Partitions() {
+		look := func() (*kafka.Committed, error) { return k.Last(r.cfg.kafkaTopic, p) }
+		tail, err := kafka.Within(ctx, kafkaPatience, look, func(*kafka.Committed) {})
 		if err != nil {
 			return fmt.Errorf("last event of partition %d: %w", p, err)
 		}
 		if tail == nil {
 			continue
 		}
-		walletID, seq, err := tail.eventID()
+		walletID, seq, err := eventIDOf(tail)
 		if err != nil {
-			return relayRefusal(fmt.Sprintf("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC to a topic of its own", k.events, err))
+			return relayRefusal(fmt.Sprintf("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC to a topic of its own", r.cfg.kafkaTopic, err))
 		}
 		held, err := r.holdsEvent(ctx, walletID, seq, tail.Value)
 		if err == nil && !held {
@@ -331,7 +332,7 @@ func (r *relay) checkTail(ctx context.Context, k *kafka) error {
 		}
 		if !held {
 			return relayRefusal(fmt.Sprintf("topic %s holds event %s, and this ledger has no such entry: its data are those of an earlier day. "+
-				wayOutOfThePast, k.events, entryID(walletID, seq)))
+				wayOutOfThePast, r.cfg.kafkaTopic, entryID(walletID, seq)))
 		}
 	}
 	return nil
@@ -532,7 +533,7 @@ type batch struct {
 // mail and published; nothing of it outlives the stay.
 type leadership struct {
 	*relay
-	k    *kafka
+	k    *kafka.Client
 	conn *pgconn.PgConn
 	id   identity
 	slot slotState
@@ -564,7 +565,9 @@ type leadership struct {
 	handedAt   time.Time
 
 	// publish's own.
-	producer *producer
+	producer *kafka.Producer
+	records  []eventRecord // of the transaction under way
+	messages []*kafka.Message
 	last     checkpoint // as last committed, or as found
 	ticket   ticket     // for the cache
 }
@@ -1014,9 +1017,12 @@ func (l *leadership) publish(ctx context.Context) error {
 	}
 }
 
-// waitKafka marks the time that op takes as waiting for Kafka, which run limits.
+// waitKafka marks the time that op takes as waiting for Kafka, which run limits. Within another wait it is part of that
+// one.
 func (l *leadership) waitKafka(op func() error) error {
-	l.waiting.Store(int64(l.age()))
+	if !l.waiting.CompareAndSwap(0, max(1, int64(l.age()))) {
+		return op()
+	}
 	defer l.waiting.Store(0)
 	return op()
 }
@@ -1024,13 +1030,13 @@ func (l *leadership) waitKafka(op func() error) error {
 // fence makes the producer: from here on no former leader can publish, and what it last tried is committed or aborted. It is
 // called here only, after the slot was taken: one made "to be safe" by a leader that had lost it would fence its successor.
 func (l *leadership) fence() error {
-	if c, err := l.k.lastCheckpoint(); err == nil && c != nil && c.System != l.id.system { // adopting
-		if _, err := l.k.newProducer(transactionalID(c.System, c.Slot)); err != nil {
+	c, err := lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
+	if err == nil && c != nil && c.System != l.id.system { // adopting
+		if _, err := l.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
 			return fmt.Errorf("fence the former database's relay: %w", err)
 		}
 	}
-	var err error
-	if l.producer, err = l.k.newProducer(transactionalID(l.id.system, l.cfg.replicationSlot)); err != nil {
+	if l.producer, err = l.k.NewProducer(transactionalID(l.id.system, l.cfg.replicationSlot)); err != nil {
 		return fmt.Errorf("producer: %w", err)
 	}
 	return nil
@@ -1039,7 +1045,11 @@ func (l *leadership) fence() error {
 // settle reads the checkpoint, which is final now, and finds where to go on from; a gap is filled first.
 func (l *leadership) settle(ctx context.Context) (from position, err error) {
 	var found *checkpoint
-	if err := l.waitKafka(func() (err error) { found, err = l.k.lastCheckpoint(); return err }); err != nil {
+	err = l.waitKafka(func() (err error) {
+		found, err = lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
+		return err
+	})
+	if err != nil {
 		return from, fmt.Errorf("read checkpoint: %w", err)
 	}
 	if err := l.fits(ctx, found, l.id, l.k); err != nil {
@@ -1054,7 +1064,7 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 			l.last.Horizon = nil
 		}
 	}
-	l.last.System, l.last.DatabaseOID, l.last.Slot, l.last.Partitions = l.id.system, l.id.database, l.cfg.replicationSlot, l.k.partitions
+	l.last.System, l.last.DatabaseOID, l.last.Slot, l.last.Partitions = l.id.system, l.id.database, l.cfg.replicationSlot, l.k.Partitions()
 	if l.past != nil {
 		err := l.recover(ctx)
 		l.forgetPast() // its snapshot keeps vacuum from cleaning up
@@ -1078,7 +1088,7 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 
 // holds says whether a checkpoint's horizon holds here.
 func (l *leadership) holds(c *checkpoint) bool {
-	if c.Horizon == nil || l.adopting || len(c.Horizon.Offsets) != int(l.k.partitions) {
+	if c.Horizon == nil || l.adopting || len(c.Horizon.Offsets) != int(l.k.Partitions()) {
 		return false
 	}
 	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
@@ -1120,11 +1130,15 @@ func (l *leadership) commit(b *batch) error {
 			return err
 		}
 	}
-	err := l.waitKafka(func() error {
-		if err := l.producer.send(b.events, record); err != nil {
+	messages, err := l.messagesOf(b.events)
+	if err != nil {
+		return fmt.Errorf("publish: %w", err)
+	}
+	err = l.waitKafka(func() error {
+		if err := l.producer.Send(messages, record); err != nil {
 			return fmt.Errorf("publish: %w", explainFencing(err))
 		}
-		if err := l.producer.end(true); err != nil {
+		if err := l.producer.Commit(); err != nil {
 			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
 		}
 		return nil
@@ -1147,8 +1161,21 @@ func (l *leadership) commit(b *batch) error {
 	return nil
 }
 
+// messagesOf makes the events' messages, in memory that the next transaction's will use again.
+func (l *leadership) messagesOf(events []event) ([]*kafka.Message, error) {
+	l.records = slices.Grow(l.records[:0], len(events))[:len(events)]
+	l.messages = slices.Grow(l.messages[:0], len(events))[:len(events)]
+	for i := range events {
+		if err := l.records[i].set(&events[i]); err != nil {
+			return nil, err
+		}
+		l.messages[i] = &l.records[i].Message
+	}
+	return l.messages, nil
+}
+
 func explainFencing(err error) error {
-	if errors.Is(err, sarama.ErrProducerFenced) || errors.Is(err, sarama.ErrInvalidProducerEpoch) {
+	if kafka.Fenced(err) {
 		return fmt.Errorf("fenced, another relay leads: %w", err)
 	}
 	return err
@@ -1296,13 +1323,11 @@ func (l *leadership) keepHorizon(ctx context.Context) {
 }
 
 func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
-	h := &horizon{Offsets: make([]int64, l.k.partitions)}
-	for p := range h.Offsets {
-		var err error
-		if h.Offsets[p], err = l.k.client.GetOffset(l.k.events, int32(p), sarama.OffsetNewest); err != nil {
-			return nil, fmt.Errorf("end of %s/%d: %w", l.k.events, p, err)
-		}
+	ends, err := l.k.Ends()
+	if err != nil {
+		return nil, err
 	}
+	h := &horizon{Offsets: ends}
 	if err := l.db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`).Scan(&h.XID, &h.At); err != nil {
 		return nil, fmt.Errorf("number of a transaction: %w", err)
 	}
@@ -1365,7 +1390,7 @@ func (l *leadership) recover(ctx context.Context) error {
 // lacks is what follows the last one there. Where the topic holds none beyond the horizon, it lacks all entries that are
 // not below: those that are not published are the end of the wallet's chain.
 func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
-	spans, err := l.k.spansSince(h, l.waitKafka)
+	spans, err := l.spansSince(h)
 	if err != nil {
 		return err
 	}
@@ -1383,8 +1408,8 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		wallets += len(seqs)
 		next := make(map[int64]int64, len(seqs)) // the seq that the topic lacks first
 		for _, s := range spans {
-			err := l.k.scan(ctx, s, l.waitKafka, func(r *topicRecord) error {
-				id, seq, err := r.eventID()
+			err := l.k.Scan(ctx, s, func(r *kafka.Committed) error {
+				id, seq, err := eventIDOf(r)
 				if _, known := seqs[id]; known && err == nil {
 					next[id] = max(next[id], seq+1)
 				}
@@ -1504,710 +1529,72 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Kafka: topics, producer, reading
+// Kafka
 // ---------------------------------------------------------------------------------------------------------------------
 
-// kafka is a connection to the brokers and the two topics, checked.
-type kafka struct {
-	client      sarama.Client
-	events      string
-	checkpoints string
-	partitions  int32 // of the events topic
-
-	closing sync.Once
+// openKafka connects to the brokers and makes or checks the topics. busy may be nil: see kafka.Config.
+func openKafka(cfg *config, busy func(func() error) error) (*kafka.Client, error) {
+	return kafka.Open(kafkaConfig(cfg, busy))
 }
 
-func openKafka(cfg *config) (*kafka, error) {
-	conf, err := kafkaConfig(cfg)
-	if err != nil {
-		return nil, err
+func kafkaConfig(cfg *config, busy func(func() error) error) kafka.Config {
+	return kafka.Config{
+		Brokers:            cfg.kafkaBrokers,
+		ClientID:           "wallet-relay",
+		Topic:              cfg.kafkaTopic,
+		Checkpoints:        cfg.kafkaCheckpointTopic,
+		Partitions:         cfg.kafkaPartitions,
+		Replication:        cfg.kafkaReplication,
+		Retention:          cfg.kafkaRetention,
+		TLS:                cfg.kafkaTLS,
+		TLSCA:              cfg.kafkaTLSCA,
+		TLSCert:            cfg.kafkaTLSCert,
+		TLSKey:             cfg.kafkaTLSKey,
+		SASLMechanism:      cfg.kafkaSASLMechanism,
+		SASLUser:           cfg.kafkaSASLUser,
+		SASLPassword:       cfg.kafkaSASLPassword,
+		MetadataMaxAge:     10 * time.Minute,
+		TransactionTimeout: txnTimeout,
+		Patience:           kafkaPatience,
+		Busy:               busy,
 	}
-	client, err := sarama.NewClient(cfg.kafkaBrokers, conf)
-	if err != nil {
-		return nil, err
-	}
-	k := &kafka{client: client, events: cfg.kafkaTopic, checkpoints: cfg.kafkaCheckpointTopic}
-	if err := k.prepareTopics(cfg); err != nil {
-		k.close()
-		return nil, err
-	}
-	return k, nil
 }
-
-// close may be called by both goroutines of a leadership; sarama's Close panics then.
-func (k *kafka) close() { k.closing.Do(func() { k.client.Close() }) }
 
 func transactionalID(system, slot string) string { return "wallet-relay-" + system + "-" + slot }
 
-func kafkaConfig(cfg *config) (*sarama.Config, error) {
-	conf := sarama.NewConfig()
-	conf.ClientID = "wallet-relay"
-	conf.Version = sarama.V2_8_0_0 // the oldest broker; the requests used are the same since
-	conf.Net.DialTimeout, conf.Net.ReadTimeout, conf.Net.WriteTimeout = 3*time.Second, 8*time.Second, 8*time.Second
-	conf.Metadata.AllowAutoTopicCreation = false
-	conf.Consumer.IsolationLevel = sarama.ReadCommitted
-	if cfg.kafkaTLS {
-		conf.Net.TLS.Enable = true
-		conf.Net.TLS.Config = &tls.Config{MinVersion: tls.VersionTLS12}
-		if cfg.kafkaTLSCA != "" {
-			pem, err := os.ReadFile(cfg.kafkaTLSCA)
-			if err != nil {
-				return nil, relayRefusal(fmt.Sprintf("set KAFKA_TLS_CA to a file that can be read: %v", err))
-			}
-			conf.Net.TLS.Config.RootCAs = x509.NewCertPool()
-			if !conf.Net.TLS.Config.RootCAs.AppendCertsFromPEM(pem) {
-				return nil, relayRefusal(fmt.Sprintf("set KAFKA_TLS_CA to a file with PEM certificates: %s holds none", cfg.kafkaTLSCA))
-			}
-		}
-		if cfg.kafkaTLSCert != "" {
-			cert, err := tls.LoadX509KeyPair(cfg.kafkaTLSCert, cfg.kafkaTLSKey)
-			if err != nil {
-				return nil, relayRefusal(fmt.Sprintf("set KAFKA_TLS_CERT and KAFKA_TLS_KEY to a certificate and its key: %v", err))
-			}
-			conf.Net.TLS.Config.Certificates = []tls.Certificate{cert}
-		}
-	}
-	if cfg.kafkaSASLMechanism != "" {
-		sasl := &conf.Net.SASL
-		sasl.Enable, sasl.Mechanism = true, sarama.SASLMechanism(cfg.kafkaSASLMechanism)
-		sasl.User, sasl.Password = cfg.kafkaSASLUser, cfg.kafkaSASLPassword
-		hashes := map[sarama.SASLMechanism]func() hash.Hash{sarama.SASLTypeSCRAMSHA256: sha256.New, sarama.SASLTypeSCRAMSHA512: sha512.New}
-		sasl.SCRAMClientGeneratorFunc = func() sarama.SCRAMClient {
-			return &scram{hash: hashes[sasl.Mechanism], nonce: crand.Text()}
-		}
-	}
-	return conf, nil
-}
-
-// prepareTopics makes the topics that are missing and checks those that are there.
-func (k *kafka) prepareTopics(cfg *config) error {
-	retention := "-1"
-	if cfg.kafkaRetention >= 0 {
-		retention = strconv.FormatInt(cfg.kafkaRetention.Milliseconds(), 10)
-	}
-	events := map[string]string{
-		"cleanup.policy":         "delete",
-		"retention.ms":           retention,
-		"retention.bytes":        "-1",
-		"message.timestamp.type": "CreateTime", // recovery finds its place by the entries' times
-	}
-	checkpoints := map[string]string{
-		"cleanup.policy":            "compact",
-		"segment.ms":                "600000", // only closed segments are compacted, and a busy relay writes hundreds of records a second
-		"segment.bytes":             "4194304",
-		"min.cleanable.dirty.ratio": "0.1",
-	}
-	if cfg.kafkaReplication >= 3 {
-		events["min.insync.replicas"], checkpoints["min.insync.replicas"] = "2", "2"
-	}
-	admin, err := sarama.NewClusterAdminFromClient(k.client)
-	if err != nil {
-		return err
-	}
-	for _, t := range []struct {
-		name       string
-		partitions int32
-		settings   map[string]string
-		checked    []string
-	}{
-		{k.events, cfg.kafkaPartitions, events, append([]string{"cleanup.policy", "retention.ms", "retention.bytes", "message.timestamp.type"}, timeLimits...)},
-		{k.checkpoints, 1, checkpoints, []string{"cleanup.policy"}},
-	} {
-		detail := &sarama.TopicDetail{NumPartitions: t.partitions, ReplicationFactor: cfg.kafkaReplication, ConfigEntries: make(map[string]*string)}
-		for name, value := range t.settings {
-			detail.ConfigEntries[name] = &value
-		}
-		found, err := admin.DescribeTopics([]string{t.name})
-		if err == nil && len(found) == 1 && found[0].Err == sarama.ErrUnknownTopicOrPartition {
-			if err = admin.CreateTopic(t.name, detail, false); err == nil {
-				slog.Info("topic made", "topic", t.name, "partitions", t.partitions)
-			} else if errors.Is(err, sarama.ErrTopicAlreadyExists) {
-				err = nil // another replica was faster
-			}
-		}
-		if err != nil {
-			return fmt.Errorf("topic %s: %w", t.name, err)
-		}
-		var actual []*sarama.ConfigResourceResult
-		for range 20 { // brokers hear of a new topic a moment later
-			actual, err = admin.DescribeConfigs([]*sarama.ConfigResource{{Type: sarama.TopicResource, Name: t.name, ConfigNames: t.checked}}, sarama.DescribeConfigsOptions{})
-			if err == nil && len(actual) != 1 {
-				err = fmt.Errorf("%d answers for one topic", len(actual))
-			} else if err == nil && actual[0].ErrorCode != sarama.ErrNoError {
-				err = actual[0].ErrorCode
-			}
-			if !errors.Is(err, sarama.ErrUnknownTopicOrPartition) {
-				break
-			}
-			time.Sleep(100 * time.Millisecond)
-		}
-		if err != nil {
-			return fmt.Errorf("settings of topic %s: %w", t.name, err)
-		}
-		takeAnyTime(admin, t.name, actual[0].Configs)
-		for _, entry := range actual[0].Configs {
-			want, checked := t.settings[entry.Name]
-			if checked && slices.Contains(t.checked, entry.Name) && entry.Value != want && !(entry.Name == "retention.ms" && keepsLonger(entry.Value, want)) {
-				return relayRefusal(fmt.Sprintf("topic %s has %s=%s but needs %s: alter it with kafka-configs, or set KAFKA_RETENTION to what it has",
-					t.name, entry.Name, entry.Value, want))
-			}
-		}
-	}
-	var partitions []int32
-	for range 20 { // a new topic needs a moment to have leaders
-		_ = k.client.RefreshMetadata(k.events, k.checkpoints)
-		if partitions, err = k.client.WritablePartitions(k.events); err == nil {
-			all, _ := k.client.Partitions(k.events)
-			if _, err = k.client.Leader(k.checkpoints, 0); err == nil && len(all) > 0 && len(all) == len(partitions) {
-				break
-			}
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	if err != nil {
-		return fmt.Errorf("topics: %w", err)
-	}
-	all, err := k.client.Partitions(k.events)
-	if err != nil {
-		return fmt.Errorf("topic %s: %w", k.events, err)
-	}
-	k.partitions = int32(len(all))
-	if all, err = k.client.Partitions(k.checkpoints); err == nil && len(all) != 1 {
-		err = relayRefusal(fmt.Sprintf("topic %s has %d partitions but a checkpoint needs one: set KAFKA_CHECKPOINT_TOPIC to another", k.checkpoints, len(all)))
-	}
-	return err
-}
-
-// A record's time is its entry's, by Postgres' clock. A broker refuses one too far from its own, by default an hour ahead
-// (Kafka 4), and so one step of a clock would stop all events, also after it is right again. timeLimits are the settings of
-// this, as far as a broker has them: before 3.6 one, and none in the embedded broker.
-var timeLimits = []string{"message.timestamp.after.max.ms", "message.timestamp.before.max.ms", "message.timestamp.difference.max.ms"}
-
-const anyTime = "9223372036854775807"
-
-// takeAnyTime lifts the limits that a topic has. Where the broker does not let it, each start says so, and goes on.
-func takeAnyTime(admin sarama.ClusterAdmin, topic string, configs []sarama.ConfigEntry) {
-	value := anyTime
-	changes := make(map[string]sarama.IncrementalAlterConfigsEntry)
-	for _, c := range configs {
-		if slices.Contains(timeLimits, c.Name) && c.Value != anyTime {
-			changes[c.Name] = sarama.IncrementalAlterConfigsEntry{Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}
-		}
-	}
-	if len(changes) == 0 {
-		return
-	}
-	if err := admin.IncrementalAlterConfig(sarama.TopicResource, topic, changes, false); err != nil {
-		slog.Warn("a step of a clock may stop all events: alter the topic's settings with kafka-configs, since this service may not",
-			"topic", topic, "settings", slices.Sorted(maps.Keys(changes)), "value", anyTime, "error", err)
-		return
-	}
-	slog.Info("topic takes records of any time", "topic", topic)
-}
-
-// keepsLonger compares two values of retention.ms; -1 is for ever.
-func keepsLonger(actual, want string) bool {
-	a, errA := strconv.ParseInt(actual, 10, 64)
-	w, errW := strconv.ParseInt(want, 10, 64)
-	return errA == nil && errW == nil && (a < 0 || w >= 0 && a >= w)
-}
-
-// producer is a transactional producer, made of sarama's requests. sarama's own repeats requests by itself, the one that ends a
-// transaction as well, and a late first one may then end a later transaction too early (KAFKA-17754). Here each is sent once: whatever
-// is answered otherwise than by yes is an error, after which a producer is of no more use.
-type producer struct {
-	k     *kafka
-	id    string // transactional
-	pid   int64  // of this producer, and the epoch that fences those before it
-	epoch int16
-
-	sequences   map[topicPartition]int32 // of the next record
-	partitioner sarama.Partitioner
-	records     []eventRecord // of the transaction under way
-}
-
-type topicPartition struct {
-	topic     string
-	partition int32
-}
-
-const (
-	produceTimeout   = 5 * time.Second // for all in-sync replicas to have a batch
-	compressionLevel = 1               // of zstd: about as fast as snappy and lz4 (0.5 us an event more), and 7.7 to 1 where they reach 4.5; its default level takes half as much time again
-)
-
-// recordBatchBytesMax is below what a broker accepts by default (message.max.bytes: 1,048,588) even if nothing can be compressed.
-const recordBatchBytesMax = 1_000_000
-
-// newProducer makes a producer, and thereby fences any other of the same id and settles its open transaction.
-func (k *kafka) newProducer(id string) (*producer, error) {
-	p := &producer{k: k, id: id, sequences: make(map[topicPartition]int32), partitioner: sarama.NewMurmur2Partitioner(k.events)} // the Java clients' default
-	err := p.ask(func(coordinator *sarama.Broker) (sarama.KError, error) {
-		answer, err := coordinator.InitProducerID(&sarama.InitProducerIDRequest{Version: 4, TransactionalID: &id, TransactionTimeout: txnTimeout, ProducerID: -1, ProducerEpoch: -1})
-		if err != nil {
-			return 0, err
-		}
-		p.pid, p.epoch = answer.ProducerID, answer.ProducerEpoch
-		return answer.Err, nil
-	})
-	return p, refusedForGood("transactional id "+id, err)
-}
-
-// ask puts a question to the transaction coordinator, and puts it again after a "not yet". That is the answer while it writes the end
-// of the former transaction, mostly for less than 2 ms, and while another broker becomes the coordinator.
-func (p *producer) ask(question func(*sarama.Broker) (sarama.KError, error)) error {
-	began := time.Now()
-	for pause := 500 * time.Microsecond; ; pause = min(2*pause, 32*time.Millisecond) {
-		coordinator, err := p.k.client.TransactionCoordinator(p.id)
-		if err == nil {
-			var answer sarama.KError
-			if answer, err = question(coordinator); err == nil && answer != sarama.ErrNoError {
-				err = answer
-			}
-		}
-		switch {
-		case err == nil || time.Since(began) > kafkaPatience:
-			return err
-		case errors.Is(err, sarama.ErrConcurrentTransactions):
-		case errors.Is(err, sarama.ErrConsumerCoordinatorNotAvailable), errors.Is(err, sarama.ErrNotCoordinatorForConsumer), errors.Is(err, sarama.ErrOffsetsLoadInProgress):
-			_ = p.k.client.RefreshTransactionCoordinator(p.id)
-		default:
-			return err
-		}
-		time.Sleep(pause)
-	}
-}
-
-// send begins a transaction and sends its records: those of the events, and the checkpoint's unless it is nil.
-func (p *producer) send(events []event, checkpoint []byte) error {
-	// As sarama last heard, within ten minutes: partitions added under a running relay end its stay, and the next start refuses.
-	if all, err := p.k.client.Partitions(p.k.events); err != nil || len(all) != int(p.k.partitions) {
-		return fmt.Errorf("topic %s has %d partitions and had %d at the start: %w", p.k.events, len(all), p.k.partitions, cmp.Or(err, sarama.ErrInvalidPartition))
-	}
-	batches, err := p.pack(events, checkpoint)
-	if err != nil {
-		return err
-	}
-	partitions := make(map[string][]int32)
-	for at := range batches {
-		partitions[at.topic] = append(partitions[at.topic], at.partition)
-	}
-	err = p.ask(func(coordinator *sarama.Broker) (sarama.KError, error) {
-		answer, err := coordinator.AddPartitionsToTxn(&sarama.AddPartitionsToTxnRequest{Version: 3, TransactionalID: p.id, ProducerID: p.pid, ProducerEpoch: p.epoch, TopicPartitions: partitions})
-		if err != nil {
-			return 0, err
-		}
-		for _, results := range answer.Errors {
-			for _, result := range results {
-				if result.Err != sarama.ErrNoError && result.Err != sarama.ErrOperationNotAttempted { // because of another one
-					return result.Err, nil
-				}
-			}
-		}
-		return sarama.ErrNoError, nil
-	})
-	if err != nil {
-		return fmt.Errorf("begin Kafka transaction: %w", refusedForGood("records in "+p.k.events+" and "+p.k.checkpoints, err))
-	}
-	// A request has at most one batch of a partition. The next one is sent after the answer, or it might overtake.
-	for round := 0; ; round++ {
-		requests := make(map[*sarama.Broker]*produceRequest)
-		for at, list := range batches {
-			if round >= len(list) {
-				continue
-			}
-			leader, err := p.k.client.Leader(at.topic, at.partition)
-			if err != nil {
-				return fmt.Errorf("leader of %s/%d: %w", at.topic, at.partition, err)
-			}
-			r := requests[leader]
-			if r == nil {
-				r = &produceRequest{ProduceRequest: sarama.ProduceRequest{Version: 7, TransactionalID: &p.id, RequiredAcks: sarama.WaitForAll, Timeout: int32(produceTimeout.Milliseconds())}}
-				requests[leader] = r
-			}
-			r.AddBatch(at.topic, at.partition, list[round])
-			r.batches++
-		}
-		if len(requests) == 0 {
-			return nil
-		}
-		answers := make(chan error, len(requests))
-		for leader, r := range requests {
-			go func() { answers <- r.send(leader) }()
-		}
-		for range requests {
-			if err := <-answers; err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// produceRequest is what goes to one broker.
-type produceRequest struct {
-	sarama.ProduceRequest
-	batches int
-}
-
-func (r *produceRequest) send(leader *sarama.Broker) error {
-	answer, err := leader.Produce(&r.ProduceRequest)
-	if err != nil {
-		return err
-	}
-	taken := 0
-	for topic, blocks := range answer.Blocks {
-		for partition, block := range blocks {
-			if block.Err != sarama.ErrNoError {
-				return refusedForGood("records", fmt.Errorf("%s/%d: %w", topic, partition, block.Err))
-			}
-			taken++
-		}
-	}
-	if taken != r.batches {
-		return sarama.ErrIncompleteResponse
-	}
-	return nil
-}
-
-// refusedForGood makes a refusal of an answer that no restart cures, and says what does. Anything else is returned as it is:
-// it may have another outcome next time.
-func refusedForGood(what string, err error) error {
-	var answer sarama.KError
-	var cure string
-	switch _ = errors.As(err, &answer); answer {
-	case sarama.ErrInvalidTimestamp:
-		cure = "look at the clocks of Postgres and of the brokers, and set the topic's message.timestamp.before.max.ms and " +
-			"message.timestamp.after.max.ms to " + anyTime + " with kafka-configs, since this service may not"
-	case sarama.ErrMessageSizeTooLarge:
-		cure = "set the topic's max.message.bytes to at least 1048588 with kafka-configs"
-	case sarama.ErrTopicAuthorizationFailed, sarama.ErrClusterAuthorizationFailed, sarama.ErrTransactionalIDAuthorizationFailed:
-		cure = "allow the relay's user to write to the topics and to use its transactional id, with kafka-acls"
-	case sarama.ErrInvalidRecord, sarama.ErrPolicyViolation, sarama.ErrUnsupportedForMessageFormat, sarama.ErrUnsupportedCompressionType:
-		cure = "see the broker's log for its reason, and alter the topic or its policy"
-	default:
-		return err
-	}
-	return fmt.Errorf("%w: %w", relayRefusal(fmt.Sprintf("the broker refuses the relay's %s (%s), so no event is published; nothing is lost. To go on, %s",
-		what, strings.TrimSuffix(err.Error(), "."), cure)), err)
-}
-
-// pack makes the record batches of each partition.
-func (p *producer) pack(events []event, checkpoint []byte) (map[topicPartition][]*sarama.RecordBatch, error) {
-	batches := make(map[topicPartition][]*sarama.RecordBatch)
-	rooms := make(map[topicPartition]int) // bytes left in the last batch
-	add := func(to topicPartition, record *sarama.Record, at time.Time, size int) {
-		at = at.Truncate(time.Millisecond)
-		list := batches[to]
-		if rooms[to] < size {
-			list = append(list, &sarama.RecordBatch{Version: 2, Codec: sarama.CompressionZSTD, CompressionLevel: compressionLevel, FirstTimestamp: at, MaxTimestamp: at,
-				LastOffsetDelta: -1, ProducerID: p.pid, ProducerEpoch: p.epoch, FirstSequence: p.sequences[to], IsTransactional: true})
-			batches[to], rooms[to] = list, recordBatchBytesMax
-		}
-		b := list[len(list)-1]
-		b.LastOffsetDelta++
-		b.MaxTimestamp = later(b.MaxTimestamp, at)
-		record.OffsetDelta, record.TimestampDelta = int64(b.LastOffsetDelta), at.Sub(b.FirstTimestamp)
-		b.Records = append(b.Records, record)
-		rooms[to] -= size
-		p.sequences[to] = (p.sequences[to] + 1) & math.MaxInt32 // 0 follows the highest
-	}
-	p.records = slices.Grow(p.records[:0], len(events))[:len(events)]
-	var message sarama.ProducerMessage
-	for i := range events {
-		record := &p.records[i]
-		if err := record.set(&events[i]); err != nil {
-			return nil, err
-		}
-		message.Key = sarama.ByteEncoder(record.Key)
-		partition, err := p.partitioner.Partition(&message, p.k.partitions)
-		if err != nil {
-			return nil, err
-		}
-		add(topicPartition{p.k.events, partition}, &record.Record, record.at, len(record.Value)+recordOverheadMax)
-	}
-	if checkpoint != nil {
-		add(topicPartition{p.k.checkpoints, 0}, &sarama.Record{Key: []byte("checkpoint"), Value: checkpoint}, time.Now(), len(checkpoint))
-	}
-	return batches, nil
-}
-
-// end commits the transaction, or aborts it. The coordinator is asked once: after an error nobody knows what came of it.
-func (p *producer) end(commit bool) error {
-	coordinator, err := p.k.client.TransactionCoordinator(p.id)
-	if err != nil {
-		return err
-	}
-	answer, err := coordinator.EndTxn(&sarama.EndTxnRequest{Version: 3, TransactionalID: p.id, ProducerID: p.pid, ProducerEpoch: p.epoch, TransactionResult: commit})
-	if err == nil && answer.Err != sarama.ErrNoError {
-		err = answer.Err
-	}
-	return err
-}
-
-// span is a range of a partition's offsets, to exclusive.
-type span struct {
-	topic     string
-	partition int32
-	from, to  int64
-	headless  bool // earlier records of the partition were deleted
-}
-
-// topicRecord is a committed record.
-type topicRecord struct {
-	partition int32
-	offset    int64
-	*sarama.Record
-}
-
-// eventID reads an event's id, which must fit its key.
-func (r *topicRecord) eventID() (walletID, seq int64, err error) {
-	for _, h := range r.Headers {
-		if string(h.Key) == "ce_id" {
-			id, number, _ := strings.Cut(string(h.Value), "-")
-			if walletID, err = strconv.ParseInt(id, 10, 64); err == nil {
-				seq, err = strconv.ParseInt(number, 10, 64)
-			}
-			if err == nil && id == string(r.Key) {
-				return walletID, seq, nil
-			}
-		}
-	}
-	return 0, 0, fmt.Errorf("partition %d, offset %d: not an event of this service", r.partition, r.offset)
-}
-
-// bounds gives a partition's readable span: what was neither deleted nor is part of an open transaction.
-func (k *kafka) bounds(topic string, partition int32) (span, error) {
-	s := span{topic: topic, partition: partition}
-	end, err := k.client.GetOffset(topic, partition, sarama.OffsetNewest)
-	if err != nil {
-		return s, fmt.Errorf("end of %s/%d: %w", topic, partition, err)
-	}
-	block, err := k.fetch(topic, partition, end)
-	if err != nil {
-		return s, err
-	}
-	s.from, s.to, s.headless = block.LogStartOffset, block.LastStableOffset, block.LogStartOffset > 0
-	return s, nil
-}
-
-// spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie; nil is the
-// beginning. It refuses where some of them have been deleted.
-func (k *kafka) spansSince(h *horizon, wait func(func() error) error) (spans []span, err error) {
-	for p := range k.partitions {
-		var s span
-		var end int64
-		err := wait(func() (err error) {
-			if s, err = k.bounds(k.events, p); err == nil {
-				end, err = k.client.GetOffset(k.events, p, sarama.OffsetNewest)
-			}
-			return err
-		})
-		if err != nil {
-			return nil, err
-		}
-		from := int64(0)
-		if h != nil {
-			from = h.Offsets[p]
-		}
-		if from > end {
-			return nil, fmt.Errorf("%w: partition %d ends at offset %d, and had %d", errNoHorizon, p, end, from)
-		}
-		if from < s.from {
-			return nil, relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of topic %s was truncated to offset %d, within "+
-				"the span in question: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", p, k.events, s.from))
-		}
-		s.from = from
-		spans = append(spans, s)
-	}
-	return spans, nil
-}
-
-// scan visits the committed records of a span in order.
-func (k *kafka) scan(ctx context.Context, s span, wait func(func() error) error, visit func(*topicRecord) error) error {
-	for s.from < s.to && ctx.Err() == nil {
-		var block *sarama.FetchResponseBlock
-		if err := wait(func() (err error) { block, err = k.fetch(s.topic, s.partition, s.from); return err }); err != nil {
-			return err
-		}
-		next := s.from
-		aborted := slices.SortedFunc(slices.Values(block.AbortedTransactions), func(a, b *sarama.AbortedTransaction) int { return int(a.FirstOffset - b.FirstOffset) })
-		aborting := make(map[int64]bool) // producers within a transaction that was aborted
-		for _, records := range block.RecordsSet {
-			b := records.RecordBatch
-			if b == nil {
-				return fmt.Errorf("%s/%d: records in a format of before 2017", s.topic, s.partition)
-			}
-			if b.PartialTrailingRecord {
-				break
-			}
-			for len(aborted) > 0 && aborted[0].FirstOffset <= b.LastOffset() {
-				aborting[aborted[0].ProducerID] = true
-				aborted = aborted[1:]
-			}
-			next = b.LastOffset() + 1
-			if b.Control { // the key is version and type: 0 abort, 1 commit
-				if len(b.Records) == 1 && len(b.Records[0].Key) >= 4 && binary.BigEndian.Uint16(b.Records[0].Key[2:]) == 0 {
-					delete(aborting, b.ProducerID)
-				}
-				continue
-			}
-			if b.IsTransactional && aborting[b.ProducerID] {
-				continue
-			}
-			for _, record := range b.Records {
-				offset := b.FirstOffset + record.OffsetDelta
-				if offset < s.from || offset >= s.to {
-					continue
-				}
-				if err := visit(&topicRecord{s.partition, offset, record}); err != nil {
-					return err
-				}
-			}
-		}
-		s.from = max(next, s.from+1) // sarama hides a batch that compaction emptied
-	}
-	return ctx.Err()
-}
-
-// fetch reads from an offset on what there is, read_committed. A broker that moves or restarts is asked again for a while.
-func (k *kafka) fetch(topic string, partition int32, offset int64) (*sarama.FetchResponseBlock, error) {
-	for attempt := 0; ; attempt++ {
-		block, err := func() (*sarama.FetchResponseBlock, error) {
-			broker, err := k.client.Leader(topic, partition)
-			if err != nil {
-				return nil, err
-			}
-			// In small pieces: on a busy machine, unpacking 8 MB was seen to take longer than kafkaPatience.
-			const bytesMax = 1 << 20
-			request := &sarama.FetchRequest{Version: 11, MaxBytes: bytesMax, MaxWaitTime: 100, Isolation: sarama.ReadCommitted}
-			request.AddBlock(topic, partition, offset, bytesMax, -1)
-			response, err := broker.Fetch(request)
-			if err != nil {
-				_ = broker.Close()
-				return nil, err
-			}
-			block := response.GetBlock(topic, partition)
-			if block == nil {
-				return nil, sarama.ErrIncompleteResponse
-			}
-			if block.Err != sarama.ErrNoError {
-				return nil, block.Err
-			}
-			return block, nil
-		}()
-		if err == nil {
-			return block, nil
-		}
-		if attempt == 10 || errors.Is(err, sarama.ErrOffsetOutOfRange) || errors.Is(err, sarama.ErrClosedClient) {
-			return nil, fmt.Errorf("read %s/%d at %d: %w", topic, partition, offset, err)
-		}
-		time.Sleep(200 * time.Millisecond)
-		_ = k.client.RefreshMetadata(topic)
-	}
-}
-
-// lastRecord finds the last committed record of a partition, or nil: backwards, since before its end there may be markers
-// and aborted records, and after months millions that compaction has not reached.
-func (k *kafka) lastRecord(topic string, partition int32) (last *topicRecord, err error) {
-	bounds, err := k.bounds(topic, partition)
-	if err != nil {
-		return nil, err
-	}
-	for look, s := int64(16), bounds; last == nil && s.to > bounds.from; look *= 8 {
-		s.from = max(bounds.from, s.to-look)
-		err := k.scan(context.Background(), s, func(op func() error) error { return op() }, func(r *topicRecord) error { last = r; return nil })
-		if err != nil {
-			return nil, err
-		}
-		s.to = s.from
-	}
-	return last, nil
-}
-
 // lastCheckpoint returns nil if there is none.
-func (k *kafka) lastCheckpoint() (*checkpoint, error) {
-	last, err := k.lastRecord(k.checkpoints, 0)
+func lastCheckpoint(k *kafka.Client, topic string) (*checkpoint, error) {
+	last, err := k.Last(topic, 0)
 	if err != nil || last == nil {
 		return nil, err
 	}
 	c := new(checkpoint)
 	if err := json.Unmarshal(last.Value, c); err != nil {
-		return nil, relayRefusal(fmt.Sprintf("topic %s holds something else than this service's checkpoints (%v): set KAFKA_CHECKPOINT_TOPIC to a topic of its own", k.checkpoints, err))
+		return nil, relayRefusal(fmt.Sprintf("topic %s holds something else than this service's checkpoints (%v): "+
+			"set KAFKA_CHECKPOINT_TOPIC to a topic of its own", topic, err))
 	}
 	return c, nil
 }
 
-// scram is the client's side of SCRAM (RFC 5802, RFC 7677), without channel binding. Passwords are taken as they are, which for
-// ASCII is what SASLprep gives.
-type scram struct {
-	hash           func() hash.Hash
-	nonce          string
-	user, password string
-
-	step      int
-	firstBare string
-	signature []byte // the server's, expected
-}
-
-func (s *scram) Begin(user, password, _ string) error {
-	s.user, s.password = strings.NewReplacer("=", "=3D", ",", "=2C").Replace(user), password
-	return nil
-}
-
-func (s *scram) Done() bool { return s.step == 3 }
-
-func (s *scram) Step(challenge string) (string, error) {
-	s.step++
-	switch s.step {
-	case 1:
-		s.firstBare = "n=" + s.user + ",r=" + s.nonce
-		return "n,," + s.firstBare, nil
-	case 2:
-		fields := scramFields(challenge)
-		salt, err := base64.StdEncoding.DecodeString(fields["s"])
-		iterations, errI := strconv.Atoi(fields["i"])
-		if err != nil || errI != nil || iterations < 1 || !strings.HasPrefix(fields["r"], s.nonce) || len(fields["r"]) == len(s.nonce) {
-			return "", fmt.Errorf("SCRAM: unexpected challenge %q", challenge)
-		}
-		salted, err := pbkdf2.Key(s.hash, s.password, salt, iterations, s.hash().Size())
-		if err != nil {
-			return "", fmt.Errorf("SCRAM: %w", err)
-		}
-		final := "c=biws,r=" + fields["r"] // biws is "n,,"
-		message := s.firstBare + "," + challenge + "," + final
-		clientKey := s.mac(salted, "Client Key")
-		stored := s.hash()
-		stored.Write(clientKey)
-		proof := s.mac(stored.Sum(nil), message)
-		for i := range proof {
-			proof[i] ^= clientKey[i]
-		}
-		s.signature = s.mac(s.mac(salted, "Server Key"), message)
-		return final + ",p=" + base64.StdEncoding.EncodeToString(proof), nil
-	case 3:
-		fields := scramFields(challenge)
-		signature, err := base64.StdEncoding.DecodeString(fields["v"])
-		if err != nil || !hmac.Equal(signature, s.signature) {
-			return "", fmt.Errorf("SCRAM: the broker does not know the password either, or refuses: %q", fields["e"])
-		}
-		return "", nil
+// spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie; nil is the
+// beginning. It refuses where some of them have been deleted.
+func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
+	var offsets []int64
+	if h != nil {
+		offsets = h.Offsets
 	}
-	return "", errors.New("SCRAM: one step too many")
-}
-
-func (s *scram) mac(key []byte, message string) []byte {
-	m := hmac.New(s.hash, key)
-	m.Write([]byte(message))
-	return m.Sum(nil)
-}
-
-func scramFields(message string) map[string]string {
-	fields := make(map[string]string)
-	for field := range strings.SplitSeq(message, ",") {
-		name, value, _ := strings.Cut(field, "=")
-		fields[name] = value
+	spans, err := l.k.Since(offsets)
+	var outside *kafka.OffsetError
+	if !errors.As(err, &outside) {
+		return spans, err
 	}
-	return fields
+	if outside.Offset > outside.End {
+		return nil, fmt.Errorf("%w: partition %d ends at offset %d, and had %d",
+			errNoHorizon, outside.Partition, outside.End, outside.Offset)
+	}
+	return nil, relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of "+
+		"topic %s was truncated to offset %d, within the span in question: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC "+
+		"to new topics, which will get the whole ledger", outside.Partition, l.cfg.kafkaTopic, outside.Start))
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2222,7 +1609,8 @@ const (
 
 // audit compares the ledger, as of one snapshot, with itself and with the topic.
 type audit struct {
-	k        *kafka
+	k        *kafka.Client
+	topic    string    // of the events
 	past     *pgx.Conn // a snapshot
 	now      *pgxpool.Pool
 	out      io.Writer
@@ -2249,7 +1637,7 @@ func runAudit(ctx context.Context, cfg *config, out io.Writer) (findings int, er
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: the audit compares the ledger with the topic")
 	}
-	a := &audit{out: out, seed: maphash.MakeSeed()}
+	a := &audit{topic: cfg.kafkaTopic, out: out, seed: maphash.MakeSeed()}
 	if f, ok := out.(*os.File); ok {
 		info, err := f.Stat()
 		a.terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
@@ -2267,10 +1655,10 @@ SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return 0, fmt.Errorf("begin: %w", err)
 	}
-	if a.k, err = openKafka(cfg); err != nil {
+	if a.k, err = openKafka(cfg, nil); err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
-	defer a.k.close()
+	defer a.k.Close()
 	err = a.run(ctx)
 	return a.findings, err
 }
@@ -2279,14 +1667,14 @@ func (a *audit) run(ctx context.Context) error {
 	if err := a.legs(ctx); err != nil {
 		return err
 	}
-	a.headless = make([]bool, a.k.partitions)
-	for p := range a.k.partitions {
-		s, err := a.k.bounds(a.k.events, p)
+	a.headless = make([]bool, a.k.Partitions())
+	for p := range a.k.Partitions() {
+		s, err := a.k.Bounds(a.topic, p)
 		if err != nil {
 			return err
 		}
-		if a.headless[p] = s.headless; s.headless {
-			fmt.Fprintf(a.out, "partition %d begins at offset %d, its head has been deleted: compared from there\n", p, s.from)
+		if a.headless[p] = s.Headless; s.Headless {
+			fmt.Fprintf(a.out, "partition %d begins at offset %d, its head has been deleted: compared from there\n", p, s.From)
 		}
 	}
 	for lo, more := int64(0), true; more; {
@@ -2311,7 +1699,7 @@ func (a *audit) run(ctx context.Context) error {
 		lo = hi
 	}
 	fmt.Fprintf(a.out, "%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this audit: %d findings\n",
-		a.wallets, a.entries, a.events, a.k.partitions, a.beyond, a.findings)
+		a.wallets, a.entries, a.events, a.k.Partitions(), a.beyond, a.findings)
 	return nil
 }
 
@@ -2357,17 +1745,16 @@ func (a *audit) readTopic(ctx context.Context, wallets map[int64]*auditedWallet,
 			missing++
 		}
 	}
-	murmur2 := sarama.NewMurmur2Partitioner(a.k.events)
-	from := make([]int64, a.k.partitions)
+	from := make([]int64, a.k.Partitions())
 	read := func(p int32) (grew bool, err error) {
-		s, err := a.k.bounds(a.k.events, p)
+		s, err := a.k.Bounds(a.topic, p)
 		if err != nil {
 			return false, err
 		}
-		s.from = max(s.from, from[p])
-		grew, from[p] = s.from < s.to, s.to
-		return grew, a.k.scan(ctx, s, func(op func() error) error { return op() }, func(r *topicRecord) error {
-			id, seq, err := r.eventID()
+		s.From = max(s.From, from[p])
+		grew, from[p] = s.From < s.To, s.To
+		return grew, a.k.Scan(ctx, s, func(r *kafka.Committed) error {
+			id, seq, err := eventIDOf(r)
 			if err != nil {
 				a.find("%v", err)
 				return nil
@@ -2377,17 +1764,17 @@ func (a *audit) readTopic(ctx context.Context, wallets map[int64]*auditedWallet,
 			}
 			a.events++
 			if a.events%50_000 == 0 {
-				a.progress("partition %d of %d, offset %d of %d", p+1, a.k.partitions, r.offset, s.to)
+				a.progress("partition %d of %d, offset %d of %d", p+1, a.k.Partitions(), r.Offset, s.To)
 			}
 			w := wallets[id]
 			if w == nil { // made after the snapshot, or never
 				w = new(auditedWallet)
 				wallets[id] = w
 			}
-			at := fmt.Sprintf("partition %d, offset %d: event %s", p, r.offset, entryID(id, seq))
+			at := fmt.Sprintf("partition %d, offset %d: event %s", p, r.Offset, entryID(id, seq))
 			if w.next == 0 {
 				w.first, w.next = seq, seq
-				if want, _ := murmur2.Partition(&sarama.ProducerMessage{Key: sarama.ByteEncoder(r.Key)}, a.k.partitions); want != p {
+				if want, _ := a.k.Partition(r.Key); want != p {
 					a.find("%s is in the wrong partition, want %d", at, want)
 				}
 				if seq != 1 && !a.headless[p] {
@@ -2418,7 +1805,7 @@ func (a *audit) readTopic(ctx context.Context, wallets map[int64]*auditedWallet,
 		})
 	}
 	for quiet := time.Now(); ; {
-		for p := range a.k.partitions {
+		for p := range a.k.Partitions() {
 			grew, err := read(p)
 			if err != nil {
 				return err
@@ -2436,7 +1823,7 @@ func (a *audit) readTopic(ctx context.Context, wallets map[int64]*auditedWallet,
 		}
 	}
 	for id, w := range wallets {
-		p, err := murmur2.Partition(&sarama.ProducerMessage{Key: sarama.StringEncoder(strconv.FormatInt(id, 10))}, a.k.partitions)
+		p, err := a.k.Partition(strconv.AppendInt(nil, id, 10))
 		if err != nil {
 			return err
 		}
@@ -2602,39 +1989,5 @@ func sleep(ctx context.Context, d time.Duration) error {
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}
-
-// within waits for fn at most d. What a late fn returns is discarded: sarama knows no contexts.
-func within[T any](ctx context.Context, d time.Duration, fn func() (T, error), discard func(T)) (T, error) {
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
-	go func() {
-		value, err := fn()
-		done <- result{value, err}
-	}()
-	ctx, cancel := context.WithTimeout(ctx, d)
-	defer cancel()
-	select {
-	case r := <-done:
-		return r.value, r.err
-	case <-ctx.Done():
-		go func() {
-			if r := <-done; r.err == nil {
-				discard(r.value)
-			}
-		}()
-		var none T
-		return none, fmt.Errorf("no answer within %v: %w", d, ctx.Err())
 	}
 }

@@ -6,15 +6,11 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha1"
-	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash"
 	"log/slog"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -33,8 +29,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/kafka"
 	"wallet/internal/logs"
-
 	"wallet/internal/metric"
 )
 
@@ -76,45 +72,6 @@ func TestTimelineSwitch(t *testing.T) {
 	} {
 		if got := switchTimeline(c.from, 100); got != c.want {
 			t.Errorf("%v: %v, want %v", c.from, got, c.want)
-		}
-	}
-}
-
-// TestSCRAM: the examples of RFC 5802 section 5 and RFC 7677 section 3.
-func TestSCRAM(t *testing.T) {
-	for _, c := range []struct {
-		hash                        func() hash.Hash
-		nonce, serverFirst, p, last string
-	}{
-		{sha1.New, "fyko+d2lbbFgONRv9qkxdawL", "r=fyko+d2lbbFgONRv9qkxdawL3rfcNHYJY1ZVvWVs7j,s=QSXCR+Q6sek8bf92,i=4096", "v0X8v3Bz2T0CJGbJQyF0X+HI4Ts=", "v=rmF9pqV8S7suAoZWja4dJRkFsKQ="},
-		{sha256.New, "rOprNGfwEbeRWgbNEkqO", "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096", "dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=", "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="},
-	} {
-		s := &scram{hash: c.hash, nonce: c.nonce}
-		s.Begin("user", "pencil", "")
-		first, err := s.Step("")
-		if err != nil || first != "n,,n=user,r="+c.nonce {
-			t.Fatalf("%q, %v", first, err)
-		}
-		nonce, _, _ := strings.Cut(strings.TrimPrefix(c.serverFirst, "r="), ",")
-		final, err := s.Step(c.serverFirst)
-		if err != nil || final != "c=biws,r="+nonce+",p="+c.p || s.Done() {
-			t.Fatalf("%q, %v", final, err)
-		}
-		if _, err := s.Step(c.last); err != nil || !s.Done() {
-			t.Fatal(err)
-		}
-		impostor := &scram{hash: c.hash, nonce: c.nonce}
-		impostor.Begin("user", "pencil", "")
-		impostor.Step("")
-		impostor.Step(c.serverFirst)
-		if _, err := impostor.Step("v=AAAA"); err == nil {
-			t.Error("a server that does not know the password was believed")
-		}
-		foreign := &scram{hash: c.hash, nonce: "another"}
-		foreign.Begin("user", "pencil", "")
-		foreign.Step("")
-		if _, err := foreign.Step(c.serverFirst); err == nil {
-			t.Error("a nonce that is not ours was accepted")
 		}
 	}
 }
@@ -397,12 +354,12 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 
 func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 	t.Helper()
-	k, err := openKafka(cfg)
+	k, err := openKafka(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer k.close()
-	c, err := k.lastCheckpoint()
+	defer k.Close()
+	c, err := lastCheckpoint(k, cfg.kafkaCheckpointTopic)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1152,13 +1109,15 @@ func TestAuditFinds(t *testing.T) {
 	}
 }
 
-func (b *bench) openKafka(t *testing.T) *kafka {
+func (b *bench) openKafka(t *testing.T) *kafka.Client {
 	t.Helper()
-	k, err := openKafka(b.cfg)
+	cfg := kafkaConfig(b.cfg, nil)
+	cfg.MetadataMaxAge = 100 * time.Millisecond
+	k, err := kafka.Open(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(k.close)
+	t.Cleanup(k.Close)
 	return k
 }
 
@@ -1192,18 +1151,21 @@ func forge(t *testing.T, b *bench, key, id, value string) {
 func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	b := newBench(t)
 	k := b.openKafka(t)
-	if c, err := k.lastCheckpoint(); c != nil || err != nil {
+	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); c != nil || err != nil {
 		t.Fatalf("%v, %v in an empty topic", c, err)
 	}
-	producer, err := k.newProducer("test-" + b.cfg.replicationSlot)
+	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
 	write := func(events int64, commit bool) error {
-		if err := producer.send(nil, fmt.Appendf(nil, `{"events":%d}`, events)); err != nil {
+		if err := producer.Send(nil, fmt.Appendf(nil, `{"events":%d}`, events)); err != nil {
 			return err
 		}
-		return producer.end(commit)
+		if commit {
+			return producer.Commit()
+		}
+		return producer.Abort()
 	}
 	for i := range int64(30) {
 		if err := write(i, true); err != nil {
@@ -1215,71 +1177,25 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c, err := k.lastCheckpoint()
+	c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic)
 	if err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v", c, err)
 	}
 	// A successor fences it: it can neither end what it had begun nor begin anew.
-	if err := producer.send(nil, []byte(`{"events":1500}`)); err != nil {
+	if err := producer.Send(nil, []byte(`{"events":1500}`)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.newProducer("test-" + b.cfg.replicationSlot); err != nil {
+	if _, err := k.NewProducer("test-" + b.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
 	}
-	if err := producer.end(true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
+	if err := producer.Commit(); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v at its transaction's end", err)
 	}
 	if err := write(2000, true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v", err)
 	}
-	if c, err := k.lastCheckpoint(); err != nil || c == nil || c.Events != 29 {
+	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v after a fenced producer", c, err)
-	}
-}
-
-// TestRecordBatches: a partition's are in order, small enough for a broker, and numbered on, also past the highest sequence number.
-func TestRecordBatches(t *testing.T) {
-	to := topicPartition{"events", 0}
-	sequence := int32(math.MaxInt32 - 1000)
-	p := &producer{k: &kafka{events: "events", checkpoints: "checkpoints", partitions: 1}, partitioner: sarama.NewMurmur2Partitioner("events"), sequences: map[topicPartition]int32{to: sequence}}
-	began := time.Date(2026, 1, 2, 3, 4, 5, 123456000, time.UTC)
-	events, times := make([]event, 5000), make([]time.Time, 5000)
-	for i := range events {
-		times[i] = began.Add(time.Duration(i*7%1000) * time.Second)
-		e := &entry{WalletID: 7, Seq: int64(i + 1), Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("20"), Key: strings.Repeat("k", keyLenMax), CreatedAt: times[i]}
-		events[i] = event{walletID: 7, seq: e.Seq, payload: appendEvent(nil, e)}
-	}
-	batches, err := p.pack(events, []byte("{}"))
-	if err != nil || len(batches) != 2 || len(batches[to]) < 3 {
-		t.Fatalf("%d batches in %d partitions, %v", len(batches[to]), len(batches), err)
-	}
-	n := 0
-	for _, b := range batches[to] {
-		if b.FirstSequence != sequence || int(b.LastOffsetDelta) != len(b.Records)-1 || !b.IsTransactional {
-			t.Errorf("a batch of %d records begins at %d and ends at offset %d, want %d", len(b.Records), b.FirstSequence, b.LastOffsetDelta, sequence)
-		}
-		size := 0
-		for i, r := range b.Records {
-			at := b.FirstTimestamp.Add(r.TimestampDelta)
-			if r.OffsetDelta != int64(i) || !bytes.Equal(r.Value, events[n].payload) || !at.Equal(times[n].Truncate(time.Millisecond)) || at.After(b.MaxTimestamp) {
-				t.Fatalf("record %d: offset %d, %v until %v, %s", n, r.OffsetDelta, at, b.MaxTimestamp, r.Value)
-			}
-			size += len(r.Key) + len(r.Value)
-			for _, h := range r.Headers {
-				size += len(h.Key) + len(h.Value)
-			}
-			if n++; sequence == math.MaxInt32 {
-				sequence = 0
-			} else {
-				sequence++
-			}
-		}
-		if size > recordBatchBytesMax {
-			t.Errorf("a batch of %d bytes", size)
-		}
-	}
-	if n != len(events) {
-		t.Errorf("%d of %d records", n, len(events))
 	}
 }
 
@@ -1287,24 +1203,23 @@ func TestRecordBatches(t *testing.T) {
 func TestRefusedRecordsAreAnError(t *testing.T) {
 	b := newBench(t)
 	k := b.openKafka(t)
-	admin, err := sarama.NewClusterAdminFromClient(k.client)
-	if err != nil {
-		t.Fatal(err)
-	}
 	bytesMax := "100"
-	err = admin.IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}, false)
+	err := clusterAdmin(t, b.cfg).IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}, false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
 	eventually(t, 10*time.Second, "refused for its size", func() bool { // the broker hears of the setting a moment later
-		producer, err := k.newProducer("test-" + b.cfg.replicationSlot)
+		producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = producer.send([]event{{walletID: 1, seq: 1, payload: payload}}, []byte(`{}`))
-		var refusal relayRefusal
-		if err != nil && !errors.As(err, &refusal) {
+		var record eventRecord
+		if err := record.set(&event{walletID: 1, seq: 1, payload: payload}); err != nil {
+			t.Fatal(err)
+		}
+		err = producer.Send([]*kafka.Message{&record.Message}, []byte(`{}`))
+		if _, refused := refusalIn(err); err != nil && !refused {
 			t.Errorf("%v is not taken for what an operator must put right", err)
 		}
 		return errors.Is(err, sarama.ErrMessageSizeTooLarge)
@@ -1315,22 +1230,17 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 func TestAddedPartitionsEndAStay(t *testing.T) {
 	b := newBench(t)
 	k := b.openKafka(t)
-	producer, err := k.newProducer("test-" + b.cfg.replicationSlot)
+	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
-	admin, err := sarama.NewClusterAdminFromClient(k.client)
-	if err == nil {
-		err = admin.CreatePartitions(b.cfg.kafkaTopic, 5, nil, false)
-	}
-	if err != nil {
+	if err := clusterAdmin(t, b.cfg).CreatePartitions(b.cfg.kafkaTopic, 5, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, 10*time.Second, "refused for its partitions", func() bool {
-		_ = k.client.RefreshMetadata(b.cfg.kafkaTopic)
-		err := producer.send(nil, []byte(`{}`))
+		err := producer.Send(nil, []byte(`{}`))
 		if err == nil {
-			err = producer.end(false)
+			err = producer.Abort()
 		}
 		return errors.Is(err, sarama.ErrInvalidPartition)
 	})
@@ -1350,21 +1260,6 @@ func TestUnreachableKafka(t *testing.T) {
 	r.stop()
 	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("stopping took %v", took)
-	}
-}
-
-// TestWithinDiscards: an answer that comes too late is closed, not leaked.
-func TestWithinDiscards(t *testing.T) {
-	late := make(chan int, 1)
-	_, err := within(context.Background(), 10*time.Millisecond, func() (int, error) { time.Sleep(50 * time.Millisecond); return 7, nil }, func(n int) { late <- n })
-	if !errors.Is(err, context.DeadlineExceeded) {
-		t.Error(err)
-	}
-	if n := <-late; n != 7 {
-		t.Error(n)
-	}
-	if n, err := within(context.Background(), time.Second, func() (int, error) { return 8, nil }, nil); n != 8 || err != nil {
-		t.Error(n, err)
 	}
 }
 

@@ -1,8 +1,9 @@
 // The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay.
 //
-// Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry; outbox partitions.
-// Promises: an event is a pure function of its entry (and of the request's traceparent), so it can be rebuilt from the ledger,
-// and two builds of one entry's event are equal byte for byte. The JSON names are a contract: history's items carry the same.
+// Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry;
+// outbox partitions. Promises: an event is a pure function of its entry (and of the request's traceparent),
+// so it can be rebuilt from the ledger, and two builds of one entry's event are equal byte for byte. The
+// JSON names are a contract: history's items carry the same.
 
 package main
 
@@ -15,21 +16,24 @@ import (
 	"strings"
 	"time"
 
-	"github.com/IBM/sarama"
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wallet/internal/kafka"
 )
 
 const (
 	eventType   = "wallet.entry.v1"
 	eventSource = "/v1/wallets" // ce_source; together with ce_subject it is the wallet's path
-	// timeFormat is RFC 3339 in UTC with exactly six decimals: a fixed width, which sorts as text and is what Postgres keeps.
+	// timeFormat is RFC 3339 in UTC with exactly six decimals: a fixed width, which sorts as text and is
+	// what Postgres keeps.
 	timeFormat = "2006-01-02T15:04:05.000000Z"
 )
 
-// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the transaction's.
+// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
+// transaction's.
 func entryID(walletID, seq int64) string {
 	return string(appendEntryID(nil, walletID, seq))
 }
@@ -40,8 +44,9 @@ func appendEntryID(dst []byte, walletID, seq int64) []byte {
 	return strconv.AppendInt(dst, seq, 10)
 }
 
-// appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are decimal strings without
-// trailing zeros, amount signed (negative leaves the wallet); times have timeFormat.
+// appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are
+// decimal strings without trailing zeros, amount signed (negative leaves the wallet); times have
+// timeFormat.
 func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, `{"wallet_id":`...)
 	dst = strconv.AppendInt(dst, e.WalletID, 10)
@@ -78,7 +83,8 @@ func appendEvent(dst []byte, e *entry) []byte {
 	return append(dst, `"}`...)
 }
 
-// eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent wrote: the last member.
+// eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent
+// wrote: the last member.
 func eventTime(payload []byte) ([]byte, error) {
 	tail := len(payload) - len(`"}`)
 	if tail < len(timeFormat) || !bytes.HasSuffix(payload[:tail-len(timeFormat)], []byte(`,"created_at":"`)) {
@@ -87,8 +93,8 @@ func eventTime(payload []byte) ([]byte, error) {
 	return payload[tail-len(timeFormat) : tail], nil
 }
 
-// eventText is a text member out of an event's JSON, by its name. No earlier member can contain the name: the only free text, the
-// idempotency key, comes after those that are asked for (currency, balance_after).
+// eventText is a text member out of an event's JSON, by its name. No earlier member can contain the name:
+// the only free text, the idempotency key, comes after those that are asked for (currency, balance_after).
 func eventText(payload []byte, name string) (string, error) {
 	_, rest, found := bytes.Cut(payload, []byte(`,"`+name+`":"`))
 	text, _, closed := bytes.Cut(rest, []byte{'"'})
@@ -100,10 +106,10 @@ func eventText(payload []byte, name string) (string, error) {
 
 // Headers that all events have alike, and the names of the others.
 var (
-	headerSpecVersion = &sarama.RecordHeader{Key: []byte("ce_specversion"), Value: []byte("1.0")}
-	headerSource      = &sarama.RecordHeader{Key: []byte("ce_source"), Value: []byte(eventSource)}
-	headerType        = &sarama.RecordHeader{Key: []byte("ce_type"), Value: []byte(eventType)}
-	headerContentType = &sarama.RecordHeader{Key: []byte("content-type"), Value: []byte("application/json")}
+	headerSpecVersion = &kafka.Header{Key: []byte("ce_specversion"), Value: []byte("1.0")}
+	headerSource      = &kafka.Header{Key: []byte("ce_source"), Value: []byte(eventSource)}
+	headerType        = &kafka.Header{Key: []byte("ce_type"), Value: []byte(eventType)}
+	headerContentType = &kafka.Header{Key: []byte("content-type"), Value: []byte("application/json")}
 
 	nameID, nameTime, nameSubject  = []byte("ce_id"), []byte("ce_time"), []byte("ce_subject")
 	nameCommitLSN, nameTraceparent = []byte("ce_commitlsn"), []byte("traceparent")
@@ -117,43 +123,58 @@ type event struct {
 	commitLSN     pglogrepl.LSN // of the transaction that wrote it
 }
 
-// eventRecord is an event's Kafka record and the memory that it is made of, which may be used again once the record has been sent.
+// eventRecord is an event's Kafka record and the memory that it is made of, which may be used again once
+// the record has been sent.
 type eventRecord struct {
-	sarama.Record
-	at time.Time // its timestamp: the entry's time
+	kafka.Message // its time is the entry's
 
-	headers [9]*sarama.RecordHeader
-	own     [5]sarama.RecordHeader
+	headers [9]*kafka.Header
+	own     [5]kafka.Header
 	text    [64]byte
 }
 
-const recordOverheadMax = 400 // bytes of a record besides its payload
-
-// set makes r the record of e, with whose payload it shares memory. The key is the wallet's id; headers are CloudEvents 1.0 in Kafka's
-// binary mode (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the commit LSN of the
-// entry's transaction as an extension, and traceparent where the request had one.
+// set makes r the record of e, with whose payload it shares memory. The key is the wallet's id; headers are
+// CloudEvents 1.0 in Kafka's binary mode
+// (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the
+// commit LSN of the entry's transaction as an extension, and traceparent where the request had one.
 func (r *eventRecord) set(e *event) error {
 	at, err := eventTime(e.payload)
 	if err != nil {
 		return err
 	}
-	if r.at, err = time.Parse(time.RFC3339Nano, string(at)); err != nil { // timeFormat is a case of it, for which Go has a fast path
+	if r.At, err = time.Parse(time.RFC3339Nano, string(at)); err != nil { // timeFormat is a case of it, for which Go has a fast path
 		return fmt.Errorf("outbox payload: %w", err)
 	}
 	text := strconv.AppendInt(r.text[:0], e.walletID, 10)
 	key := text[:len(text):len(text)]
 	id := appendEntryID(text[:0], e.walletID, e.seq) // begins with the key
 	lsn := appendLSN(id[len(id):], e.commitLSN)
-	r.own = [5]sarama.RecordHeader{{Key: nameID, Value: id}, {Key: nameTime, Value: at}, {Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
-	r.headers = [9]*sarama.RecordHeader{headerSpecVersion, &r.own[0], headerSource, headerType, &r.own[1], &r.own[2], &r.own[3], headerContentType}
+	r.own = [5]kafka.Header{{Key: nameID, Value: id}, {Key: nameTime, Value: at}, {Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
+	r.headers = [9]*kafka.Header{headerSpecVersion, &r.own[0], headerSource, headerType, &r.own[1], &r.own[2], &r.own[3], headerContentType}
 	n := 8
 	if e.traceparent != "" {
-		r.own[4] = sarama.RecordHeader{Key: nameTraceparent, Value: []byte(e.traceparent)}
+		r.own[4] = kafka.Header{Key: nameTraceparent, Value: []byte(e.traceparent)}
 		r.headers[n] = &r.own[4]
 		n++
 	}
-	r.Record = sarama.Record{Key: key, Value: e.payload, Headers: r.headers[:n]}
+	r.Record = kafka.Record{Key: key, Value: e.payload, Headers: r.headers[:n]}
 	return nil
+}
+
+// eventIDOf reads a record's event id, which must fit its key.
+func eventIDOf(r *kafka.Committed) (walletID, seq int64, err error) {
+	for _, h := range r.Headers {
+		if string(h.Key) == "ce_id" {
+			id, number, _ := strings.Cut(string(h.Value), "-")
+			if walletID, err = strconv.ParseInt(id, 10, 64); err == nil {
+				seq, err = strconv.ParseInt(number, 10, 64)
+			}
+			if err == nil && id == string(r.Key) {
+				return walletID, seq, nil
+			}
+		}
+	}
+	return 0, 0, fmt.Errorf("partition %d, offset %d: not an event of this service", r.Partition, r.Offset)
 }
 
 // appendLSN appends a position in the WAL as Postgres writes it, such as 16/B374D848.
@@ -174,8 +195,8 @@ const insertOutbox = `
 INSERT INTO outbox (aggregate_id, seq, event_type, payload, traceparent)
 SELECT unnest($1::bigint[]), unnest($2::bigint[]), '` + eventType + `', unnest($3::text[]), nullif(unnest($4::text[]), '')`
 
-// queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event exists if and only
-// if its entry does.
+// queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event
+// exists if and only if its entry does.
 func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 	n := len(entries)
 	ids, seqs, payloads, traceparents := make([]int64, n), make([]int64, n), make([]string, n), make([]string, n)
@@ -190,8 +211,8 @@ func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 
 const outboxAhead = 48 * time.Hour // how far ahead partitions exist: how long a broken keeper may go unnoticed
 
-// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present hour no write
-// succeeds, so main calls it before it serves and every minute after.
+// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present
+// hour no write succeeds, so main calls it before it serves and every minute after.
 func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
 	var made int
 	if err := db.QueryRow(ctx, `SELECT outbox_make_partitions($1)`, outboxAhead).Scan(&made); err != nil {
@@ -219,9 +240,10 @@ func listOutboxPartitions(ctx context.Context, db *pgxpool.Pool) ([]outboxPartit
 	return parts, nil
 }
 
-// dropOutboxPartitions drops the hours that ended more than retention ago and of which published is true: the relay's leader
-// says so of what its checkpoint is past; without a relay, age alone decides. closed remembers, between calls, the end of the
-// WAL that everything in an hour was committed before; a nil closed means that nobody is to publish the rows.
+// dropOutboxPartitions drops the hours that ended more than retention ago and of which published is true:
+// the relay's leader says so of what its checkpoint is past; without a relay, age alone decides. closed
+// remembers, between calls, the end of the WAL that everything in an hour was committed before; a nil
+// closed means that nobody is to publish the rows.
 func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration, closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
 	parts, err := listOutboxPartitions(ctx, db)
 	if err != nil {
