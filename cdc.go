@@ -1,14 +1,16 @@
 // The relay: the outbox, out of Postgres' WAL, into Kafka, exactly once for consumers that read committed.
 //
-// Touches: the replication slot, the two Kafka topics and their transactions, the cache (after publishing). It reads the ledger
-// for recovery and audit and never writes it.
-// Promises: each wallet's events are in its partition, in order, each once, whatever dies. For that, confirmed <= published <=
-// received always holds: what was received was not published yet, what was published (with the checkpoint, in one Kafka
-// transaction) may be confirmed to Postgres, and only what was confirmed may leave the WAL.
+// Touches: the replication slot, the two Kafka topics and their transactions, the cache (after publishing).
+// It reads the ledger for recovery and audit and never writes it.
+// Promises: each wallet's events are in its partition, in order, each once, whatever dies. For that,
+// confirmed <= published <= received always holds: what was received was not published yet, what was
+// published (with the checkpoint, in one Kafka transaction) may be confirmed to Postgres, and only what was
+// confirmed may leave the WAL.
 //
-// There is one path for start and recovery, lead: hold the slot (whoever holds it leads), make the producer (which fences the
-// former leader and settles its transaction), read the checkpoint, drop what it covers, publish the rest. Any doubt, above all
-// about a Kafka transaction's outcome, ends in a return to that start.
+// There is one path for start and recovery, lead: hold the slot (whoever holds it leads), make the producer
+// (which fences the former leader and settles its transaction), read the checkpoint, drop what it covers,
+// publish the rest. Any doubt, above all about a Kafka transaction's outcome, ends in a return to that
+// start.
 //
 // The states, as wallet_relay_state shows them:
 //
@@ -39,7 +41,7 @@
 //	published, not yet confirmed            E          E          <= C    T again, dropped: its commit < E
 //	confirmed                               E          E            E     Postgres does not send T again
 //	slot made at P, gap not filled          -          C            P     C < P is a gap: makeSlot again
-//	gap filled in part                      -          C            P     the same, without what the topic has
+//	gap filled in part                      -          C            P     the same, less what the topic has
 //	gap filled                              -          P            P     streams from P
 
 package main
@@ -77,38 +79,42 @@ import (
 const (
 	publication = "wallet_outbox" // schema.sql makes it
 
-	// A Kafka transaction takes what has gathered while the one before was under way, up to these; then the relay stops reading and
-	// TCP is the queue. Three such batches may be in memory at once.
+	// A Kafka transaction takes what has gathered while the one before was under way, up to these; then the
+	// relay stops reading and TCP is the queue. Three such batches may be in memory at once.
 	batchEventsMax = 10_000
 	batchBytesMax  = 16 << 20
 
-	// A transaction costs the broker milliseconds, whatever it holds. After one, the relay rests for as long as it took, up to this, and
-	// the next batch gathers; not so when it works off a backlog.
+	// A transaction costs the broker milliseconds, whatever it holds. After one, the relay rests for as
+	// long as it took, up to this, and the next batch gathers; not so when it works off a backlog.
 	restMax = 10 * time.Millisecond
 
-	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the time of a takeover from
-	// one that was cut off. statusInterval must stay well below it.
+	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the
+	// time of a takeover from one that was cut off. statusInterval must stay well below it.
 	walSenderTimeout = 5 * time.Second
 	statusInterval   = time.Second
-	postgresPatience = 8 * time.Second // Postgres answers each status; without an answer for so long, the connection is dead
+	postgresPatience = 8 * time.Second // without an answer to a status for so long, the connection is dead
 
-	// kafkaPatience is how long a leader may wait for Kafka before it gives the slot up to one that may fare better; it is below the
-	// transaction timeout, which is how long a dead leader's open transaction may hold back consumers.
+	// kafkaPatience is how long a leader may wait for Kafka before it gives the slot up to one that may
+	// fare better; it is below the transaction timeout, which is how long a dead leader's open transaction
+	// may hold back consumers.
 	kafkaPatience = 10 * time.Second
 	txnTimeout    = 15 * time.Second
 
-	idleInterval    = 5 * time.Second        // between checkpoints that move only because the rest of the WAL does
+	idleInterval    = 5 * time.Second        // between checkpoints that only follow the rest of the WAL
 	standbyInterval = 300 * time.Millisecond // between looks at the slot
 	refusalInterval = 15 * time.Second       // between attempts at what only an operator can put right
 	drainPatience   = 5 * time.Second        // for the last Kafka transaction at shutdown
 
-	horizonInterval = 2 * time.Second // between horizons; a recovery does again what was published since the last
+	// A new horizon is made so often; a recovery does again what was published since the last.
+	horizonInterval = 2 * time.Second
 )
 
 // relayRefusal is what only an operator can put right, in one sentence that says how.
 type relayRefusal string
 
 func (r relayRefusal) Error() string { return string(r) }
+
+func refusef(format string, args ...any) error { return relayRefusal(fmt.Sprintf(format, args...)) }
 
 // refusalIn finds a refusal in err: one of ours, or one of the brokers and topics.
 func refusalIn(err error) (refusal relayRefusal, found bool) {
@@ -120,8 +126,9 @@ func refusalIn(err error) (refusal relayRefusal, found bool) {
 }
 
 var (
-	errSlotTaken      = errors.New("another relay took the slot")
-	errGap            = errors.New("the slot begins after the checkpoint, so it was moved or made anew: what lies between must be recovered from the ledger")
+	errSlotTaken = errors.New("another relay took the slot")
+	errGap       = errors.New("the slot begins after the checkpoint, so it was moved or made anew: " +
+		"what lies between must be recovered from the ledger")
 	errKafkaSilent    = fmt.Errorf("no answer from Kafka for %v: giving the slot up", kafkaPatience)
 	errPostgresSilent = fmt.Errorf("no answer from Postgres for %v", postgresPatience)
 	errClockBack      = errors.New("the clock of Postgres has gone back: taking the slot on a new connection, by whose time it counts")
@@ -136,7 +143,8 @@ type relay struct {
 
 	born time.Time // what is timed counts from here, untouched by steps of the clock
 
-	gap atomic.Uint64 // LSN where a slot begins that was found to begin too late; it is made anew, if nobody has done so
+	// gap is the start of a slot that misses events. The next attempt replaces it, if nobody has done so.
+	gap atomic.Uint64
 
 	// What writeMetrics shows.
 	state                                 atomic.Value // string
@@ -154,7 +162,8 @@ func newRelay(cfg *config, db *pgxpool.Pool, cache *cache) *relay {
 	return r
 }
 
-// run leads or stands by until ctx ends; then a leader publishes what it is at, confirms it and frees the slot.
+// run leads or stands by until ctx ends; then a leader publishes what it is at, confirms it and frees the
+// slot.
 func (r *relay) run(ctx context.Context) error {
 	var lastRefusal string
 	for failures := 0; ; failures++ {
@@ -171,7 +180,8 @@ func (r *relay) run(ctx context.Context) error {
 			failures = 0
 		}
 		// At random, so that after a fault on this replica's side another one is first to the slot.
-		wait := time.Duration(float64(min(200*time.Millisecond<<min(failures, 5), 5*time.Second)) * (0.5 + rand.Float64()))
+		wait := min(200*time.Millisecond<<min(failures, 5), 5*time.Second)
+		wait = time.Duration(float64(wait) * (0.5 + rand.Float64()))
 		refusal, refused := refusalIn(err)
 		switch {
 		case refused:
@@ -204,7 +214,8 @@ func (r *relay) enter(state string, args ...any) {
 // lead waits for the slot, then publishes until something fails or ctx ends.
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
-	l := &leadership{relay: r, mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
+	l := &leadership{relay: r,
+		mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
 	open := func() (*kafka.Client, error) { return openKafka(r.cfg, l.waitKafka) }
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
@@ -245,14 +256,17 @@ func (r *relay) lead(ctx context.Context) error {
 
 	l.k, l.conn, l.id, l.slot = k, conn, id, slot
 	if !slot.exists || slot.lost || uint64(slot.confirmed) == r.gap.Load() || r.adopting {
-		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader comes here again.
+		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader
+		// comes here again.
 		if err := l.makeSlot(ctx); err != nil {
 			return err
 		}
 	}
-	plugin := []string{"proto_version '1'", "publication_names '" + publication + "'"}
-	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything without an error.
-	err = pglogrepl.StartReplication(ctx, conn, r.cfg.replicationSlot, 0, pglogrepl.StartReplicationOptions{PluginArgs: plugin})
+	options := pglogrepl.StartReplicationOptions{
+		PluginArgs: []string{"proto_version '1'", "publication_names '" + publication + "'"}}
+	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything
+	// without an error.
+	err = pglogrepl.StartReplication(ctx, conn, r.cfg.replicationSlot, 0, options)
 	if err != nil {
 		l.forgetPast()
 		if sqlState(err) == "55006" {
@@ -265,8 +279,9 @@ func (r *relay) lead(ctx context.Context) error {
 }
 
 // wayOutOfThePast is what to do when the topic knows more of the ledger than the ledger does.
-const wayOutOfThePast = "Bring back the newer data. If they are lost, run `wallet -adopt`, which goes on if the topic holds no event that this " +
-	"ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger as it is now"
+const wayOutOfThePast = "Bring back the newer data. If they are lost, run `wallet -adopt`, which goes on " +
+	"if the topic holds no event that this ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC " +
+	"to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
 func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.Client) error {
@@ -274,35 +289,42 @@ func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.C
 	case c == nil:
 		return nil
 	case c.Partitions != k.Partitions():
-		return relayRefusal(fmt.Sprintf("topic %s has %d partitions but had %d when its events were written, which breaks each wallet's order: "+
-			"set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger", r.cfg.kafkaTopic, k.Partitions(), c.Partitions))
+		return refusef("topic %s has %d partitions but had %d when its events were written, which breaks "+
+			"each wallet's order: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to new topics, which will get "+
+			"the whole ledger", r.cfg.kafkaTopic, k.Partitions(), c.Partitions)
 	case r.adopting:
 		return nil
 	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
 		var flushed string // read after the checkpoint, which it can only be ahead of
 		var behind bool
-		err := r.db.QueryRow(ctx, `SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn`, c.EndLSN).Scan(&flushed, &behind)
+		err := r.db.QueryRow(ctx, `
+SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn`, c.EndLSN).Scan(
+			&flushed, &behind)
 		if err != nil {
 			return fmt.Errorf("end of the WAL: %w", err)
 		}
 		if behind && c.Timeline == id.timeline {
-			return relayRefusal(fmt.Sprintf("topic %s follows this database to %s, and its WAL ends at %s: its data are those of an earlier day. "+
-				wayOutOfThePast, r.cfg.kafkaTopic, c.EndLSN, flushed))
+			return refusef("topic %s follows this database to %s, and its WAL ends at %s: its data are "+
+				"those of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, c.EndLSN, flushed)
 		}
 		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
-			return relayRefusal(fmt.Sprintf("topic %s follows timeline %d of this database, and this server is on timeline %d, which does not descend from it: "+
-				"connect to the server that was promoted, or run `wallet -adopt` if this one was restored in its place", r.cfg.kafkaTopic, c.Timeline, id.timeline))
+			return refusef("topic %s follows timeline %d of this database, and this server is on timeline "+
+				"%d, which does not descend from it: connect to the server that was promoted, or run "+
+				"`wallet -adopt` if this one was restored in its place",
+				r.cfg.kafkaTopic, c.Timeline, id.timeline)
 		}
 		return nil
 	}
-	return relayRefusal(fmt.Sprintf("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the same ledger, "+
-		"restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
-		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot))
+	return refusef("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the "+
+		"same ledger, restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and "+
+		"KAFKA_CHECKPOINT_TOPIC to topics of its own",
+		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot)
 }
 
-// checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is published after its
-// entry's commit, so it always does, unless the data are those of an earlier day and went on from there: then the same
-// numbers mean other entries, and the WAL's positions other commits. The positions alone may have overtaken the checkpoint.
+// checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is
+// published after its entry's commit, so it always does, unless the data are those of an earlier day and
+// went on from there: then the same numbers mean other entries, and the WAL's positions other commits. The
+// positions alone may have overtaken the checkpoint.
 func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 	for p := range k.Partitions() {
 		look := func() (*kafka.Committed, error) { return k.Last(r.cfg.kafkaTopic, p) }
@@ -315,11 +337,13 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 		}
 		walletID, seq, err := eventIDOf(tail)
 		if err != nil {
-			return relayRefusal(fmt.Sprintf("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC to a topic of its own", r.cfg.kafkaTopic, err))
+			return refusef("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC "+
+				"to a topic of its own", r.cfg.kafkaTopic, err)
 		}
 		held, err := r.holdsEvent(ctx, walletID, seq, tail.Value)
 		if err == nil && !held {
-			// Postgres sends a commit that still waits for a synchronous standby, and shows it only afterwards.
+			// Postgres sends a commit that still waits for a synchronous standby, and shows it only
+			// afterwards.
 			timed, cancel := context.WithTimeout(ctx, kafkaPatience)
 			err = awaitTransactions(timed, r.db)
 			cancel()
@@ -331,15 +355,16 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			return fmt.Errorf("look for event %s in the ledger: %w", entryID(walletID, seq), err)
 		}
 		if !held {
-			return relayRefusal(fmt.Sprintf("topic %s holds event %s, and this ledger has no such entry: its data are those of an earlier day. "+
-				wayOutOfThePast, r.cfg.kafkaTopic, entryID(walletID, seq)))
+			return refusef("topic %s holds event %s, and this ledger has no such entry: its data are those "+
+				"of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, entryID(walletID, seq))
 		}
 	}
 	return nil
 }
 
 func (r *relay) holdsEvent(ctx context.Context, walletID, seq int64, payload []byte) (held bool, err error) {
-	err = readEntries(ctx, r.db, `WHERE e.wallet_id = $1 AND e.seq = $2`, []any{walletID, seq}, func(e *entry) error {
+	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
+	err = readEntries(ctx, r.db, where, []any{walletID, seq}, func(e *entry) error {
 		held = bytes.Equal(appendEvent(nil, e), payload)
 		return nil
 	})
@@ -358,9 +383,9 @@ func adopt(ctx context.Context, cfg *config) error {
 	return r.lead(ctx)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Postgres: slot and replication connection
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 // slotState is the slot as Postgres shows it to everybody.
 type slotState struct {
@@ -371,7 +396,8 @@ type slotState struct {
 }
 
 const querySlot = `
-SELECT s.slot_name IS NOT NULL, coalesce(s.active, false), coalesce(s.wal_status = 'lost', false), coalesce(s.confirmed_flush_lsn::text, '0/0'),
+SELECT s.slot_name IS NOT NULL, coalesce(s.active, false), coalesce(s.wal_status = 'lost', false),
+       coalesce(s.confirmed_flush_lsn::text, '0/0'),
        coalesce(s.datoid <> d.oid, false), d.oid, current_setting('server_version_num')::int
 FROM pg_database d LEFT JOIN pg_replication_slots s ON s.slot_name = $1
 WHERE d.datname = current_database()`
@@ -387,9 +413,11 @@ func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
 	var s slotState
 	var confirmed string
 	var elsewhere bool
-	err := db.QueryRow(ctx, querySlot, r.cfg.replicationSlot).Scan(&s.exists, &s.active, &s.lost, &confirmed, &elsewhere, &s.databaseOID, &s.serverVersion)
+	err := db.QueryRow(ctx, querySlot, r.cfg.replicationSlot).Scan(&s.exists, &s.active, &s.lost, &confirmed,
+		&elsewhere, &s.databaseOID, &s.serverVersion)
 	if err == nil && elsewhere {
-		err = relayRefusal(fmt.Sprintf("replication slot %s belongs to another database of this Postgres cluster: set REPLICATION_SLOT to a name of its own", r.cfg.replicationSlot))
+		err = refusef("replication slot %s belongs to another database of this Postgres cluster: "+
+			"set REPLICATION_SLOT to a name of its own", r.cfg.replicationSlot)
 	}
 	if err == nil {
 		s.confirmed, err = pglogrepl.ParseLSN(confirmed)
@@ -400,7 +428,8 @@ func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
 	return s, nil
 }
 
-// awaitSlot stands by until nobody holds the slot. It touches nothing: a standby that made a producer would fence a healthy leader.
+// awaitSlot stands by until nobody holds the slot. It touches nothing: a standby that made a producer would
+// fence a healthy leader.
 func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
 	for {
 		s, err := r.readSlot(ctx, r.db)
@@ -408,7 +437,8 @@ func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
 			return s, err
 		}
 		if r.adopting {
-			return s, relayRefusal(fmt.Sprintf("slot %s is in use: stop the service that publishes from this database first", r.cfg.replicationSlot))
+			return s, refusef("slot %s is in use: stop the service that publishes from this database first",
+				r.cfg.replicationSlot)
 		}
 		r.enter("standby", "slot", r.cfg.replicationSlot)
 		if err := sleep(ctx, time.Duration(float64(standbyInterval)*(0.75+rand.Float64()/2))); err != nil {
@@ -426,8 +456,8 @@ type identity struct {
 	history map[int32]pglogrepl.LSN
 }
 
-// continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a descendant that split
-// off no earlier.
+// continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a
+// descendant that split off no earlier.
 func (id *identity) continues(c *checkpoint, lsn pglogrepl.LSN) bool {
 	if c.System != id.system || c.DatabaseOID != id.database {
 		return false
@@ -447,7 +477,8 @@ func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
 	}
 	cfg.RuntimeParams["replication"] = "database"
 	cfg.RuntimeParams["application_name"] = "wallet relay"
-	cfg.RuntimeParams["options"] = strings.TrimSpace(fmt.Sprintf("%s -c wal_sender_timeout=%dms", cfg.RuntimeParams["options"], walSenderTimeout.Milliseconds()))
+	cfg.RuntimeParams["options"] = strings.TrimSpace(fmt.Sprintf("%s -c wal_sender_timeout=%dms",
+		cfg.RuntimeParams["options"], walSenderTimeout.Milliseconds()))
 	conn, err := pgconn.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, id, err
@@ -496,12 +527,13 @@ func sqlState(err error) string {
 	return ""
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Leading
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
-// position is how far the stream of outbox rows has got: all transactions that end at or before end and, if commit is not
-// zero, the first rows of the one that commits there. A transaction's end is exclusive: the next COMMIT may start there.
+// position is how far the stream of outbox rows has got: all transactions that end at or before end and, if
+// commit is not zero, the first rows of the one that commits there. A transaction's end is exclusive: the
+// next COMMIT may start there.
 type position struct {
 	end    pglogrepl.LSN
 	commit pglogrepl.LSN
@@ -519,8 +551,8 @@ func (p position) covered(commit pglogrepl.LSN) int64 {
 	return 0
 }
 
-// batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One without events moves
-// only the checkpoint, one without a position only publishes.
+// batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One
+// without events moves only the checkpoint, one without a position only publishes.
 type batch struct {
 	events      []event
 	bytes       int
@@ -529,8 +561,8 @@ type batch struct {
 	since       time.Duration // since born: when its first commit was, or 0 without events
 }
 
-// leadership is one stay in office. Two goroutines: run owns the replication connection, publish the producer. They share the
-// mail and published; nothing of it outlives the stay.
+// leadership is one stay in office. Two goroutines: run owns the replication connection, publish the
+// producer. They share the mail and published; nothing of it outlives the stay.
 type leadership struct {
 	*relay
 	k    *kafka.Client
@@ -540,8 +572,8 @@ type leadership struct {
 	past *pgx.Conn     // when the slot was made by us: the ledger as of at
 	at   pglogrepl.LSN // where such a slot begins
 
-	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka transactions grow under load
-	// and stay small when idle.
+	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka
+	// transactions grow under load and stay small when idle.
 	mail  chan *batch
 	ready chan position // publish's first word: where to go on from
 	ended chan error    // publish's last
@@ -572,7 +604,8 @@ type leadership struct {
 	ticket   ticket     // for the cache
 }
 
-// run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when either side is silent.
+// run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when
+// either side is silent.
 func (l *leadership) run(ctx context.Context) error {
 	// publish is to finish its transaction when ctx ends, and to stop when we leave.
 	publishing, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -644,7 +677,8 @@ func (l *leadership) run(ctx context.Context) error {
 
 // receive reads from the slot and hands batches to publish, until ctx ends or something fails.
 func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
-	// One deadline for all messages until the next status, rather than a context that pgx would have to watch for each.
+	// One deadline for all messages until the next status, rather than a context that pgx would have to
+	// watch for each.
 	socket := l.conn.Conn()
 	defer context.AfterFunc(ctx, func() { _ = socket.SetReadDeadline(time.Unix(1, 0)) })()
 	for heard := time.Now(); ; {
@@ -679,7 +713,8 @@ func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
 }
 
 // take handles one message of the replication stream.
-func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick *time.Ticker) (blocked bool, err error) {
+func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick *time.Ticker) (
+	blocked bool, err error) {
 	data, ok := msg.(*pgproto3.CopyData)
 	if !ok {
 		if e, isError := msg.(*pgproto3.ErrorResponse); isError {
@@ -713,8 +748,9 @@ func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick
 	return false, nil
 }
 
-// hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would wait for as
-// long as the step before it took the slot from a leader that has gone silent. On a new connection it counts anew.
+// hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would
+// wait for as long as the step before it took the slot from a leader that has gone silent. On a new
+// connection it counts anew.
 func (l *leadership) hear(serverTime time.Time) error {
 	if serverTime.Before(l.serverTime.Add(-statusInterval)) {
 		return errClockBack
@@ -723,15 +759,17 @@ func (l *leadership) hear(serverTime time.Time) error {
 	return nil
 }
 
-// idle moves the checkpoint over WAL that holds no event, so that a quiet outbox in a busy database does not keep it for ever.
-// The WAL's end may be passed only while nothing received is unpublished; and the checkpoint goes first, Postgres hears of it
-// after. At once if Postgres asks, which it does when it cannot shut down before it is confirmed.
+// idle moves the checkpoint over WAL that holds no event, so that a quiet outbox in a busy database does
+// not keep it for ever. The WAL's end may be passed only while nothing received is unpublished; and the
+// checkpoint goes first, Postgres hears of it after. At once if Postgres asks, which it does when it cannot
+// shut down before it is confirmed.
 func (l *leadership) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
 	end := max(alive.ServerWALEnd, l.handed)
 	if end == l.handed && l.horizon.Load() == nil {
 		return // nothing new
 	}
-	if l.txBegun || l.published.Load() != uint64(l.handed) || time.Since(l.handedAt) < idleInterval && !alive.ReplyRequested {
+	due := time.Since(l.handedAt) >= idleInterval || alive.ReplyRequested
+	if l.txBegun || l.published.Load() != uint64(l.handed) || !due {
 		return
 	}
 	l.handed, l.handedAt = end, time.Now()
@@ -756,7 +794,8 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 			return false, err
 		}
 		if m.CommitLSN != l.txCommit {
-			return false, fmt.Errorf("transaction began with commit LSN %v and ended with %v", l.txCommit, m.CommitLSN)
+			return false, fmt.Errorf("transaction began with commit LSN %v and ended with %v",
+				l.txCommit, m.CommitLSN)
 		}
 		l.txBegun = false
 		if l.txCovered < 0 {
@@ -779,7 +818,8 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 	return false, nil
 }
 
-// insert adds an outbox row to the batch. A transaction of any size passes through in pieces of batchEventsMax rows.
+// insert adds an outbox row to the batch. A transaction of any size passes through in pieces of
+// batchEventsMax rows.
 func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker) (blocked bool, err error) {
 	if !l.txBegun {
 		return false, errors.New("outbox row outside a transaction")
@@ -794,7 +834,8 @@ func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker)
 	}
 	columns := l.relations[binary.BigEndian.Uint32(data)]
 	if columns == nil {
-		return false, relayRefusal(fmt.Sprintf("publication %s holds more than the outbox: remove the other tables from it", publication))
+		return false, refusef("publication %s holds more than the outbox: remove the other tables from it",
+			publication)
 	}
 	e, err := columns.decode(data[5:])
 	if err != nil {
@@ -810,8 +851,8 @@ func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker)
 	return l.hand(ctx, tick)
 }
 
-// hand gives the batch to publish, together with one that still waits there. It blocks while publish has a full batch waiting,
-// and goes on sending status meanwhile: a slow Kafka must not cost the slot.
+// hand gives the batch to publish, together with one that still waits there. It blocks while publish has a
+// full batch waiting, and goes on sending status meanwhile: a slow Kafka must not cost the slot.
 func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool, err error) {
 	b := l.building
 	l.building = new(batch)
@@ -845,7 +886,8 @@ func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool,
 	}
 }
 
-// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when publish has waited too long.
+// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when publish has
+// waited too long.
 func (l *leadership) sendStatus() error {
 	if since := l.waiting.Load(); since != 0 && l.age()-time.Duration(since) > kafkaPatience {
 		return errKafkaSilent
@@ -853,15 +895,17 @@ func (l *leadership) sendStatus() error {
 	// Before the start is settled this is 0, which confirms nothing.
 	published := pglogrepl.LSN(l.published.Load())
 	if published < l.confirmed || published > l.received {
-		panic(fmt.Sprintf("confirmed %v <= published %v <= received %v does not hold", l.confirmed, published, l.received))
+		panic(fmt.Sprintf("confirmed %v <= published %v <= received %v does not hold",
+			l.confirmed, published, l.received))
 	}
 	l.confirmed = published // from here on Postgres may forget everything that ends before
 	ctx, cancel := context.WithTimeout(context.Background(), postgresPatience)
 	defer cancel()
 	_ = l.conn.Conn().SetWriteDeadline(time.Now().Add(postgresPatience))
 	// All three positions: pglogrepl copies the first into those that are zero.
-	if err := pglogrepl.SendStandbyStatusUpdate(ctx, l.conn, pglogrepl.StandbyStatusUpdate{WALWritePosition: published,
-		WALFlushPosition: published, WALApplyPosition: published, ReplyRequested: true}); err != nil {
+	status := pglogrepl.StandbyStatusUpdate{WALWritePosition: published, WALFlushPosition: published,
+		WALApplyPosition: published, ReplyRequested: true}
+	if err := pglogrepl.SendStandbyStatusUpdate(ctx, l.conn, status); err != nil {
 		return fmt.Errorf("confirm %v: %w", published, err)
 	}
 	return nil
@@ -871,7 +915,9 @@ func (l *leadership) sendStatus() error {
 func (l *leadership) keepOutbox(ctx context.Context) {
 	closed := make(map[string]pglogrepl.LSN)
 	for sleep(ctx, time.Minute) == nil {
-		if err := dropOutboxPartitions(ctx, l.db, l.cfg.outboxRetention, closed, pglogrepl.LSN(l.published.Load())); err != nil && ctx.Err() == nil {
+		published := pglogrepl.LSN(l.published.Load())
+		err := dropOutboxPartitions(ctx, l.db, l.cfg.outboxRetention, closed, published)
+		if err != nil && ctx.Err() == nil {
 			slog.Warn("outbox partitions not dropped, will try again", "error", err)
 		}
 	}
@@ -894,12 +940,16 @@ func (c *outboxColumns) copy(value []byte) []byte {
 	return c.room[start:len(c.room):len(c.room)]
 }
 
-// newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come under the root's name.
+// newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come
+// under the root's name.
 func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
 	at := func(name string) int {
-		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool { return c.Name == name })
+		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool {
+			return c.Name == name
+		})
 	}
-	c := &outboxColumns{walletID: at("aggregate_id"), seq: at("seq"), payload: at("payload"), traceparent: at("traceparent")}
+	c := &outboxColumns{walletID: at("aggregate_id"), seq: at("seq"), payload: at("payload"),
+		traceparent: at("traceparent")}
 	if m.RelationName != "outbox" || min(c.walletID, c.seq, c.payload, c.traceparent) < 0 {
 		return nil
 	}
@@ -948,9 +998,9 @@ func (c *outboxColumns) decode(data []byte) (e event, err error) {
 	return e, nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Publishing
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 // checkpoint is the last record of its topic, written in the same Kafka transaction as the events it covers.
 type checkpoint struct {
@@ -963,9 +1013,9 @@ type checkpoint struct {
 	Rows        int64     `json:"rows,omitempty"`       // published of it
 	Partitions  int32     `json:"partitions"`           // of the events topic
 	Events      int64     `json:"events"`               // published in all
-	CommittedAt time.Time `json:"committed_at"`         // the last published commit's time, by Postgres' clock
+	CommittedAt time.Time `json:"committed_at"`         // of the last published commit, by Postgres' clock
 	WrittenAt   time.Time `json:"written_at"`           // by the relay's
-	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; without one it begins at the beginning
+	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; nil is the beginning
 }
 
 func (c *checkpoint) position() (p position, err error) {
@@ -976,8 +1026,9 @@ func (c *checkpoint) position() (p position, err error) {
 	return p, err
 }
 
-// publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a transaction whose outcome
-// is unknown must not be repeated, aborted or followed, only looked up by the next start.
+// publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a
+// transaction whose outcome is unknown must not be repeated, aborted or followed, only looked up by the
+// next start.
 func (l *leadership) publish(ctx context.Context) error {
 	defer l.forgetPast()
 	if err := l.waitKafka(l.fence); err != nil {
@@ -987,7 +1038,8 @@ func (l *leadership) publish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the events.
+	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the
+	// events.
 	if err := l.db.Ping(ctx); err != nil {
 		return err
 	}
@@ -1017,8 +1069,8 @@ func (l *leadership) publish(ctx context.Context) error {
 	}
 }
 
-// waitKafka marks the time that op takes as waiting for Kafka, which run limits. Within another wait it is part of that
-// one.
+// waitKafka marks the time that op takes as waiting for Kafka, which run limits. Within another wait it is
+// part of that one.
 func (l *leadership) waitKafka(op func() error) error {
 	if !l.waiting.CompareAndSwap(0, max(1, int64(l.age()))) {
 		return op()
@@ -1027,8 +1079,9 @@ func (l *leadership) waitKafka(op func() error) error {
 	return op()
 }
 
-// fence makes the producer: from here on no former leader can publish, and what it last tried is committed or aborted. It is
-// called here only, after the slot was taken: one made "to be safe" by a leader that had lost it would fence its successor.
+// fence makes the producer: from here on no former leader can publish, and what it last tried is committed
+// or aborted. It is called here only, after the slot was taken: one made "to be safe" by a leader that had
+// lost it would fence its successor.
 func (l *leadership) fence() error {
 	c, err := lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
 	if err == nil && c != nil && c.System != l.id.system { // adopting
@@ -1064,7 +1117,8 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 			l.last.Horizon = nil
 		}
 	}
-	l.last.System, l.last.DatabaseOID, l.last.Slot, l.last.Partitions = l.id.system, l.id.database, l.cfg.replicationSlot, l.k.Partitions()
+	l.last.System, l.last.DatabaseOID = l.id.system, l.id.database
+	l.last.Slot, l.last.Partitions = l.cfg.replicationSlot, l.k.Partitions()
 	if l.past != nil {
 		err := l.recover(ctx)
 		l.forgetPast() // its snapshot keeps vacuum from cleaning up
@@ -1095,14 +1149,15 @@ func (l *leadership) holds(c *checkpoint) bool {
 	return err == nil && l.id.continues(c, lsn)
 }
 
-// switchTimeline is where to go on from after a promotion: what was published beyond the point where the timelines part was
-// never committed on this one.
+// switchTimeline is where to go on from after a promotion: what was published beyond the point where the
+// timelines part was never committed on this one.
 func switchTimeline(from position, end pglogrepl.LSN) position {
 	if from.end <= end && from.commit < end {
 		return from
 	}
-	slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; set synchronized_standby_slots "+
-		"(Postgres 17 and later) to rule this out", "published", max(from.end, from.commit), "timeline_ended", end)
+	slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; "+
+		"set synchronized_standby_slots (Postgres 17 and later) to rule this out",
+		"published", max(from.end, from.commit), "timeline_ended", end)
 	return position{end: min(from.end, end)}
 }
 
@@ -1156,7 +1211,8 @@ func (l *leadership) commit(b *batch) error {
 	l.batches.Add(1)
 	l.events.Add(int64(len(b.events)))
 	l.lastBatch.Store(int64(time.Since(began)))
-	slog.Debug("batch published", "events", len(b.events), "end", b.upTo.end, "seconds", time.Since(began).Seconds())
+	slog.Debug("batch published",
+		"events", len(b.events), "end", b.upTo.end, "seconds", time.Since(began).Seconds())
 	l.refreshCache(b.events)
 	return nil
 }
@@ -1181,7 +1237,8 @@ func explainFencing(err error) error {
 	return err
 }
 
-// refreshCache puts the wallets' newest balances, which a writer that died after its commit may have left out.
+// refreshCache puts the wallets' newest balances, which a writer that died after its commit may have left
+// out.
 func (l *leadership) refreshCache(events []event) {
 	if l.cache == nil {
 		return
@@ -1203,11 +1260,12 @@ func (l *leadership) refreshCache(events []event) {
 	l.cache.put(l.ticket, balances)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Recovery: what a slot that was lost, dropped, made anew or never made did not deliver
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
-// makeSlot replaces the slot by one that begins now, at l.at, and opens the ledger as of exactly then, in l.past.
+// makeSlot replaces the slot by one that begins now, at l.at, and opens the ledger as of exactly then, in
+// l.past.
 func (l *leadership) makeSlot(ctx context.Context) (err error) {
 	if l.past, err = pgx.ConnectConfig(ctx, l.db.Config().ConnConfig.Copy()); err != nil {
 		return fmt.Errorf("recovery connection: %w", err)
@@ -1219,7 +1277,8 @@ func (l *leadership) makeSlot(ctx context.Context) (err error) {
 	}()
 	// One recovery at a time. The lock ends with the connection.
 	var locked bool
-	if err := l.past.QueryRow(ctx, `SELECT pg_try_advisory_lock(hashtext('wallet.relay_recovery'))`).Scan(&locked); err != nil {
+	lock := `SELECT pg_try_advisory_lock(hashtext('wallet.relay_recovery'))`
+	if err := l.past.QueryRow(ctx, lock).Scan(&locked); err != nil {
 		return err
 	}
 	now, err := l.readSlot(ctx, l.past)
@@ -1230,7 +1289,9 @@ func (l *leadership) makeSlot(ctx context.Context) (err error) {
 		return errSlotTaken
 	}
 	if now.exists {
-		if err := pglogrepl.DropReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, pglogrepl.DropReplicationSlotOptions{}); err != nil {
+		var atOnce pglogrepl.DropReplicationSlotOptions
+		err := pglogrepl.DropReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, atOnce)
+		if err != nil {
 			return fmt.Errorf("drop the slot: %w", err)
 		}
 	}
@@ -1252,8 +1313,11 @@ func (l *leadership) makeSlot(ctx context.Context) (err error) {
 		return err
 	}
 	// The snapshot lives until the replication connection's next command.
-	_, err = l.past.Exec(ctx, `BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '`+made.SnapshotName+`';
-SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0`, pgx.QueryExecModeSimpleProtocol)
+	_, err = l.past.Exec(ctx, `
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET TRANSACTION SNAPSHOT '`+made.SnapshotName+`';
+SET LOCAL statement_timeout = 0;
+SET LOCAL idle_in_transaction_session_timeout = 0`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return fmt.Errorf("import the slot's snapshot: %w", err)
 	}
@@ -1268,10 +1332,11 @@ func (l *leadership) forgetPast() {
 
 // awaitTransactions waits until every transaction that has begun to write by now has ended.
 //
-// No exported snapshot may be used before that. It takes for ended whatever has its commit in the WAL, but a backend marks its
-// transaction in pg_xact a moment after. A reader in between takes the transaction for aborted and leaves that behind in the
-// rows' hint bits, for all to see: an old version of a row comes back to life beside the new one. The loop that kills has met
-// it, on Postgres 18.6 and a busy machine: a wallet whose last update was lost for good while its entry was there.
+// No exported snapshot may be used before that. It takes for ended whatever has its commit in the WAL, but
+// a backend marks its transaction in pg_xact a moment after. A reader in between takes the transaction for
+// aborted and leaves that behind in the rows' hint bits, for all to see: an old version of a row comes back
+// to life beside the new one. The loop that kills has met it, on Postgres 18.6 and a busy machine: a wallet
+// whose last update was lost for good while its entry was there.
 func awaitTransactions(ctx context.Context, db querier) error {
 	// A number of one's own is above all that were given out; a snapshot's xmax would not be.
 	var end, oldest int64
@@ -1279,7 +1344,8 @@ func awaitTransactions(ctx context.Context, db querier) error {
 		return err
 	}
 	for {
-		if err := db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).Scan(&oldest); err != nil || oldest >= end {
+		err := db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).Scan(&oldest)
+		if err != nil || oldest >= end {
 			return err
 		}
 		if err := sleep(ctx, 5*time.Millisecond); err != nil {
@@ -1288,14 +1354,15 @@ func awaitTransactions(ctx context.Context, db querier) error {
 	}
 }
 
-// horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has ended, and
-// what it wrote is in the topic; the events of all others lie at or beyond Offsets, if they are in the topic at all.
+// horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has
+// ended, and what it wrote is in the topic; the events of all others lie at or beyond Offsets, if they are
+// in the topic at all.
 //
-// The leader makes one in this order: it reads where the partitions end; it takes a transaction number of its own, which
-// is above all that were given out; it waits until all below that have ended, and notes where the WAL ends then; it waits
-// until everything up to there is published. What is below XID had committed before LSN, hence it is published. What is not
-// committed after the partitions' ends were read, hence its events lie beyond. A transaction that is open for an hour
-// only keeps the horizon from moving.
+// The leader makes one in this order: it reads where the partitions end; it takes a transaction number of
+// its own, which is above all that were given out; it waits until all below that have ended, and notes
+// where the WAL ends then; it waits until everything up to there is published. What is below XID had
+// committed before LSN, hence it is published. What is not committed after the partitions' ends were read,
+// hence its events lie beyond. A transaction that is open for an hour only keeps the horizon from moving.
 type horizon struct {
 	XID     int64     `json:"xid,string"` // with its epoch: it never wraps
 	LSN     string    `json:"lsn"`        // published when this horizon was made
@@ -1328,12 +1395,16 @@ func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
 		return nil, err
 	}
 	h := &horizon{Offsets: ends}
-	if err := l.db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`).Scan(&h.XID, &h.At); err != nil {
+	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
+	err = l.db.QueryRow(ctx, query).Scan(&h.XID, &h.At)
+	if err != nil {
 		return nil, fmt.Errorf("number of a transaction: %w", err)
 	}
 	for oldest := int64(0); oldest < h.XID; {
 		// The snapshot is taken before the position is read.
-		err := l.db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(&oldest, &h.LSN)
+		err := l.db.QueryRow(ctx, `
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
+			&oldest, &h.LSN)
 		if err == nil && oldest < h.XID {
 			err = sleep(ctx, 200*time.Millisecond)
 		}
@@ -1355,23 +1426,25 @@ func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
 
 const recoveryWalletsMax = 500_000 // whose state is in memory at a time; each lot reads the topic once more
 
-// errNoHorizon: the checkpoint's horizon cannot be used, and the recovery begins at the beginning. A topic that ends before
-// the horizon was made anew. And a row shows the lower 32 bits of its transaction's number only: one that is four billion
-// transactions old may look new, but its time gives it away, since so many take days.
+// errNoHorizon: the checkpoint's horizon cannot be used, and the recovery begins at the beginning. A topic
+// that ends before the horizon was made anew. And a row shows the lower 32 bits of its transaction's number
+// only: one that is four billion transactions old may look new, but its time gives it away, since so many
+// take days.
 var errNoHorizon = errors.New("the checkpoint's horizon does not hold")
 
 const horizonDoubt = 24 * time.Hour
 
-// recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's in order; the
-// last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot still begins after the checkpoint,
-// so the next leader recovers again, with less to do.
+// recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's
+// in order; the last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot
+// still begins after the checkpoint, so the next leader recovers again, with less to do.
 func (l *leadership) recover(ctx context.Context) error {
 	l.enter("recovering", "slot_begins", l.at, "checkpoint", l.last.EndLSN)
 	l.recoveries.Add(1)
 	h := l.last.Horizon
 	if h != nil {
 		var distance int64
-		if err := l.past.QueryRow(ctx, `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`, h.XID).Scan(&distance); err != nil {
+		query := `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`
+		if err := l.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
 			return fmt.Errorf("distance of the horizon: %w", err)
 		}
 		if distance < 0 || distance > 1<<30 { // age() would turn negative at 1<<31
@@ -1386,9 +1459,10 @@ func (l *leadership) recover(ctx context.Context) error {
 	return err
 }
 
-// recoverSince recovers what lies beyond a horizon; nil is the beginning. A wallet's events are in the topic in order, so what it
-// lacks is what follows the last one there. Where the topic holds none beyond the horizon, it lacks all entries that are
-// not below: those that are not published are the end of the wallet's chain.
+// recoverSince recovers what lies beyond a horizon; nil is the beginning. A wallet's events are in the
+// topic in order, so what it lacks is what follows the last one there. Where the topic holds none beyond
+// the horizon, it lacks all entries that are not below: those that are not published are the end of the
+// wallet's chain.
 func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 	spans, err := l.spansSince(h)
 	if err != nil {
@@ -1433,7 +1507,8 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 				return fmt.Errorf("%w: entry %s is too old", errNoHorizon, entryID(e.WalletID, e.Seq))
 			}
 			buf = appendEvent(buf[:0], e)
-			b.events = append(b.events, event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
+			b.events = append(b.events,
+				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
 			published++
 			if len(b.events) < batchEventsMax {
 				return nil
@@ -1453,7 +1528,8 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		return err
 	}
 	if beyond > 0 {
-		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
+		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
+			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
 	}
 	from := "the beginning"
 	if h != nil {
@@ -1463,7 +1539,8 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 	return nil
 }
 
-// The conditions on wallets and entries that lie beyond a horizon: written by a transaction that is not below it. $4 is its number.
+// The conditions on wallets and entries that lie beyond a horizon: written by a transaction that is not
+// below it. $4 is its number.
 const (
 	walletBeyond = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
 	entryBeyond  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
@@ -1476,11 +1553,13 @@ func beyond(h *horizon, condition string, args ...any) (string, []any) {
 	return condition, append(args, strconv.FormatInt(h.XID, 10))
 }
 
-// readWalletSeqs reads the wallets after lo that lie beyond the horizon, at most n of them by id, with the seq of each one's
-// last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n int) (seqs map[int64]int64, hi int64, err error) {
+// readWalletSeqs reads the wallets after lo that lie beyond the horizon, at most n of them by id, with the
+// seq of each one's last entry; hi is the last one's id.
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n int) (
+	seqs map[int64]int64, hi int64, err error) {
 	where, args := beyond(h, walletBeyond, lo, n, 0)
-	rows, err := db.Query(ctx, `SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
+	rows, err := db.Query(ctx, `
+SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
 	if err != nil {
 		return nil, 0, fmt.Errorf("read wallets: %w", err)
 	}
@@ -1493,23 +1572,25 @@ func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n i
 	return seqs, hi, nil
 }
 
-// readChains streams the entries of the wallets after lo and up to hi that lie beyond the horizon, wallet by wallet, in
-// order. visit's entry is used again.
+// readChains streams the entries of the wallets after lo and up to hi that lie beyond the horizon, wallet
+// by wallet, in order. visit's entry is used again.
 func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, h *horizon, visit func(*entry) error) error {
-	// Where a chain crosses the horizon is found by steps back from its end, each twice as long as the one before, up to an
-	// entry that lies below.
+	// Where a chain crosses the horizon is found by steps back from its end, each twice as long as the one
+	// before, up to an entry that lies below.
 	where, args := beyond(h, walletBeyond+` AND `+entryBeyond+` AND e.seq > coalesce((
     SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
     WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entryBeyond+`)
+        SELECT FROM entry e
+        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entryBeyond+`)
     ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
-	return readEntries(ctx, db, `WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
+	return readEntries(ctx, db, `
+WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
 ORDER BY e.wallet_id, e.seq`, args, visit)
 }
 
 const queryEntries = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at, e.kind::text, e.amount, e.balance,
-       e.idempotency_key, w.currency
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
+       e.kind::text, e.amount, e.balance, e.idempotency_key, w.currency
 FROM wallet w JOIN entry e ON e.wallet_id = w.id
 `
 
@@ -1520,17 +1601,18 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 		return fmt.Errorf("read entries: %w", err)
 	}
 	var e entry
-	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount, &e.Balance,
-		&e.Key, &e.Currency}, func() error { return visit(&e) })
+	columns := []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind,
+		&e.Amount, &e.Balance, &e.Key, &e.Currency}
+	_, err = pgx.ForEachRow(rows, columns, func() error { return visit(&e) })
 	if err != nil {
 		return fmt.Errorf("read entries: %w", err)
 	}
 	return nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Kafka
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 // openKafka connects to the brokers and makes or checks the topics. busy may be nil: see kafka.Config.
 func openKafka(cfg *config, busy func(func() error) error) (*kafka.Client, error) {
@@ -1570,14 +1652,14 @@ func lastCheckpoint(k *kafka.Client, topic string) (*checkpoint, error) {
 	}
 	c := new(checkpoint)
 	if err := json.Unmarshal(last.Value, c); err != nil {
-		return nil, relayRefusal(fmt.Sprintf("topic %s holds something else than this service's checkpoints (%v): "+
-			"set KAFKA_CHECKPOINT_TOPIC to a topic of its own", topic, err))
+		return nil, refusef("topic %s holds something else than this service's checkpoints (%v): "+
+			"set KAFKA_CHECKPOINT_TOPIC to a topic of its own", topic, err)
 	}
 	return c, nil
 }
 
-// spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie; nil is the
-// beginning. It refuses where some of them have been deleted.
+// spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie;
+// nil is the beginning. It refuses where some of them have been deleted.
 func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 	var offsets []int64
 	if h != nil {
@@ -1592,18 +1674,21 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 		return nil, fmt.Errorf("%w: partition %d ends at offset %d, and had %d",
 			errNoHorizon, outside.Partition, outside.End, outside.Offset)
 	}
-	return nil, relayRefusal(fmt.Sprintf("the slot has a gap that cannot be filled exactly, since partition %d of "+
-		"topic %s was truncated to offset %d, within the span in question: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC "+
-		"to new topics, which will get the whole ledger", outside.Partition, l.cfg.kafkaTopic, outside.Start))
+	return nil, refusef("the slot has a gap that cannot be filled exactly, since partition %d of topic %s "+
+		"was truncated to offset %d, within the span in question: set KAFKA_TOPIC and "+
+		"KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger",
+		outside.Partition, l.cfg.kafkaTopic, outside.Start)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Audit
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 const (
-	auditWalletsMax  = 1_000_000        // whose state is in memory at a time; each lot reads the topic once more
-	auditPatience    = 30 * time.Second // without progress, for events that are committed but not in the topic yet
+	// Whose state is in memory at a time; each lot reads the topic once more.
+	auditWalletsMax  = 1_000_000
+	// Without progress, for events that are committed but not in the topic yet.
+	auditPatience    = 30 * time.Second
 	auditFindingsMax = 20               // printed; all are counted
 )
 
@@ -1631,8 +1716,9 @@ type auditedWallet struct {
 	found bool // something was found and said already
 }
 
-// runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed: missing, repeated, reordered,
-// misplaced and differing events. It may run beside the live service: entries younger than its start are left to the next one.
+// runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed:
+// missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
+// younger than its start are left to the next one.
 func runAudit(ctx context.Context, cfg *config, out io.Writer) (findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: the audit compares the ledger with the topic")
@@ -1849,7 +1935,8 @@ func (a *audit) checkYounger(ctx context.Context, younger map[int64]int64) error
 		var id, seq int64
 		_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
 			if seq < younger[id] {
-				a.find("event %s is in the topic, but the ledger ends at number %d", entryID(id, younger[id]), seq)
+				a.find("event %s is in the topic, but the ledger ends at number %d", entryID(id, younger[id]),
+					seq)
 			}
 			return nil
 		})
@@ -1874,7 +1961,8 @@ func (a *audit) readLedger(ctx context.Context, wallets map[int64]*auditedWallet
 			a.find("wallet %d has seq %d, but its last entry is number %d", last.WalletID, w.seq, last.Seq)
 		}
 		if !w.found && w.next > w.seq && sum != w.sum {
-			a.find("wallet %d: among events %d to %d of the topic at least one differs from its entry", last.WalletID, w.first, w.seq)
+			a.find("wallet %d: among events %d to %d of the topic at least one differs from its entry",
+				last.WalletID, w.first, w.seq)
 		}
 	}
 	err := readChains(ctx, a.past, lo, hi, nil, func(e *entry) error {
@@ -1926,13 +2014,15 @@ func (a *audit) add(sum uint64, value []byte) uint64 {
 	return (sum ^ maphash.Bytes(a.seed, value)) * 0x100000001b3
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Metrics
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 const queryRetained = `
-SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int, coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8, (SELECT count(*) FROM outbox_partition), (SELECT coalesce(sum(bytes), 0)::float8 FROM outbox_partition)
+SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8,
+       (SELECT count(*) FROM outbox_partition), (SELECT coalesce(sum(bytes), 0)::float8 FROM outbox_partition)
 FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`
 
 func (r *relay) writeMetrics(w *metric.Writer) {
@@ -1947,20 +2037,28 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 		}
 		states = append(states, metric.Sample{Labels: `state="` + state + `"`, Value: is})
 	}
-	w.Gauges("wallet_relay_state", "1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
+	w.Gauges("wallet_relay_state",
+		"1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
 	lag := 0.0
 	if since := r.pendingSince.Load(); since != 0 {
 		lag = (r.age() - time.Duration(since)).Seconds()
 	}
-	w.Gauge("wallet_relay_lag_seconds", "Leader: age of the oldest commit that is being published; 0 when none is.", lag)
-	w.Gauge("wallet_relay_checkpoint_timestamp_seconds", "Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
-	w.Gauge("wallet_relay_last_batch_seconds", "Leader: how long the last Kafka transaction took.", seconds(r.lastBatch.Load()))
+	w.Gauge("wallet_relay_lag_seconds",
+		"Leader: age of the oldest commit that is being published; 0 when none is.", lag)
+	w.Gauge("wallet_relay_checkpoint_timestamp_seconds",
+		"Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
+	w.Gauge("wallet_relay_last_batch_seconds",
+		"Leader: how long the last Kafka transaction took.", seconds(r.lastBatch.Load()))
 	w.Counter("wallet_relay_batches_total", "Kafka transactions committed.", float64(r.batches.Load()))
 	w.Counter("wallet_relay_events_total", "Events published.", float64(r.events.Load()))
-	w.Counter("wallet_relay_already_published_total", "Outbox rows received again and dropped, being published.", float64(r.skipped.Load()))
-	w.Counter("wallet_relay_takeovers_total", "Times that this replica became leader.", float64(r.takeovers.Load()))
-	w.Counter("wallet_relay_recoveries_total", "Times that a slot was made and the gap filled from the ledger.", float64(r.recoveries.Load()))
-	w.Counter("wallet_relay_restarts_total", "Returns to the start, for whatever reason.", float64(r.restarts.Load()))
+	w.Counter("wallet_relay_already_published_total",
+		"Outbox rows received again and dropped, being published.", float64(r.skipped.Load()))
+	w.Counter("wallet_relay_takeovers_total",
+		"Times that this replica became leader.", float64(r.takeovers.Load()))
+	w.Counter("wallet_relay_recoveries_total",
+		"Times that a slot was made and the gap filled from the ledger.", float64(r.recoveries.Load()))
+	w.Counter("wallet_relay_restarts_total",
+		"Returns to the start, for whatever reason.", float64(r.restarts.Load()))
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -1968,20 +2066,25 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 	var active int
 	var retained, lagBytes, outboxBytes float64
 	var partitions int64
-	if err := r.db.QueryRow(ctx, queryRetained, r.cfg.replicationSlot).Scan(&status, &active, &retained, &lagBytes, &partitions, &outboxBytes); err != nil {
+	err := r.db.QueryRow(ctx, queryRetained, r.cfg.replicationSlot).Scan(
+		&status, &active, &retained, &lagBytes, &partitions, &outboxBytes)
+	if err != nil {
 		return // what cannot be known is left out
 	}
-	w.Gauges("wallet_relay_slot", "1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.", metric.Sample{Labels: `status="` + status + `"`, Value: 1})
+	w.Gauges("wallet_relay_slot",
+		"1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.",
+		metric.Sample{Labels: `status="` + status + `"`, Value: 1})
 	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", float64(active))
 	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", retained)
 	w.Gauge("wallet_relay_lag_bytes", "WAL between the last confirmed position and the end.", lagBytes)
-	w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead included.", float64(partitions))
+	w.Gauge("wallet_outbox_partitions",
+		"Partitions of the outbox, those made ahead included.", float64(partitions))
 	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", outboxBytes)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Helpers
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 
 func sleep(ctx context.Context, d time.Duration) error {
 	select {

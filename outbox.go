@@ -1,9 +1,10 @@
 // The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay.
 //
 // Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry;
-// outbox partitions. Promises: an event is a pure function of its entry (and of the request's traceparent),
-// so it can be rebuilt from the ledger, and two builds of one entry's event are equal byte for byte. The
-// JSON names are a contract: history's items carry the same.
+// outbox partitions.
+// Promises: an event is a pure function of its entry (and of the request's traceparent), so it can be
+// rebuilt from the ledger, and two builds of one entry's event are equal byte for byte. The JSON names are a
+// contract: history's items carry the same.
 
 package main
 
@@ -142,15 +143,18 @@ func (r *eventRecord) set(e *event) error {
 	if err != nil {
 		return err
 	}
-	if r.At, err = time.Parse(time.RFC3339Nano, string(at)); err != nil { // timeFormat is a case of it, for which Go has a fast path
+	// timeFormat is a case of RFC3339Nano, for which Go has a fast path.
+	if r.At, err = time.Parse(time.RFC3339Nano, string(at)); err != nil {
 		return fmt.Errorf("outbox payload: %w", err)
 	}
 	text := strconv.AppendInt(r.text[:0], e.walletID, 10)
 	key := text[:len(text):len(text)]
 	id := appendEntryID(text[:0], e.walletID, e.seq) // begins with the key
 	lsn := appendLSN(id[len(id):], e.commitLSN)
-	r.own = [5]kafka.Header{{Key: nameID, Value: id}, {Key: nameTime, Value: at}, {Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
-	r.headers = [9]*kafka.Header{headerSpecVersion, &r.own[0], headerSource, headerType, &r.own[1], &r.own[2], &r.own[3], headerContentType}
+	r.own = [5]kafka.Header{{Key: nameID, Value: id}, {Key: nameTime, Value: at},
+		{Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
+	r.headers = [9]*kafka.Header{headerSpecVersion, &r.own[0], headerSource, headerType, &r.own[1], &r.own[2],
+		&r.own[3], headerContentType}
 	n := 8
 	if e.traceparent != "" {
 		r.own[4] = kafka.Header{Key: nameTraceparent, Value: []byte(e.traceparent)}
@@ -193,13 +197,15 @@ func appendLSN(dst []byte, lsn pglogrepl.LSN) []byte {
 
 const insertOutbox = `
 INSERT INTO outbox (aggregate_id, seq, event_type, payload, traceparent)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), '` + eventType + `', unnest($3::text[]), nullif(unnest($4::text[]), '')`
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), '` + eventType + `', unnest($3::text[]),
+       nullif(unnest($4::text[]), '')`
 
 // queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event
 // exists if and only if its entry does.
 func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 	n := len(entries)
-	ids, seqs, payloads, traceparents := make([]int64, n), make([]int64, n), make([]string, n), make([]string, n)
+	ids, seqs := make([]int64, n), make([]int64, n)
+	payloads, traceparents := make([]string, n), make([]string, n)
 	var buf []byte
 	for i := range entries {
 		e := &entries[i]
@@ -209,7 +215,8 @@ func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 	return b.Queue(insertOutbox, ids, seqs, payloads, traceparents)
 }
 
-const outboxAhead = 48 * time.Hour // how far ahead partitions exist: how long a broken keeper may go unnoticed
+// outboxAhead is how far ahead partitions exist: how long a broken keeper may go unnoticed.
+const outboxAhead = 48 * time.Hour
 
 // makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present
 // hour no write succeeds, so main calls it before it serves and every minute after.
@@ -232,7 +239,8 @@ type outboxPartition struct {
 }
 
 func listOutboxPartitions(ctx context.Context, db *pgxpool.Pool) ([]outboxPartition, error) {
-	rows, _ := db.Query(ctx, `SELECT name, starts_at, ends_at, bytes FROM outbox_partition ORDER BY starts_at`)
+	rows, _ := db.Query(ctx, `
+SELECT name, starts_at, ends_at, bytes FROM outbox_partition ORDER BY starts_at`)
 	parts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[outboxPartition])
 	if err != nil {
 		return nil, fmt.Errorf("list outbox partitions: %w", err)
@@ -244,7 +252,8 @@ func listOutboxPartitions(ctx context.Context, db *pgxpool.Pool) ([]outboxPartit
 // the relay's leader says so of what its checkpoint is past; without a relay, age alone decides. closed
 // remembers, between calls, the end of the WAL that everything in an hour was committed before; a nil
 // closed means that nobody is to publish the rows.
-func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration, closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
+func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration,
+	closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
 	parts, err := listOutboxPartitions(ctx, db)
 	if err != nil {
 		return err
@@ -256,7 +265,8 @@ func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.
 		if closed != nil {
 			if _, ok := closed[p.Name]; !ok {
 				var end pgtype.Text
-				if err := db.QueryRow(ctx, `SELECT outbox_close_partition($1)::text`, p.Name).Scan(&end); err != nil {
+				err := db.QueryRow(ctx, `SELECT outbox_close_partition($1)::text`, p.Name).Scan(&end)
+				if err != nil {
 					return fmt.Errorf("close outbox partition %s: %w", p.Name, err)
 				}
 				lsn, err := pglogrepl.ParseLSN(end.String)
