@@ -131,7 +131,7 @@ var (
 		"what lies between must be recovered from the ledger")
 	errKafkaSilent    = fmt.Errorf("no answer from Kafka for %v: giving the slot up", kafkaPatience)
 	errPostgresSilent = fmt.Errorf("no answer from Postgres for %v", postgresPatience)
-	errClockBack      = errors.New("the clock of Postgres has gone back: taking the slot on a new connection, by whose time it counts")
+	errClockBack      = errors.New("the clock of Postgres has gone back: taking the slot on a new connection")
 )
 
 // relay is one replica's: at most one replica's leads at a time, the others stand by.
@@ -1686,10 +1686,10 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 
 const (
 	// Whose state is in memory at a time; each lot reads the topic once more.
-	auditWalletsMax  = 1_000_000
+	auditWalletsMax = 1_000_000
 	// Without progress, for events that are committed but not in the topic yet.
 	auditPatience    = 30 * time.Second
-	auditFindingsMax = 20               // printed; all are counted
+	auditFindingsMax = 20 // printed; all are counted
 )
 
 // audit compares the ledger, as of one snapshot, with itself and with the topic.
