@@ -65,8 +65,7 @@ type cache struct {
 	// of them a new generation has made up for. Only while both are equal is anything read. It begins with
 	// one loss: nobody knows what this replica's former life left out.
 	losses, mended atomic.Int64
-	// away: no new generation could be begun. Puts are left out, each a loss, until run has reached Redis
-	// again.
+	// away: no new generation could be begun. Until one is, reads put nothing, each a loss; movements try.
 	away atomic.Bool
 
 	mu     sync.Mutex
@@ -215,6 +214,7 @@ type ticket struct {
 	keys   *cacheKeys
 	losses int64
 	found  string // what a reader saw in the wallet's key: a token, or a balance that was not new enough
+	moves  bool   // a movement's: its answer waits for one more try, also while Redis seems to be away
 	early  bool   // the relay's: it has a commit out of the WAL, maybe a moment before Postgres shows it
 }
 
@@ -314,7 +314,7 @@ func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 	if keys == nil || len(balances) == 0 {
 		return
 	}
-	if c.away.Load() {
+	if c.away.Load() && !t.moves {
 		c.losses.Add(1)
 		return
 	}
@@ -374,7 +374,11 @@ func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBa
 		names = append(names, keys.wallet(b.walletID))
 		args = append(args, b.seq, b.currency+" "+b.balance)
 	}
-	for range 2 {
+	tries := 2
+	if c.away.Load() {
+		tries = 1
+	}
+	for range tries {
 		losses, generation := c.losses.Load(), ""
 		if c.mended.Load() < losses {
 			generation = newWord()
@@ -385,6 +389,7 @@ func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBa
 		cancel()
 		if err == nil || errors.Is(err, redis.Nil) {
 			if generation != "" {
+				c.away.Store(false)
 				c.mend(losses)
 			}
 			c.puts.Add(int64(len(balances)))

@@ -236,6 +236,24 @@ func TestFrozenWriter(t *testing.T) {
 	want(t, frozen, 6)
 }
 
+// TestRedisComesBackAtOneReplicaFirst: another replica serves again already when this one, which takes Redis for away
+// still, answers a movement.
+func TestRedisComesBackAtOneReplicaFirst(t *testing.T) {
+	late, other := idleCache(t, stack(t).RedisURL), testCache(t, stack(t).RedisURL, t.Name())
+	late.enter(t.Name(), "1")
+	late.redis.AddHook(&timesOut{left: 2})
+	put(late, late.ticket(), 4)
+	if !late.away.Load() {
+		t.Fatal("two calls failed, and Redis is not taken for away")
+	}
+	put(other, look(t, other), 5)
+	movement := late.ticket()
+	movement.moves = true
+	put(late, movement, 6)
+	put(other, look(t, other), 6)
+	want(t, late, 6)
+}
+
 // timesOut has the next calls time out without reaching Redis.
 type timesOut struct{ left int }
 

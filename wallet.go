@@ -374,6 +374,7 @@ func (l *ledger) run(ctx context.Context) error {
 		free--
 		go func() {
 			t, heads := l.cache.ticket(), make(map[int64]cachedBalance, len(batch))
+			t.moves = true
 			l.post(batch, heads)
 			finished <- batch
 			l.announce(batch, t, heads)
