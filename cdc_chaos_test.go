@@ -1058,10 +1058,25 @@ var moreFaults = []fault{
 		}
 	}},
 	{"Redis evicts", func(c *chaos) {
+		// Among many other keys, so that it never has to refuse a write: that would be another fault, see freeze.
+		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end`, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "allkeys-random")
-		c.onRedis("CONFIG", "SET", "maxmemory", "1mb")
-		time.Sleep(2 * time.Second)
+		for range 8 { // a tenth of all at a time
+			info, err := c.redis.InfoMap(context.Background(), "memory").Result()
+			if err != nil {
+				c.t.Fatal(err)
+			}
+			used, _ := strconv.Atoi(info["Memory"]["used_memory"])
+			c.onRedis("CONFIG", "SET", "maxmemory", strconv.Itoa(used-120_000))
+			time.Sleep(250 * time.Millisecond)
+		}
 		c.onRedis("CONFIG", "SET", "maxmemory", "0")
+		evicted, err := c.redis.InfoMap(context.Background(), "stats").Result()
+		if err != nil || evicted["Stats"]["evicted_keys"] == "0" {
+			c.t.Errorf("no key was evicted: %v", err)
+		}
+		c.t.Logf("%s keys evicted", evicted["Stats"]["evicted_keys"])
+		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('DEL', 'filler:' .. i) end`, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "noeviction")
 	}},
 	{"Redis comes back with older data", func(c *chaos) {
