@@ -1059,7 +1059,7 @@ var moreFaults = []fault{
 	}},
 	{"Redis evicts", func(c *chaos) {
 		// Among many other keys, so that it never has to refuse a write: that would be another fault, see freeze.
-		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end`, "0")
+		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end return 1`, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "allkeys-random")
 		for range 8 { // a tenth of all at a time
 			info, err := c.redis.InfoMap(context.Background(), "memory").Result()
@@ -1076,7 +1076,7 @@ var moreFaults = []fault{
 			c.t.Errorf("no key was evicted: %v", err)
 		}
 		c.t.Logf("%s keys evicted", evicted["Stats"]["evicted_keys"])
-		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('DEL', 'filler:' .. i) end`, "0")
+		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('DEL', 'filler:' .. i) end return 1`, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "noeviction")
 	}},
 	{"Redis comes back with older data", func(c *chaos) {
