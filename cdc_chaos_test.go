@@ -1059,7 +1059,8 @@ var moreFaults = []fault{
 	}},
 	{"Redis evicts", func(c *chaos) {
 		// Among many other keys, so that it never has to refuse a write: that would be another fault, see freeze.
-		c.onRedis("EVAL", `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end return 1`, "0")
+		const fill = `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end return 1`
+		c.onRedis("EVAL", fill, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "allkeys-random")
 		for range 8 { // a tenth of all at a time
 			info, err := c.redis.InfoMap(context.Background(), "memory").Result()
