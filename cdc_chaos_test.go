@@ -1058,7 +1058,8 @@ var moreFaults = []fault{
 		}
 	}},
 	{"Redis evicts", func(c *chaos) {
-		// Among many other keys, so that it never has to refuse a write: that would be another fault, see freeze.
+		// Among many other keys, so that it never has to refuse a write: that would be another fault, in
+		// whose wake one replica serves what another has moved on from, as after a freeze.
 		const fill = `for i = 1, 5000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end return 1`
 		c.onRedis("EVAL", fill, "0")
 		c.onRedis("CONFIG", "SET", "maxmemory-policy", "allkeys-random")
