@@ -517,8 +517,8 @@ func (l *load) post(base string, id int64) {
 	key := fmt.Sprintf("open-%x", rand.Uint64())
 	body := fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key)
 	for {
-		response, err := chaosClient.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", base, id), "application/json",
-			strings.NewReader(body))
+		path := fmt.Sprintf("%s/v1/wallets/%d/deposit", base, id)
+		response, err := chaosClient.Post(path, "application/json", strings.NewReader(body))
 		if err == nil {
 			response.Body.Close()
 			if response.StatusCode == 200 {
@@ -940,8 +940,8 @@ func step() time.Duration {
 	return offset
 }
 
-// openWallets moves money into wallets that were not there before. Their first entries have the clock's own time;
-// a wallet's later ones are never given an earlier time than those before.
+// openWallets moves money into wallets that were not there before. Their first entries have the clock's own
+// time; a wallet's later ones are never given an earlier time than those before.
 func (c *chaos) openWallets() {
 	c.t.Helper()
 	for range 10 {
@@ -1340,7 +1340,7 @@ func TestChaosPutBack(t *testing.T) {
 				response.Body.Close()
 				got := fmt.Sprintf("seq %d, balance %s", b.Seq, b.Balance)
 				if status := response.StatusCode; err != nil || status != 200 || got != want {
-					t.Errorf("wallet %d at %s: %d %s (%v), but Postgres has %s", id, r.url, status, got, err, want)
+					t.Errorf("wallet %d at %s: %d %s (%v), but %s in Postgres", id, r.url, status, got, err, want)
 				}
 			}
 		}
