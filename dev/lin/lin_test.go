@@ -11,7 +11,7 @@
 // show more than Postgres does, or less.
 //
 // lin_test.go is the run, clients_test.go the load, faults_test.go what goes wrong, model_test.go what is
-// right, shrink_test.go what is shown.
+// right, order_test.go what makes it quick to see, shrink_test.go what is shown.
 package lin
 
 import (

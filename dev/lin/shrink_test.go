@@ -35,8 +35,14 @@ func input(op porcupine.Operation) *request   { return op.Input.(*request) }
 func output(op porcupine.Operation) *response { return op.Output.(*response) }
 func writes(op porcupine.Operation) bool      { return input(op).writes(output(op)) }
 
-func (v violation) stands() bool {
-	return porcupine.CheckOperationsTimeout(v.model.porcupine(), v.ops, shrinkLimit) == porcupine.Illegal
+func (v violation) stands() bool { return v.check(shrinkLimit) == porcupine.Illegal }
+
+func (v violation) check(limit time.Duration) porcupine.CheckResult {
+	ops, possible := v.model.order(v.ops)
+	if !possible {
+		return porcupine.Illegal
+	}
+	return porcupine.CheckOperationsTimeout(v.model.porcupine(), ops, limit)
 }
 
 // find looks for a violation: first in parts, each of one wallet's writes and some of what else was answered
@@ -66,8 +72,7 @@ func (v violation) find(limit time.Duration) (porcupine.CheckResult, violation) 
 			}
 		}
 	}
-	result := porcupine.CheckOperationsTimeout(v.model.porcupine(), v.ops, limit)
-	return result, v
+	return v.check(limit), v
 }
 
 // try puts a smaller one in v's place if it is still impossible.
