@@ -329,7 +329,9 @@ func (r *run) check(group int64, ops []porcupine.Operation) {
 	case porcupine.Ok:
 		return
 	case porcupine.Unknown:
-		r.t.Errorf("group %d: its %d operations were not checked within %v", group, len(ops), checkLimit)
+		whole := filepath.Join(r.folder, fmt.Sprintf("group-%d.txt", group))
+		os.WriteFile(whole, []byte(v.String()), 0o644)
+		r.t.Errorf("group %d: its %d operations were not checked within %v, see %s", group, len(ops), checkLimit, whole)
 		return
 	}
 	r.found = append(r.found, finding{group, len(ops), v})
