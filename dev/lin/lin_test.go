@@ -331,7 +331,8 @@ func (r *run) check(group int64, ops []porcupine.Operation) {
 	case porcupine.Unknown:
 		whole := filepath.Join(r.folder, fmt.Sprintf("group-%d.txt", group))
 		os.WriteFile(whole, []byte(v.String()), 0o644)
-		r.t.Errorf("group %d: its %d operations were not checked within %v, see %s", group, len(ops), checkLimit, whole)
+		r.t.Errorf("group %d: its %d operations were not checked within %v, see %s",
+			group, len(ops), checkLimit, whole)
 		return
 	}
 	r.found = append(r.found, finding{group, len(ops), v})
@@ -344,6 +345,7 @@ func (r *run) show() {
 	printed := 0
 	until := time.Now().Add(showMost)
 	for _, f := range r.found {
+		before := maps.Clone(kinds)
 		for left := f.violation; time.Now().Before(until); {
 			result, v := left.find(shrinkLimit)
 			if result != porcupine.Illegal {
@@ -355,7 +357,7 @@ func (r *run) show() {
 			v.shrink()
 			kind := v.kind()
 			kinds[kind]++
-			if printed < findingsMost || kinds[kind] == 1 {
+			if another := kinds[kind] == before[kind]+1; another && (printed < findingsMost || kinds[kind] == 1) {
 				printed++
 				r.print(f, v, kind, printed)
 			}
