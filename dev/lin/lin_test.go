@@ -357,7 +357,7 @@ func (r *run) show() {
 			v.shrink()
 			kind := v.kind()
 			kinds[kind]++
-			if another := kinds[kind] == before[kind]+1; another && (printed < findingsMost || kinds[kind] == 1) {
+			if kinds[kind] == 1 || kinds[kind] == before[kind]+1 && printed < findingsMost {
 				printed++
 				r.print(f, v, kind, printed)
 			}
