@@ -122,7 +122,7 @@ func served(s *state, q *request) *response {
 }
 
 // TestWhatCanBeIsFoundToBe: random histories of one ledger, in which one operation in ten lasts as long as
-// hundreds of others, are found to be possible, and at once. Without what order adds, some are not within 10 s.
+// hundreds of others, are found to be possible, and at once. Without what order adds, some take over 10 s.
 func TestWhatCanBeIsFoundToBe(t *testing.T) {
 	kinds := []string{deposit, deposit, withdraw, transfer, balance, balance, balance, fresh, history}
 	for seed := range uint64(60) {
