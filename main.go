@@ -1,5 +1,5 @@
-// Wallet is a wallet service: deposits, withdrawals and transfers over HTTP, each one Postgres commit and exactly one Kafka
-// event per wallet touched.
+// Wallet is a wallet service: deposits, withdrawals and transfers over HTTP, each one Postgres commit and
+// exactly one Kafka event per wallet touched.
 //
 //	wallet            serve; configuration comes from the environment (-h lists it)
 //	wallet -migrate   apply the schema as the owner (MIGRATE_URL), then exit
@@ -7,8 +7,9 @@
 //	wallet -audit     compare ledger and topic, then exit: 0 clean, 1 findings
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
 //
-// This file: configuration, start and stop, the routes and what stands around them (decoding, problems, logs, metrics). It holds no
-// rule about money (wallet.go), no event (outbox.go), no relay (cdc.go), no cache (cache.go).
+// This file: configuration, start and stop, the table of routes and their handlers. It holds no rule about
+// money (wallet.go), no event (outbox.go), no relay (cdc.go), no cache (cache.go); what stands around every
+// route is in internal/api, who may ask in internal/gate.
 package main
 
 import (
@@ -57,11 +58,14 @@ func main() {
 	flags := flag.NewFlagSet("wallet", flag.ContinueOnError)
 	migrateOnly := flags.Bool("migrate", false, "apply the schema as the owner (MIGRATE_URL), then exit")
 	auditOnly := flags.Bool("audit", false, "compare ledger and topic, then exit: 0 clean, 1 findings")
-	adoptOnly := flags.Bool("adopt", false, "let the relay go on in another database (a restore, an upgrade), then exit")
-	makeKey := flags.String("new-key", "", "make an API key for a client and its scopes, as in `checkout:read+write`, then exit")
+	adoptOnly := flags.Bool("adopt", false,
+		"let the relay go on in another database (a restore, an upgrade), then exit")
+	makeKey := flags.String("new-key", "",
+		"make an API key for a client and its scopes, as in `checkout:read+write`, then exit")
 	version := flags.Bool("version", false, "print the version, then exit")
 	flags.Usage = func() {
-		fmt.Fprintln(flags.Output(), "Usage: wallet [-migrate | -audit | -adopt | -new-key NAME:SCOPES | -version]")
+		fmt.Fprintln(flags.Output(),
+			"Usage: wallet [-migrate | -audit | -adopt | -new-key NAME:SCOPES | -version]")
 		fmt.Fprintln(flags.Output())
 		flags.PrintDefaults()
 		fmt.Fprintln(flags.Output(), "\nEnvironment:")
@@ -73,7 +77,8 @@ func main() {
 		os.Exit(2)
 	}
 	if flags.NArg() > 0 {
-		fmt.Fprintf(os.Stderr, "wallet: leave out %q: there are options and environment variables only (-h lists them)\n", flags.Arg(0))
+		fmt.Fprintf(os.Stderr, "wallet: leave out %q: there are options and environment variables only "+
+			"(-h lists them)\n", flags.Arg(0))
 		os.Exit(2)
 	}
 	if *version {
@@ -83,7 +88,8 @@ func main() {
 	if *makeKey != "" {
 		key, line, err := gate.MakeKey(*makeKey)
 		if err != nil {
-			fmt.Fprintln(os.Stderr, "wallet: name a client and its scopes, as in -new-key checkout:read+write")
+			fmt.Fprintln(os.Stderr,
+				"wallet: name a client and its scopes, as in -new-key checkout:read+write")
 			os.Exit(2)
 		}
 		fmt.Printf("for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
@@ -131,9 +137,10 @@ func main() {
 	os.Exit(exit)
 }
 
-// tuneCollector spends memory on fewer collections while serving: a few MB live, so that by Go's default a fifth of the processor time under load went into
-// collecting every few milliseconds. GOGC and GOMEMLIMIT, where set, decide instead: thousands of connections live in more than 90 MB, and
-// the collector would work hard to no avail.
+// tuneCollector spends memory on fewer collections while serving: a few MB live, so that by Go's default a
+// fifth of the processor time under load went into collecting every few milliseconds. GOGC and GOMEMLIMIT,
+// where set, decide instead: thousands of connections live in more than 90 MB, and the collector would work
+// hard to no avail.
 func tuneCollector() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
@@ -152,9 +159,9 @@ func buildVersion() string {
 
 var stamp string // the image's version, set by the linker (Dockerfile)
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Start and stop
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // service is the program without its listener: what there is to run, wired together.
 type service struct {
@@ -206,17 +213,22 @@ func newService(cfg *config) (*service, error) {
 	return s, nil
 }
 
-// run serves until ctx ends or a part fails. It listens at once (alive, not ready), waits for the servers it needs, and stops in
-// the order that loses nothing: not ready, HTTP drained, writers drained, the relay's last confirmation; operators can look on to the end.
+// run serves until ctx ends or a part fails. It listens at once (alive, not ready), waits for the servers it
+// needs, and stops in the order that loses nothing: not ready, HTTP drained, writers drained, the relay's
+// last confirmation; operators can look on to the end.
 func (s *service) run(ctx context.Context, listener net.Listener) error {
 	defer s.reads.Close()
 	defer s.writes.Close()
 
-	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops them all.
+	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops
+	// them all.
 	failed := make(chan error, 1)
-	web, keeping, writing, relaying, operating := newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed), newGroup(failed)
-	public := s.listen(web, gate.Connections(listener, s.cfg.connectionsMax), s.api.public, 10*time.Second+s.cfg.requestTimeout)
-	slog.Info("listening", "address", listener.Addr().String(), "tls", s.certificate != nil, "version", buildVersion())
+	web, keeping, writing := newGroup(failed), newGroup(failed), newGroup(failed)
+	relaying, operating := newGroup(failed), newGroup(failed)
+	limited := gate.Connections(listener, s.cfg.connectionsMax)
+	public := s.listen(web, limited, s.api.public, 10*time.Second+s.cfg.requestTimeout)
+	slog.Info("listening", "address", listener.Addr().String(), "tls", s.certificate != nil,
+		"version", buildVersion())
 	if s.cfg.operateAddr != "" {
 		operators, err := net.Listen("tcp", s.cfg.operateAddr)
 		if err != nil {
@@ -240,15 +252,13 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		if s.cfg.apiKeysFile != "" {
 			keeping.run(func(ctx context.Context) error {
 				load := func() error { return keysAdvice(s.api.Keys.Load()) }
-				gate.Watch(ctx, 5*time.Second, load, s.cfg.apiKeysFile)
-				return nil
+				return gate.Watch(ctx, 5*time.Second, load, s.cfg.apiKeysFile)
 			})
 		}
 		if s.certificate != nil {
 			keeping.run(func(ctx context.Context) error {
 				load := func() error { return certificateAdvice(s.certificate.Load()) }
-				gate.Watch(ctx, 5*time.Second, load, s.cfg.tlsCert, s.cfg.tlsKey)
-				return nil
+				return gate.Watch(ctx, 5*time.Second, load, s.cfg.tlsCert, s.cfg.tlsKey)
 			})
 		}
 		s.api.Started.Store(true)
@@ -282,22 +292,23 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 }
 
 // listen serves a handler on a listener. The timeouts let no slow client hold anything for long.
-func (s *service) listen(g *group, listener net.Listener, handler http.Handler, writeTimeout time.Duration) *http.Server {
+func (s *service) listen(g *group, l net.Listener, h http.Handler, writeTimeout time.Duration) *http.Server {
 	server := &http.Server{
-		Handler:           handler,
+		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // clients that break off
+		// Clients that break off.
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
 	g.run(func(context.Context) (err error) {
 		if s.certificate != nil {
 			server.TLSConfig = s.certificate.Config()
-			err = server.ServeTLS(listener, "", "")
+			err = server.ServeTLS(l, "", "")
 		} else {
-			err = server.Serve(listener)
+			err = server.Serve(l)
 		}
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
@@ -374,19 +385,21 @@ func waitFor(ctx context.Context, what string, try func(context.Context) error) 
 	}
 }
 
-// openPool makes a pool of connections as the service's role. No connection is made before the first is needed.
+// openPool makes a pool of connections as the service's role. No connection is made before the first is
+// needed.
 func openPool(cfg *config, connections int, name string, balances *cache) (*pgxpool.Pool, error) {
 	pool, err := pgxpool.ParseConfig(cfg.databaseURL)
 	if err != nil {
-		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as postgres://user:password@host:5432/wallet: %w", err)
+		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as "+
+			"postgres://user:password@host:5432/wallet: %w", err)
 	}
 	pool.MaxConns = int32(connections)
 	pool.MaxConnIdleTime = 10 * time.Minute
 	pool.ConnConfig.ConnectTimeout = 3 * time.Second
 	for name, value := range map[string]string{
 		"application_name": name,
-		// A statement prepared while its table is empty is planned for an empty table and stays so. All of ours are lookups by
-		// an index: leave the planner nothing else, plan once, and do not compile.
+		// A statement prepared while its table is empty is planned for an empty table and stays so. All of
+		// ours are lookups by an index: leave the planner nothing else, plan once, and do not compile.
 		"enable_seqscan":   "off",
 		"enable_hashjoin":  "off",
 		"enable_mergejoin": "off",
@@ -404,12 +417,15 @@ func openPool(cfg *config, connections int, name string, balances *cache) (*pgxp
 		pool.ConnConfig.RuntimeParams[name] = value
 	}
 	pool.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
-		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for us.
+		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for
+		// us.
 		var ledger, life string
 		err := conn.QueryRow(ctx, `
 SELECT format('%s.%s.%s', system_identifier, d.oid, current_schema()),
-       format('%s.%s', substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), extract(epoch FROM pg_postmaster_start_time())),
-       CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END
+       format('%s.%s', substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
+              extract(epoch FROM pg_postmaster_start_time())),
+       CASE WHEN current_setting('synchronous_commit') = 'off'
+            THEN set_config('synchronous_commit', 'on', false) END
 FROM pg_control_system(), pg_database d WHERE d.datname = current_database()`).Scan(&ledger, &life, nil)
 		if err == nil && balances != nil {
 			balances.enter(ledger, life)
@@ -427,7 +443,8 @@ const (
 	postgresVersionMin = 150000
 )
 
-// migrate brings the schema up to schemaVersion, unless it is there or newer. Replicas that start together take turns.
+// migrate brings the schema up to schemaVersion, unless it is there or newer. Replicas that start together
+// take turns.
 func migrate(ctx context.Context, cfg *config) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -450,8 +467,10 @@ func migrate(ctx context.Context, cfg *config) error {
 	}
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `
-SELECT pg_advisory_xact_lock(hashtext('wallet.schema')), set_config('wallet.service_role', $1, true), set_config('wallet.relay_role', $2, true),
-       set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true), set_config('client_min_messages', 'warning', true)`,
+SELECT pg_advisory_xact_lock(hashtext('wallet.schema')),
+       set_config('wallet.service_role', $1, true), set_config('wallet.relay_role', $2, true),
+       set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true),
+       set_config('client_min_messages', 'warning', true)`,
 			service.User, relay.User); err != nil {
 			return err
 		}
@@ -464,7 +483,8 @@ SELECT pg_advisory_xact_lock(hashtext('wallet.schema')), set_config('wallet.serv
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501": // insufficient_privilege
-		return fmt.Errorf("the schema is at version %d and this program needs %d: run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", version, schemaVersion, err)
+		return fmt.Errorf("the schema is at version %d and this program needs %d: "+
+			"run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", version, schemaVersion, err)
 	case err != nil:
 		return fmt.Errorf("apply the schema: %w", err)
 	}
@@ -472,7 +492,8 @@ SELECT pg_advisory_xact_lock(hashtext('wallet.schema')), set_config('wallet.serv
 	return nil
 }
 
-// readSchemaVersion is 0 for a database without any of our tables. Tables of our names that are not ours are refused.
+// readSchemaVersion is 0 for a database without any of our tables. Tables of our names that are not ours are
+// refused.
 func readSchemaVersion(ctx context.Context, db interface {
 	QueryRow(context.Context, string, ...any) pgx.Row
 }) (int, error) {
@@ -481,14 +502,17 @@ func readSchemaVersion(ctx context.Context, db interface {
 	var foreign string
 	err := db.QueryRow(ctx, `
 SELECT current_setting('server_version_num')::int, to_regclass('wallet_schema') IS NOT NULL,
-       coalesce((SELECT string_agg(t, ', ') FROM unnest('{wallet,entry,currency,outbox}'::text[]) AS t WHERE to_regclass(t) IS NOT NULL), '')`).Scan(&server, &ours, &foreign)
+       coalesce((SELECT string_agg(t, ', ') FROM unnest('{wallet,entry,currency,outbox}'::text[]) AS t
+                 WHERE to_regclass(t) IS NOT NULL), '')`).Scan(&server, &ours, &foreign)
 	switch {
 	case err != nil:
 		return 0, err
 	case server < postgresVersionMin:
-		return 0, finalError{fmt.Errorf("this Postgres is too old (server_version_num %d): use version 15 or later", server)}
+		return 0, finalError{fmt.Errorf("this Postgres is too old (server_version_num %d): "+
+			"use version 15 or later", server)}
 	case !ours && foreign != "":
-		return 0, finalError{fmt.Errorf("this database has tables of our names that are not ours (%s): give the service a database of its own", foreign)}
+		return 0, finalError{fmt.Errorf("this database has tables of our names that are not ours (%s): "+
+			"give the service a database of its own", foreign)}
 	case !ours:
 		return 0, nil
 	}
@@ -508,8 +532,8 @@ func (s *service) prepare(ctx context.Context) error {
 	return s.ledger.loadCurrencies(ctx)
 }
 
-// keep does, every minute, what a long life needs: outbox partitions ahead, old ones dropped where no relay does it, new
-// currencies.
+// keep does, every minute, what a long life needs: outbox partitions ahead, old ones dropped where no relay
+// does it, new currencies.
 func (s *service) keep(ctx context.Context) error {
 	tick := time.NewTicker(time.Minute)
 	defer tick.Stop()
@@ -531,11 +555,12 @@ func (s *service) keep(ctx context.Context) error {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Routes
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// server is the HTTP side: public is the whole handler of the clients' address, operator that of the operators'.
+// server is the HTTP side: public is the whole handler of the clients' address, operator that of the
+// operators'.
 type server struct {
 	*api.Server
 	ledger   *ledger
@@ -552,10 +577,8 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 		Starting:    refuse("starting", "The service is waiting for its database."),
 		Unavailable: refuse("unavailable", "The ledger could not be read in time. Try again."),
 		Unreachable: unreachable,
-		Keys:        keys,
-		Proxies:     cfg.trustedProxies,
-		Timeout:     cfg.requestTimeout,
-		RequestsMax: int64(cfg.requestsMax),
+		Keys:        keys, Proxies: cfg.trustedProxies,
+		Timeout: cfg.requestTimeout, RequestsMax: int64(cfg.requestsMax),
 	})}
 	if cfg.rateLimit > 0 {
 		s.Limits = gate.NewLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
@@ -617,10 +640,12 @@ func (s *server) routes() []api.Route {
 		{Method: "POST", Path: "/v1/wallets/{id}/transfer", Scope: gate.Write, Handle: s.transfer,
 			Doc: api.Doc{Summary: "Transfer to another wallet; creates it if need be",
 				ID: "WalletID", Fields: transferFields, Required: []string{"to_id", "amount"},
-				Answer:   "TransferReceipt",
-				Refusals: movementRefusals + " wallet_not_found insufficient_funds same_wallet balance_limit"}},
+				Answer: "TransferReceipt",
+				Refusals: movementRefusals + " wallet_not_found insufficient_funds same_wallet " +
+					"balance_limit"}},
 		{Method: "GET", Path: "/v1/transactions/{id}", Scope: gate.Read, Handle: s.getTransaction,
-			Doc: api.Doc{Summary: "Read a movement of money by its id", ID: "TransactionID", Answer: "Transaction",
+			Doc: api.Doc{Summary: "Read a movement of money by its id",
+				ID: "TransactionID", Answer: "Transaction",
 				Refusals: "transaction_id_malformed transaction_not_found"}},
 		{Method: "GET", Path: "/openapi.json", Scope: gate.Open, Handle: s.getOpenAPI,
 			Doc: api.Doc{Summary: "This document", Answer: "Document"}},
@@ -653,45 +678,28 @@ const movementRefusals = "wallet_id_malformed field_missing idempotency_key_miss
 	"amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale currency_malformed " +
 	"currency_mismatch"
 
-// problems is every refusal there is: its stable code, its status and its title.
+// problems is every refusal besides the API's own (internal/api): its stable code, its status and its title.
 var problems = map[string]api.Problem{
-	"body_malformed":            {Status: 400, Title: "The body is not the JSON object that this route takes"},
-	"field_unknown":             {Status: 400, Title: "The body has a field that this route does not know"},
-	"field_duplicate":           {Status: 400, Title: "The body has a field twice"},
-	"field_missing":             {Status: 400, Title: "The body lacks a field"},
-	"wallet_id_malformed":       {Status: 400, Title: "Not a wallet id"},
-	"transaction_id_malformed":  {Status: 400, Title: "Not a transaction id"},
-	"amount_malformed":          {Status: 400, Title: "Not an amount"},
-	"amount_exponent":           {Status: 400, Title: "An amount with an exponent"},
-	"amount_not_positive":       {Status: 400, Title: "An amount that is not positive"},
-	"amount_too_large":          {Status: 400, Title: "An amount with too many digits"},
-	"currency_malformed":        {Status: 400, Title: "Not a currency code"},
-	"same_wallet":               {Status: 400, Title: "A transfer to the same wallet"},
-	"idempotency_key_missing":   {Status: 400, Title: "No idempotency key"},
-	"idempotency_key_malformed": {Status: 400, Title: "Not an idempotency key"},
-	"idempotency_key_conflict":  {Status: 400, Title: "Two different idempotency keys"},
-	"parameter_malformed":       {Status: 400, Title: "A query parameter with a bad value"},
-	"wallet_not_found":          {Status: 404, Title: "No such wallet"},
-	"transaction_not_found":     {Status: 404, Title: "No such transaction"},
-	"route_not_found":           {Status: 404, Title: "No such route"},
-	"method_not_allowed":        {Status: 405, Title: "Not a method of this route"},
-	"wallet_exists":             {Status: 409, Title: "The wallet exists already"},
-	"seq_not_reached":           {Status: 409, Title: "The wallet has no such entry yet"},
-	"body_too_large":            {Status: 413, Title: "The body is too large"},
-	"content_type_unsupported":  {Status: 415, Title: "Not JSON by its content type"},
-	"amount_scale":              {Status: 422, Title: "More decimals than the currency has"},
-	"currency_unknown":          {Status: 422, Title: "Unknown currency"},
-	"currency_mismatch":         {Status: 422, Title: "Another currency than the wallet's"},
-	"insufficient_funds":        {Status: 422, Title: "Insufficient funds"},
-	"balance_limit":             {Status: 422, Title: "The balance would become too large"},
-	"idempotency_key_reused":    {Status: 422, Title: "The key was used for another operation"},
-	"unauthenticated":           {Status: 401, Title: "No valid API key"},
-	"forbidden":                 {Status: 403, Title: "The API key's scopes do not include this"},
-	"rate_limited":              {Status: 429, Title: "Too many requests"},
-	"internal":                  {Status: 500, Title: "A fault of ours"},
-	"overloaded":                {Status: 503, Title: "Too busy"},
-	"unavailable":               {Status: 503, Title: "Not available"},
-	"starting":                  {Status: 503, Title: "Not ready"},
+	"field_missing":            {Status: 400, Title: "The body lacks a field"},
+	"wallet_id_malformed":      {Status: 400, Title: "Not a wallet id"},
+	"transaction_id_malformed": {Status: 400, Title: "Not a transaction id"},
+	"amount_malformed":         {Status: 400, Title: "Not an amount"},
+	"amount_exponent":          {Status: 400, Title: "An amount with an exponent"},
+	"amount_not_positive":      {Status: 400, Title: "An amount that is not positive"},
+	"amount_too_large":         {Status: 400, Title: "An amount with too many digits"},
+	"currency_malformed":       {Status: 400, Title: "Not a currency code"},
+	"same_wallet":              {Status: 400, Title: "A transfer to the same wallet"},
+	"idempotency_key_missing":  {Status: 400, Title: "No idempotency key"},
+	"wallet_not_found":         {Status: 404, Title: "No such wallet"},
+	"transaction_not_found":    {Status: 404, Title: "No such transaction"},
+	"wallet_exists":            {Status: 409, Title: "The wallet exists already"},
+	"seq_not_reached":          {Status: 409, Title: "The wallet has no such entry yet"},
+	"amount_scale":             {Status: 422, Title: "More decimals than the currency has"},
+	"currency_unknown":         {Status: 422, Title: "Unknown currency"},
+	"currency_mismatch":        {Status: 422, Title: "Another currency than the wallet's"},
+	"insufficient_funds":       {Status: 422, Title: "Insufficient funds"},
+	"balance_limit":            {Status: 422, Title: "The balance would become too large"},
+	"idempotency_key_reused":   {Status: 422, Title: "The key was used for another operation"},
 }
 
 func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
@@ -714,7 +722,9 @@ func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
 	case err != nil:
 		return nil, err
 	case op.key == "" && op.idChosen:
-		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an \"idempotency_key\", so that a retry does not create a second wallet; or choose the id yourself.")
+		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
+			"\"idempotency_key\", so that a retry does not create a second wallet; or choose the id "+
+			"yourself.")
 	case op.key == "":
 		// Without a key a repeat is wallet_exists; but our own rerun of a batch must recognise its wallet.
 		op.key = "\x01" + rand.Text() // which no client can send
@@ -722,28 +732,26 @@ func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
 	if err := s.ledger.do(r.Context(), op); err != nil {
 		return nil, err
 	}
-	w := &op.created
-	return &api.Reply{
-		Body:     appendWallet(nil, w),
-		Replayed: op.replayed,
-		Header:   map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", w.ID)},
-	}, nil
+	location := map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", op.created.ID)}
+	return &api.Reply{Body: appendWallet(nil, &op.created), Replayed: op.replayed, Header: location}, nil
 }
 
-func (s *server) deposit(r *http.Request) (*api.Reply, error)  { return s.move(r, kindDeposit) }
-func (s *server) withdraw(r *http.Request) (*api.Reply, error) { return s.move(r, kindWithdrawal) }
-func (s *server) transfer(r *http.Request) (*api.Reply, error) { return s.move(r, kindTransferOut) }
+func (s *server) deposit(r *http.Request) (*api.Reply, error) {
+	return s.move(r, kindDeposit, movementFields)
+}
+func (s *server) withdraw(r *http.Request) (*api.Reply, error) {
+	return s.move(r, kindWithdrawal, movementFields)
+}
+func (s *server) transfer(r *http.Request) (*api.Reply, error) {
+	return s.move(r, kindTransferOut, transferFields)
+}
 
-// move is every movement of money: it reads the operation, has it posted and shows how it stands in the ledger.
-func (s *server) move(r *http.Request, kind string) (*api.Reply, error) {
+// move is every movement of money: it reads the operation, has it posted and shows it as the ledger has it.
+func (s *server) move(r *http.Request, kind string, allowed []string) (*api.Reply, error) {
 	op := &operation{kind: kind, traceparent: api.Traceparent(r.Header)}
 	var err error
 	if op.walletID, err = parseWalletID(r.PathValue("id")); err != nil {
 		return nil, err
-	}
-	allowed := movementFields
-	if kind == kindTransferOut {
-		allowed = transferFields
 	}
 	body, err := api.ReadFields(r, allowed...)
 	if err != nil {
@@ -753,7 +761,8 @@ func (s *server) move(r *http.Request, kind string) (*api.Reply, error) {
 		return nil, err
 	}
 	if op.key == "" {
-		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an \"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
+		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
+			"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
 	}
 	amount, given := body["amount"]
 	if !given {
@@ -774,7 +783,8 @@ func (s *server) move(r *http.Request, kind string) (*api.Reply, error) {
 			return nil, err
 		}
 		if op.toID == op.walletID {
-			return nil, refuse("same_wallet", "A transfer goes to another wallet; this one names wallet %d twice.", op.toID)
+			return nil, refuse("same_wallet",
+				"A transfer goes to another wallet; this one names wallet %d twice.", op.toID)
 		}
 	}
 	if err := s.ledger.do(r.Context(), op); err != nil {
@@ -813,13 +823,11 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`, b.walletID, b.currency, b.balance, b.seq)}, nil
+	return &api.Reply{Body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`,
+		b.walletID, b.currency, b.balance, b.seq)}, nil
 }
 
-const (
-	historyLimit    = 50
-	historyLimitMax = 1000
-)
+const historyLimit, historyLimitMax = 50, 1000 // by default, and at most
 
 // endOfTime is the until of a history that has none.
 var endOfTime = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -840,7 +848,8 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 	var p page
 	if cursor := query["cursor"]; cursor != "" {
 		if query["since"] != "" || query["until"] != "" || query["order"] != "" {
-			return nil, refuse("parameter_malformed", "A cursor stands for since, until and order: send it with a limit only.")
+			return nil, refuse("parameter_malformed",
+				"A cursor stands for since, until and order: send it with a limit only.")
 		}
 		if p, err = parseCursor(cursor); err != nil {
 			return nil, err
@@ -880,7 +889,8 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 		} else {
 			p.from = last + 1
 		}
-		answer.Header = map[string]string{"Link": fmt.Sprintf(`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
+		answer.Header = map[string]string{"Link": fmt.Sprintf(
+			`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
 	}
 	for i := range entries {
 		if i > 0 {
@@ -906,7 +916,8 @@ func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
 	}
 	body := appendReceipt(nil, m)
 	body = append(body, `,"kind":"`...)
-	body = append(body, strings.TrimSuffix(m.Kind, "_out")...) // the transaction is a transfer, the entry its transfer_out
+	// The transaction is a transfer, the entry its transfer_out.
+	body = append(body, strings.TrimSuffix(m.Kind, "_out")...)
 	body = append(body, `","idempotency_key":`...)
 	body = strconv.AppendQuote(body, m.Key)
 	return &api.Reply{Body: append(body, '}')}, nil
@@ -927,7 +938,8 @@ func (s *server) readyz(r *http.Request) (*api.Reply, error) {
 	version, err := readSchemaVersion(ctx, s.ledger.reads)
 	if err != nil || version < schemaVersion {
 		slog.WarnContext(ctx, "not ready", "schema", version, "error", err)
-		return nil, refuse("unavailable", "Postgres cannot be reached, or its schema is older than this program.")
+		return nil, refuse("unavailable",
+			"Postgres cannot be reached, or its schema is older than this program.")
 	}
 	return &api.Reply{Body: []byte(`{"status":"ready"}`)}, nil
 }
@@ -957,22 +969,25 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	if s.relay != nil {
 		s.relay.writeMetrics(w)
 	}
-	return &api.Reply{Body: out.Bytes(), Header: map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}}, nil
+	kind := map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+	return &api.Reply{Body: out.Bytes(), Header: kind}, nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Answers
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function of the ledger, so that
-// a replay is equal byte for byte.
+// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function
+// of the ledger, so that a replay is equal byte for byte.
 func appendReceipt(dst []byte, m *posted) []byte {
 	dst = append(slices.Grow(dst, 320), `{"transaction_id":"`...)
 	dst = m.appendTransactionID(dst)
 	dst = append(dst, '"')
 	integer := func(name string, v int64) { dst = strconv.AppendInt(append(dst, name...), v, 10) }
 	text := func(name, v string) { dst = append(append(append(dst, name...), v...), '"') }
-	number := func(name string, v decimal.Decimal) { dst = append(appendDecimal(append(dst, name...), v), '"') }
+	number := func(name string, v decimal.Decimal) {
+		dst = append(appendDecimal(append(dst, name...), v), '"')
+	}
 	if m.Kind == kindTransferOut {
 		integer(`,"from_id":`, m.WalletID)
 		integer(`,"to_id":`, m.CounterpartyID)
@@ -996,14 +1011,15 @@ func appendReceipt(dst []byte, m *posted) []byte {
 }
 
 func appendWallet(dst []byte, w *wallet) []byte {
-	dst = fmt.Appendf(dst, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d,"created_at":"`, w.ID, w.Currency, w.Balance, w.Seq)
+	dst = fmt.Appendf(dst, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d,"created_at":"`,
+		w.ID, w.Currency, w.Balance, w.Seq)
 	dst = w.CreatedAt.UTC().AppendFormat(dst, timeFormat)
 	return append(dst, `"}`...)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Requests
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // parseWalletID reads 1..2^63-1 in its one decimal form.
 func parseWalletID(s string) (int64, error) {
@@ -1039,7 +1055,8 @@ func (p page) cursor() string {
 }
 
 func parseCursor(s string) (page, error) {
-	bad := refuse("parameter_malformed", "This cursor is not one of ours. Take it from the Link header of the page before.")
+	bad := refuse("parameter_malformed",
+		"This cursor is not one of ours. Take it from the Link header of the page before.")
 	raw, err := base64.RawURLEncoding.DecodeString(s)
 	parts := strings.Split(string(raw), ".")
 	if err != nil || len(parts) != 3 || parts[0] != "a" && parts[0] != "d" {
@@ -1055,9 +1072,9 @@ func parseCursor(s string) (page, error) {
 	return p, nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Who may, and how much
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // keysAdvice says which setting mends what gate says of its keys.
 func keysAdvice(err error) error {
@@ -1069,8 +1086,9 @@ func keysAdvice(err error) error {
 		return errors.New("put a line NAME:SCOPES:HASH into API_KEYS_FILE (wallet -new-key makes one): " +
 			"an empty file would open the service to everybody")
 	case errors.As(err, &malformed):
-		return fmt.Errorf("write each API key as NAME:SCOPES:HASH, scopes of read, write and operate joined by +, "+
-			"as `wallet -new-key NAME:SCOPES` prints it (key %d is not so)", int(malformed))
+		return fmt.Errorf("write each API key as NAME:SCOPES:HASH, "+
+			"scopes of read, write and operate joined by +, as `wallet -new-key NAME:SCOPES` prints it "+
+			"(key %d is not so)", int(malformed))
 	}
 	return fmt.Errorf("set API_KEYS_FILE to a file that can be read: %w", err)
 }
@@ -1083,27 +1101,32 @@ func certificateAdvice(err error) error {
 	return fmt.Errorf("set TLS_CERT and TLS_KEY to files (PEM) that belong together: %w", err)
 }
 
-// checkListen refuses an address that others can reach while nobody needs a key, unless the operator vouches for what stands in front.
+// checkListen refuses an address that others can reach while nobody needs a key, unless the operator vouches
+// for what stands in front.
 func checkListen(cfg *config, k *gate.Keyring) error {
 	if !k.Empty() || cfg.authenticatedUpstream {
 		return nil
 	}
-	for name, address := range map[string]string{"LISTEN_ADDR": cfg.listenAddr, "OPERATE_ADDR": cfg.operateAddr} {
+	addresses := map[string]string{"LISTEN_ADDR": cfg.listenAddr, "OPERATE_ADDR": cfg.operateAddr}
+	for name, address := range addresses {
 		host, _, err := net.SplitHostPort(address)
-		if ip, notIP := netip.ParseAddr(host); err == nil && address != "" && host != "localhost" && (notIP != nil || !ip.IsLoopback()) {
-			return fmt.Errorf("set API_KEYS or API_KEYS_FILE (wallet -new-key makes a key), or %s to a loopback address: %s can be reached by others, "+
-				"who could all move money; AUTHENTICATED_UPSTREAM=true says that something in front authenticates", name, address)
+		ip, notIP := netip.ParseAddr(host)
+		loopback := host == "localhost" || notIP == nil && ip.IsLoopback()
+		if err == nil && address != "" && !loopback {
+			return fmt.Errorf("set API_KEYS or API_KEYS_FILE (wallet -new-key makes a key), or %s to a "+
+				"loopback address: %s can be reached by others, who could all move money; "+
+				"AUTHENTICATED_UPSTREAM=true says that something in front authenticates", name, address)
 		}
 	}
 	return nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Configuration
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// config is everything that can be set, read once from the environment at start. settings gives each field's variable, default,
-// unit and meaning, which -h prints.
+// config is everything that can be set, read once from the environment at start. settings gives each field's
+// variable, default, unit and meaning, which -h prints.
 type config struct {
 	databaseURL    string
 	migrateURL     string
@@ -1164,7 +1187,8 @@ func (c *config) settings() []env.Setting {
 			Help: "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL"},
 		{Name: "REPLICATION_URL", Secret: true, Set: env.URL(&c.replicationURL, "postgres", "postgresql"),
 			Help: "Postgres, as a role with REPLICATION, for the relay; default: DATABASE_URL"},
-		{Name: "REPLICATION_SLOT", Default: "wallet_relay", Set: env.Matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_"),
+		{Name: "REPLICATION_SLOT", Default: "wallet_relay",
+			Set:  env.Matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_"),
 			Help: "name of the relay's replication slot (unique in the Postgres cluster)"},
 		{Name: "OUTBOX_RETENTION", Default: "24h", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
 			Help: "how long a published outbox row is kept, in whole partitions of an hour"},
@@ -1174,21 +1198,24 @@ func (c *config) settings() []env.Setting {
 				"redis://host:6379/0"},
 		{Name: "CACHE_TTL", Default: "10m", Set: env.Duration(&c.cacheTTL, time.Second, 30*24*time.Hour),
 			Help: "how long a balance stays cached, and so the bound for one that a fault left behind"},
-		{Name: "CACHE_TIMEOUT", Default: "50ms", Set: env.Duration(&c.cacheTimeout, time.Millisecond, 10*time.Second),
+		{Name: "CACHE_TIMEOUT", Default: "50ms",
+			Set:  env.Duration(&c.cacheTimeout, time.Millisecond, 10*time.Second),
 			Help: "how long a read waits for Redis before it asks Postgres"},
 
 		{Name: "KAFKA_BROKERS", Set: env.HostPorts(&c.kafkaBrokers),
 			Help: "host:port, comma-separated, of some brokers; without it no event leaves the database"},
 		{Name: "KAFKA_TOPIC", Default: "wallet.events", Set: env.Matching(&c.kafkaTopic, 249, topicChars),
 			Help: "topic of the events; made if absent"},
-		{Name: "KAFKA_CHECKPOINT_TOPIC", Default: "wallet.checkpoints", Set: env.Matching(&c.kafkaCheckpointTopic, 249, topicChars),
+		{Name: "KAFKA_CHECKPOINT_TOPIC", Default: "wallet.checkpoints",
+			Set:  env.Matching(&c.kafkaCheckpointTopic, 249, topicChars),
 			Help: "topic of the relay's checkpoints; made if absent"},
 		{Name: "KAFKA_PARTITIONS", Default: "12", Set: env.Int(&c.kafkaPartitions, 1, 10_000),
 			Help: "partitions of a new events topic; final, since another number would break each " +
 				"wallet's order"},
 		{Name: "KAFKA_REPLICATION", Default: "-1", Set: env.Int(&c.kafkaReplication, -1, 100),
 			Help: "replication factor of new topics; -1: the broker's default"},
-		{Name: "KAFKA_RETENTION", Default: "-1ns", Set: env.Duration(&c.kafkaRetention, -1, 100*365*24*time.Hour),
+		{Name: "KAFKA_RETENTION", Default: "-1ns",
+			Set:  env.Duration(&c.kafkaRetention, -1, 100*365*24*time.Hour),
 			Help: "how long the events topic keeps an event; negative: for ever"},
 		{Name: "KAFKA_TLS", Default: "false", Set: env.Bool(&c.kafkaTLS),
 			Help: "true: speak TLS to the brokers"},
@@ -1198,7 +1225,8 @@ func (c *config) settings() []env.Setting {
 			Help: "file with a client certificate (PEM)"},
 		{Name: "KAFKA_TLS_KEY", Set: env.Text(&c.kafkaTLSKey),
 			Help: "file with the client certificate's key (PEM)"},
-		{Name: "KAFKA_SASL_MECHANISM", Set: env.OneOf(&c.kafkaSASLMechanism, "", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+		{Name: "KAFKA_SASL_MECHANISM",
+			Set:  env.OneOf(&c.kafkaSASLMechanism, "", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
 			Help: "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512; empty: no SASL"},
 		{Name: "KAFKA_SASL_USER", Set: env.Text(&c.kafkaSASLUser),
 			Help: "SASL user name"},
@@ -1242,12 +1270,14 @@ func (c *config) settings() []env.Setting {
 			Help: "operations that wait for a batch, at most; further ones are answered 503"},
 		{Name: "READ_CONNECTIONS", Default: "8", Set: env.Int(&c.readConns, 1, 1000),
 			Help: "Postgres connections for reads, at most"},
-		{Name: "REQUEST_TIMEOUT", Default: "5s", Set: env.Duration(&c.requestTimeout, 100*time.Millisecond, time.Minute),
+		{Name: "REQUEST_TIMEOUT", Default: "5s",
+			Set:  env.Duration(&c.requestTimeout, 100*time.Millisecond, time.Minute),
 			Help: "how long a request may take in all"},
 		{Name: "DRAIN_DELAY", Default: "0s", Set: env.Duration(&c.drainDelay, 0, 5*time.Minute),
 			Help: "how long to go on serving, not ready, after SIGTERM, so that load balancers look " +
 				"away first"},
-		{Name: "SHUTDOWN_TIMEOUT", Default: "15s", Set: env.Duration(&c.shutdownTimeout, time.Second, 5*time.Minute),
+		{Name: "SHUTDOWN_TIMEOUT", Default: "15s",
+			Set: env.Duration(&c.shutdownTimeout, time.Second, 5*time.Minute),
 			Help: "deadline for everything that follows: open requests, batches, the relay's last " +
 				"confirmation"},
 
@@ -1267,7 +1297,8 @@ func readConfig(getenv func(string) string) (*config, error) {
 		return nil, err
 	}
 	if c.databaseURL == "" {
-		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as postgres://user:password@host:5432/wallet")
+		return nil, errors.New("set DATABASE_URL to a Postgres URL such as " +
+			"postgres://user:password@host:5432/wallet")
 	}
 	if c.migrateURL == "" {
 		c.migrateURL = c.databaseURL
@@ -1278,28 +1309,28 @@ func readConfig(getenv func(string) string) (*config, error) {
 	// Half a protection is none, and would not show.
 	switch given := func(value string) bool { return value != "" }; {
 	case !c.kafkaTLS && (given(c.kafkaTLSCA) || given(c.kafkaTLSCert) || given(c.kafkaTLSKey)):
-		return nil, errors.New("set KAFKA_TLS to true, or leave out KAFKA_TLS_CA, KAFKA_TLS_CERT and KAFKA_TLS_KEY")
+		return nil, errors.New("set KAFKA_TLS to true, " +
+			"or leave out KAFKA_TLS_CA, KAFKA_TLS_CERT and KAFKA_TLS_KEY")
 	case given(c.kafkaTLSCert) != given(c.kafkaTLSKey):
 		return nil, errors.New("set KAFKA_TLS_CERT and KAFKA_TLS_KEY both, or neither")
-	case given(c.kafkaSASLMechanism) != given(c.kafkaSASLUser) || given(c.kafkaSASLMechanism) != given(c.kafkaSASLPassword):
-		return nil, errors.New("set KAFKA_SASL_MECHANISM, KAFKA_SASL_USER and KAFKA_SASL_PASSWORD all three, or none")
+	case given(c.kafkaSASLMechanism) != given(c.kafkaSASLUser),
+		given(c.kafkaSASLMechanism) != given(c.kafkaSASLPassword):
+		return nil, errors.New("set KAFKA_SASL_MECHANISM, " +
+			"KAFKA_SASL_USER and KAFKA_SASL_PASSWORD all three, or none")
 	}
 	return c, nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The API's contract
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // apiContract is what the names in the route table stand for.
 var apiContract = api.Contract{
-	Title:   "wallet",
-	Version: buildVersion(),
-	Description: "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are RFC 9457 " +
-		"problem documents with a stable code.",
-	Schemas:    schemas,
-	Fields:     fieldSchemas,
-	Parameters: parameterSchemas,
+	Title: "wallet", Version: buildVersion(),
+	Description: "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are " +
+		"RFC 9457 problem documents with a stable code.",
+	Schemas: schemas, Fields: fieldSchemas, Parameters: parameterSchemas,
 }
 
 func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
@@ -1316,33 +1347,47 @@ var (
 	walletIDSchema = object{"type": "integer", "minimum": 1, "maximum": math.MaxInt64}
 	currencySchema = object{"type": "string", "pattern": "^[A-Z0-9]{3,10}$"}
 	keySchema      = object{"type": "string", "pattern": "^[ -~]{1,255}$"}
-	walletIDInput  = object{"oneOf": []any{walletIDSchema, object{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
 
-	fieldSchemas = object{
-		"id": walletIDInput, "to_id": walletIDInput, "currency": currencySchema, "idempotency_key": keySchema,
-		"amount": object{"oneOf": []any{object{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`}, object{"type": "number", "exclusiveMinimum": 0}}},
-	}
-	parameterSchemas = object{
-		"min_seq": seqSchema, "limit": object{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit},
-		"since": timeSchema, "until": timeSchema, "order": object{"enum": []string{"asc", "desc"}, "default": "asc"}, "cursor": textSchema,
-	}
+	// What clients send is read more widely than what they get is written.
+	walletIDInput = object{"oneOf": []any{walletIDSchema,
+		object{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
+	amountInput = object{"oneOf": []any{
+		object{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`},
+		object{"type": "number", "exclusiveMinimum": 0}}}
+	fieldSchemas = object{"id": walletIDInput, "to_id": walletIDInput, "amount": amountInput,
+		"currency": currencySchema, "idempotency_key": keySchema}
+	parameterSchemas = object{"min_seq": seqSchema, "since": timeSchema, "until": timeSchema,
+		"cursor": textSchema, "order": object{"enum": []string{"asc", "desc"}, "default": "asc"},
+		"limit": object{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit}}
+
 	schemas = object{
-		"WalletID": walletIDSchema, "TransactionID": object{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"}, "IdempotencyKey": keySchema,
-		"Wallet":  api.Record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}),
-		"Balance": api.Record(object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema, "seq": seqSchema}),
-		"Receipt": api.Record(receipt), "TransferReceipt": api.Record(transferReceipt),
-		"Transaction": object{"oneOf": []any{api.Record(with(receipt, transactionExtra)), api.Record(with(transferReceipt, transactionExtra))}},
-		"History": object{"type": "array", "items": with(api.Record(object{
-			"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema, "kind": object{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
-			"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema, "balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema,
-		}), object{"additionalProperties": api.Record(object{"wallet_id": walletIDSchema, "seq": seqSchema})})}, // counterparty, of a transfer
-		"Status": api.Record(object{"status": textSchema}), "Document": object{"type": "object"},
+		"WalletID":       walletIDSchema,
+		"TransactionID":  object{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"},
+		"IdempotencyKey": keySchema,
+		"Wallet":         api.Record(with(balance, object{"created_at": timeSchema})),
+		"Balance":        api.Record(balance),
+		"Receipt":        api.Record(receipt), "TransferReceipt": api.Record(transferReceipt),
+		"Transaction": object{"oneOf": []any{api.Record(with(receipt, transactionExtra)),
+			api.Record(with(transferReceipt, transactionExtra))}},
+		"History":  object{"type": "array", "items": with(api.Record(historyItem), counterparty)},
+		"Status":   api.Record(object{"status": textSchema}),
+		"Document": object{"type": "object"},
 	}
-	receipt = object{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema, "amount": amountSchema, "balance": amountSchema,
-		"seq": seqSchema, "created_at": timeSchema}
-	transferReceipt = object{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema, "currency": currencySchema, "amount": amountSchema,
-		"from_balance": amountSchema, "to_balance": amountSchema, "from_seq": seqSchema, "to_seq": seqSchema, "created_at": timeSchema}
-	transactionExtra = object{"kind": object{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}}, "idempotency_key": keySchema}
+	balance = object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema,
+		"seq": seqSchema}
+	receipt = object{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema,
+		"amount": amountSchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}
+	transferReceipt = object{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema,
+		"currency": currencySchema, "amount": amountSchema, "from_balance": amountSchema,
+		"to_balance": amountSchema, "from_seq": seqSchema, "to_seq": seqSchema, "created_at": timeSchema}
+	transactionExtra = object{"kind": object{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}},
+		"idempotency_key": keySchema}
+	historyItem = object{"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema,
+		"kind":     object{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
+		"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema,
+		"balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema}
+	counterparty = object{ // of a transfer
+		"additionalProperties": api.Record(object{"wallet_id": walletIDSchema, "seq": seqSchema})}
 )
 
 func with(a, b object) object {

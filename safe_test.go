@@ -797,7 +797,7 @@ func FuzzRequest(f *testing.F) {
 			Code, Detail string
 		}
 		err = json.Unmarshal([]byte(text), &p)
-		if err != nil || p.Status != status || problems[p.Code].Status != status || p.Detail == "" {
+		if err != nil || p.Status != status || s.Problems[p.Code].Status != status || p.Detail == "" {
 			t.Fatalf("%s %q?%q %q: %d %s", method, path, query, body, status, text)
 		}
 		if status == 500 {

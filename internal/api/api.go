@@ -1,8 +1,10 @@
-// Package api serves HTTP operations out of one table of routes. Around each stand admission (gate), a deadline,
-// the problem document of an error or a panic, one log line, statistics; the same table makes the OpenAPI document.
+// Package api serves HTTP operations out of one table of routes. Around each stand admission (gate), a
+// deadline, the problem document of an error or a panic, one log line, statistics; the same table makes the
+// OpenAPI document.
 //
-// It touches nothing but requests and answers. Each request gets one answer, and no refusal is without a row in
-// the table of problems. What bodies, queries and headers say is read in read.go, the document made in openapi.go.
+// It touches nothing but requests and answers. Each request gets one answer, and no refusal is without a row
+// in the table of problems. What bodies, queries and headers say is read in read.go, the document made in
+// openapi.go.
 package api
 
 import (
@@ -13,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"net/netip"
@@ -37,7 +40,8 @@ type Route struct {
 	Doc          Doc
 }
 
-// Doc is what the OpenAPI document says of a route. Schemas, fields and parameters are named; Contract has them.
+// Doc is what the OpenAPI document says of a route. Schemas, fields and parameters are named; Contract has
+// them.
 type Doc struct {
 	Summary  string
 	ID       string   // schema of the {id} in the path
@@ -48,8 +52,8 @@ type Doc struct {
 	Refusals string // codes, space-separated, besides those of what stands around the handler
 }
 
-// versioned tells the service's own operations from what is about it: health, metrics, the document. Only they
-// wait for its start, and only they are logged when they succeed.
+// versioned tells the service's own operations from what is about it: health, metrics, the document. Only
+// they wait for its start, and only they are logged when they succeed.
 func (r *Route) versioned() bool { return strings.HasPrefix(r.Path, "/v1/") }
 
 // refusals is every code that the route may refuse with, by itself or by what stands around it.
@@ -97,9 +101,30 @@ type Problem struct {
 	Title  string
 }
 
+// own are the problems that may be found out here. Some of their codes a service refuses with as well.
+var own = map[string]Problem{
+	"body_malformed":            {400, "The body is not the JSON object that this route takes"},
+	"field_unknown":             {400, "The body has a field that this route does not know"},
+	"field_duplicate":           {400, "The body has a field twice"},
+	"idempotency_key_malformed": {400, "Not an idempotency key"},
+	"idempotency_key_conflict":  {400, "Two different idempotency keys"},
+	"parameter_malformed":       {400, "A query parameter with a bad value"},
+	"route_not_found":           {404, "No such route"},
+	"method_not_allowed":        {405, "Not a method of this route"},
+	"body_too_large":            {413, "The body is too large"},
+	"content_type_unsupported":  {415, "Not JSON by its content type"},
+	"unauthenticated":           {401, "No valid API key"},
+	"forbidden":                 {403, "The API key's scopes do not include this"},
+	"rate_limited":              {429, "Too many requests"},
+	"internal":                  {500, "A fault of ours"},
+	"overloaded":                {503, "Too busy"},
+	"unavailable":               {503, "Not available"},
+	"starting":                  {503, "Not ready"},
+}
+
 // Config is what a server is told of its service.
 type Config struct {
-	Problems map[string]Problem // every refusal there is, by its code
+	Problems map[string]Problem // the service's refusals, by their codes; New adds those of this package
 
 	// The service's words for what is found out here, with the codes overloaded, starting and unavailable.
 	Overloaded, Starting, Unavailable Refusal
@@ -124,7 +149,11 @@ type Server struct {
 }
 
 // New makes a server that has not started.
-func New(c Config) *Server { return &Server{Config: c} }
+func New(c Config) *Server {
+	c.Problems = maps.Clone(c.Problems)
+	maps.Copy(c.Problems, own)
+	return &Server{Config: c}
+}
 
 // Mux serves routes, and answers what is none of them. A route that may refuse with what is no problem is a
 // programmer's error.
@@ -149,13 +178,14 @@ func (s *Server) Mux(routes []Route) *http.ServeMux {
 		}}))
 	}
 	mux.Handle("/", s.serve(Route{Path: "other", Handle: func(r *http.Request) (*Reply, error) {
-		no := refuse("route_not_found", "There is no %.100q here. /openapi.json lists the routes.", r.URL.Path)
-		return nil, no
+		return nil, refuse("route_not_found",
+			"There is no %.100q here. /openapi.json lists the routes.", r.URL.Path)
 	}}))
 	return mux
 }
 
-// Guard lets those whose key has the scope through to a handler that is no route. Others get a problem document.
+// Guard lets those whose key has the scope through to a handler that is no route. Others get a problem
+// document.
 func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := s.admit(r, needed); err != nil {
@@ -167,9 +197,9 @@ func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) htt
 	})
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // What stands around every route
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 type requestIDKey struct{}
 
@@ -180,8 +210,8 @@ func requestID(ctx context.Context) string {
 
 const requestIDChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 
-// serve wraps a route's Handle: request id, deadline, the problem document of an error or a panic, one log line,
-// statistics.
+// serve wraps a route's Handle: request id, deadline, the problem document of an error or a panic, one log
+// line, statistics.
 func (s *Server) serve(route Route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		started := time.Now()
@@ -265,9 +295,11 @@ func log(ctx context.Context, level slog.Level, attrs ...slog.Attr) {
 	_ = handler.Handle(ctx, line)
 }
 
-// admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then whether we
-// have started. A panic of one request does not end the others.
-func (s *Server) admitAndHandle(route *Route, r *http.Request, h http.Header) (answer *Reply, client string, err error) {
+// admitAndHandle lets a request in, or not: overload first, then the client's rate, then its key, then
+// whether we have started. A panic of one request does not end the others.
+func (s *Server) admitAndHandle(
+	route *Route, r *http.Request, h http.Header,
+) (answer *Reply, client string, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
 			answer, err = nil, fmt.Errorf("panic: %v\n%s", fault, debug.Stack())
@@ -346,9 +378,9 @@ func (s *Server) problem(code string) Problem {
 	return p
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Statistics
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // requestLabels are what requests are counted by.
 type requestLabels struct {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -16,15 +17,9 @@ import (
 	"wallet/internal/gate"
 )
 
-// someProblems are those that a table must have for what is read and found out here.
-var someProblems = map[string]Problem{
-	"body_malformed": {400, "Body"}, "field_unknown": {400, "Field"}, "field_duplicate": {400, "Field"},
-	"idempotency_key_malformed": {400, "Key"}, "idempotency_key_conflict": {400, "Key"},
-	"parameter_malformed": {400, "Parameter"}, "route_not_found": {404, "Route"}, "method_not_allowed": {405, "Method"},
-	"body_too_large": {413, "Body"}, "content_type_unsupported": {415, "Body"},
-	"unauthenticated": {401, "Key"}, "forbidden": {403, "Scope"}, "rate_limited": {429, "Rate"},
-	"overloaded": {503, "Busy"}, "starting": {503, "Starting"}, "unavailable": {503, "Away"},
-	"internal": {500, "Fault"}, "sold_out": {422, "Sold out"},
+func TestMain(m *testing.M) {
+	slog.SetDefault(slog.New(slog.DiscardHandler))
+	m.Run()
 }
 
 func newTestServer(tb testing.TB) *Server {
@@ -34,7 +29,7 @@ func newTestServer(tb testing.TB) *Server {
 		tb.Fatal(err)
 	}
 	s := New(Config{
-		Problems:    someProblems,
+		Problems:    map[string]Problem{"sold_out": {422, "Sold out"}},
 		Overloaded:  refuse("overloaded", "busy"),
 		Starting:    refuse("starting", "starting"),
 		Unavailable: refuse("unavailable", "away"),
@@ -70,7 +65,7 @@ func TestOneAnswer(t *testing.T) {
 		var p document
 		unreadable := json.Unmarshal(a.Body.Bytes(), &p)
 		if unreadable != nil || a.Code != status || p.Status != status || p.Code != code || p.Detail == "" ||
-			p.Error != p.Detail || p.Title != someProblems[code].Title ||
+			p.Error != p.Detail || p.Title != s.Problems[code].Title ||
 			p.RequestID != a.Header().Get("X-Request-Id") {
 			t.Errorf("%s: %d %s", name, a.Code, a.Body)
 		}
@@ -98,7 +93,8 @@ func TestOneAnswer(t *testing.T) {
 }
 
 func TestPanicIsABare500(t *testing.T) {
-	h := newTestServer(t).serve(Route{Path: "other", Handle: func(*http.Request) (*Reply, error) { panic("secret") }})
+	fails := func(*http.Request) (*Reply, error) { panic("secret") }
+	h := newTestServer(t).serve(Route{Path: "other", Handle: fails})
 	recorder := httptest.NewRecorder()
 	h.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))
 	id := recorder.Header().Get("X-Request-Id")
@@ -124,9 +120,10 @@ func TestNoRefusalWithoutARow(t *testing.T) {
 
 func FuzzBody(f *testing.F) {
 	for _, seed := range []string{
-		`{"amount":"1","idempotency_key":"k"}`, `{"amount":1.50}`, `{}`, `{"amount":{}}`, `[`, `{"a":1,"a":2}`,
-		`{"amount":1}x`, ` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`, `{"amount":01}`,
-		`{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}",
+		`{"amount":"1","idempotency_key":"k"}`, `{"amount":1.50}`, `{}`, `{"amount":{}}`, `[`,
+		`{"a":1,"a":2}`, `{"amount":1}x`,
+		` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`,
+		`{"amount":01}`, `{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}",
 		"{\"amount\":\"1\n\"}", "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`,
 	} {
 		f.Add([]byte(seed))
@@ -138,7 +135,7 @@ func FuzzBody(f *testing.F) {
 			t.Fatalf("%q: %v, %v; encoding/json reads %v, %v", body, found, err, want, ok)
 		}
 		var no *refusal
-		if err != nil && (!errors.As(err, &no) || someProblems[no.code].Status != 400) {
+		if err != nil && (!errors.As(err, &no) || own[no.code].Status != 400) {
 			t.Fatalf("%q: not a 400: %v", body, err)
 		}
 	})
@@ -177,8 +174,8 @@ func readByTokens(body []byte) (Fields, bool) {
 	return found, err == io.EOF
 }
 
-// FuzzKeyHeader: a key has one meaning, whether it is sent bare, quoted or in the body as well, and passes the
-// service's own rule.
+// FuzzKeyHeader: a key has one meaning, whether it is sent bare, quoted or in the body as well, and passes
+// the service's own rule.
 func FuzzKeyHeader(f *testing.F) {
 	for _, seed := range []string{
 		`k`, `"k"`, `"a\"b"`, `"a`, `a"b`, `""`, `"\x"`, "a\nb", strings.Repeat("k", 256),

@@ -15,11 +15,11 @@ import (
 // Object is a JSON object.
 type Object = map[string]any
 
-// Contract is what the routes' names stand for in the OpenAPI document. Where bodies have fields, Schemas has the
-// IdempotencyKey; Problem is added to them.
+// Contract is what the routes' names stand for in the OpenAPI document. Where bodies have fields, Schemas has
+// the IdempotencyKey; Problem is added to them.
 type Contract struct {
 	Title, Version, Description string
-	Schemas, Fields, Parameters Object // schemas by name: of answers, of a body's fields, of a query's parameters
+	Schemas, Fields, Parameters Object // by name: of answers, of a body's fields, of a query's parameters
 }
 
 // Record is the schema of an object that has all of these members and no others.
@@ -28,8 +28,8 @@ func Record(members Object) Object {
 	return Object{"type": "object", "properties": members, "required": names, "additionalProperties": false}
 }
 
-// OpenAPI makes the OpenAPI 3.1 document out of the route table: no route, parameter or refusal stands in it that
-// is not there.
+// OpenAPI makes the OpenAPI 3.1 document out of the route table: no route, parameter or refusal stands in it
+// that is not there.
 func (s *Server) OpenAPI(routes []Route, c Contract) []byte {
 	paths := make(Object)
 	for _, r := range routes {

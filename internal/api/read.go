@@ -26,15 +26,16 @@ type Field struct {
 	Quoted bool
 }
 
-// ReadFields reads a body that is one JSON object with no other fields than those allowed, each at most once. A
-// number stays the text it was: nothing passes through a float.
+// ReadFields reads a body that is one JSON object with no other fields than those allowed, each at most once.
+// A number stays the text it was: nothing passes through a float.
 func ReadFields(r *http.Request, allowed ...string) (Fields, error) {
 	kind := r.Header.Get("Content-Type")
 	if kind != "application/json" { // mostly it is just that
 		kind, _, _ = mime.ParseMediaType(kind)
 	}
 	if kind != "application/json" {
-		return nil, refuse("content_type_unsupported", "Send Content-Type: application/json (curl --json does).")
+		return nil, refuse("content_type_unsupported",
+			"Send Content-Type: application/json (curl --json does).")
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, BodyBytesMax))
 	var tooLarge *http.MaxBytesError
@@ -86,11 +87,12 @@ func parseFields(body []byte, allowed ...string) (Fields, error) {
 	return found, nil
 }
 
-func trimSpace(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") } // what JSON takes for white space
+// trimSpace cuts what JSON takes for white space off the front.
+func trimSpace(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") }
 
-// parseScalar reads a JSON string or number (RFC 8259) off the front of text. What is more than plain ASCII is
-// left to encoding/json: to have it read whole bodies, token by token, took as long as all of net/http's own work
-// on a request.
+// parseScalar reads a JSON string or number (RFC 8259) off the front of text. What is more than plain ASCII
+// is left to encoding/json: to have it read whole bodies, token by token, took as long as all of net/http's
+// own work on a request.
 func parseScalar(text []byte) (f Field, rest []byte, ok bool) {
 	if len(text) > 0 && text[0] == '"' {
 		plain := true
@@ -118,8 +120,8 @@ func parseScalar(text []byte) (f Field, rest []byte, ok bool) {
 	return Field{string(text[:end]), false}, text[end:], true
 }
 
-// Key is a request's idempotency key, from the Idempotency-Key header or the body's idempotency_key; empty where
-// neither has one. check is the service's own rule for a key's text.
+// Key is a request's idempotency key, from the Idempotency-Key header or the body's idempotency_key; empty
+// where neither has one. check is the service's own rule for a key's text.
 func Key(r *http.Request, body Fields, check func(key string) (string, error)) (string, error) {
 	inBody, given := body["idempotency_key"]
 	if given && !inBody.Quoted {
@@ -148,7 +150,8 @@ func Key(r *http.Request, body Fields, check func(key string) (string, error)) (
 	return key, nil
 }
 
-// parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651, 3.3.3).
+// parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651,
+// 3.3.3).
 func parseKeyHeader(value string) (string, error) {
 	if !strings.HasPrefix(value, `"`) {
 		return value, nil

@@ -2,8 +2,8 @@
 // bound on connections, a certificate.
 //
 // It touches key and certificate files, which it reads again when they change; a bad one leaves in force what
-// was. Its state is bounded, however many clients come. Its errors say what is wrong; what to set instead, the
-// program says that knows its settings.
+// was. Its state is bounded, however many clients come. Its errors say what is wrong; what to set instead,
+// the program says that knows its settings.
 package gate
 
 import (
@@ -72,8 +72,8 @@ type MalformedKey int
 
 func (n MalformedKey) Error() string { return fmt.Sprintf("key %d is not NAME:SCOPES:HASH", int(n)) }
 
-// Load reads the keys, at start and whenever the file changes; on an error the keys in force stay so. The error is
-// ErrNoKeys, a MalformedKey, or the file's.
+// Load reads the keys, at start and whenever the file changes; on an error the keys in force stay so. The
+// error is ErrNoKeys, a MalformedKey, or the file's.
 func (k *Keyring) Load() error {
 	text := k.inline
 	if k.file != "" {
@@ -310,8 +310,8 @@ func (c *Certificate) Config() *tls.Config {
 }
 
 // Watch calls load whenever one of the files has changed: a mounted Secret, a renewed certificate. A load
-// that fails is logged, and tried again at the next change.
-func Watch(ctx context.Context, every time.Duration, load func() error, files ...string) {
+// that fails is logged, and tried again at the next change. It returns nil when ctx ends.
+func Watch(ctx context.Context, every time.Duration, load func() error, files ...string) error {
 	state := func() (s string) {
 		for _, file := range files {
 			if info, err := os.Stat(file); err == nil {
@@ -323,7 +323,7 @@ func Watch(ctx context.Context, every time.Duration, load func() error, files ..
 	for last := state(); ; {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-time.After(every):
 		}
 		if now := state(); now != last {
