@@ -125,6 +125,7 @@ func FuzzBody(f *testing.F) {
 		` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`,
 		`{"amount":01}`, `{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}",
 		"{\"amount\":\"1\n\"}", "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`,
+		`{"idempotency_key":"a\"b\\"}`,
 	} {
 		f.Add([]byte(seed))
 	}
@@ -172,6 +173,22 @@ func readByTokens(body []byte) (Fields, bool) {
 	}
 	_, err := decoder.Token()
 	return found, err == io.EOF
+}
+
+// TestKeyHeader: a quoted key is a structured-field string (RFC 9651), which escapes two characters only.
+func TestKeyHeader(t *testing.T) {
+	for header, want := range map[string]string{
+		`a "b" \c`: `a "b" \c`, `"a \"b\" \\c"`: `a "b" \c`, `""`: ``,
+		`"a\x"`: `refused`, `"a"b"`: `refused`, `"a`: `refused`, `"a\"`: `refused`, `"`: `refused`,
+	} {
+		got, err := parseKeyHeader(header)
+		if err != nil {
+			got = "refused"
+		}
+		if got != want {
+			t.Errorf("%s: %s, want %s", header, got, want)
+		}
+	}
 }
 
 // FuzzKeyHeader: a key has one meaning, whether it is sent bare, quoted or in the body as well, and passes
