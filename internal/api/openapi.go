@@ -1,3 +1,5 @@
+// The OpenAPI document of a table of routes.
+
 package api
 
 import (

@@ -1,3 +1,6 @@
+// What a request's body, query and headers say, as its handler asks for it. Whatever is not just as
+// documented is refused, and no text costs more than its length.
+
 package api
 
 import (
