@@ -54,12 +54,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io"
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,6 +70,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"wallet/internal/audit"
 	"wallet/internal/kafka"
 	"wallet/internal/metric"
 )
@@ -1684,50 +1683,15 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 // Audit
 // ---------------------------------------------------------------------------------------------------------
 
-const (
-	// Whose state is in memory at a time; each lot reads the topic once more.
-	auditWalletsMax = 1_000_000
-	// Without progress, for events that are committed but not in the topic yet.
-	auditPatience    = 30 * time.Second
-	auditFindingsMax = 20 // printed; all are counted
-)
-
-// audit compares the ledger, as of one snapshot, with itself and with the topic.
-type audit struct {
-	k        *kafka.Client
-	topic    string    // of the events
-	past     *pgx.Conn // a snapshot
-	now      *pgxpool.Pool
-	out      io.Writer
-	terminal bool
-	seed     maphash.Seed
-
-	headless                         []bool // by partition
-	findings                         int
-	wallets, entries, events, beyond int64
-}
-
-// auditedWallet is what is known of one wallet while its lot is audited.
-type auditedWallet struct {
-	seq   int64 // of its last entry in the snapshot
-	first int64 // seq of the first event seen: 1, unless the topic's head was deleted
-	next  int64 // seq of the event that must come next; 0 before the first
-	sum   uint64
-	found bool // something was found and said already
-}
-
 // runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed:
 // missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
 // younger than its start are left to the next one.
 func runAudit(ctx context.Context, cfg *config, out io.Writer) (findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
-		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: the audit compares the ledger with the topic")
+		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: " +
+			"the audit compares the ledger with the topic")
 	}
-	a := &audit{topic: cfg.kafkaTopic, out: out, seed: maphash.MakeSeed()}
-	if f, ok := out.(*os.File); ok {
-		info, err := f.Stat()
-		a.terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
-	}
+	a := &auditedLedger{report: audit.NewReport(out)}
 	if a.now, err = pgxpool.New(ctx, cfg.databaseURL); err != nil {
 		return 0, err
 	}
@@ -1736,259 +1700,139 @@ func runAudit(ctx context.Context, cfg *config, out io.Writer) (findings int, er
 		return 0, err
 	}
 	defer a.past.Close(context.Background())
-	_, err = a.past.Exec(ctx, `BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+	_, err = a.past.Exec(ctx, `
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL statement_timeout = 0;
+SET LOCAL idle_in_transaction_session_timeout = 0;
 SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return 0, fmt.Errorf("begin: %w", err)
 	}
-	if a.k, err = openKafka(cfg, nil); err != nil {
+	k, err := openKafka(cfg, nil)
+	if err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
-	defer a.k.Close()
-	err = a.run(ctx)
-	return a.findings, err
-}
-
-func (a *audit) run(ctx context.Context) error {
+	defer k.Close()
 	if err := a.legs(ctx); err != nil {
-		return err
+		return a.report.Findings(), err
 	}
-	a.headless = make([]bool, a.k.Partitions())
-	for p := range a.k.Partitions() {
-		s, err := a.k.Bounds(a.topic, p)
-		if err != nil {
-			return err
-		}
-		if a.headless[p] = s.Headless; s.Headless {
-			fmt.Fprintf(a.out, "partition %d begins at offset %d, its head has been deleted: compared from there\n", p, s.From)
-		}
+	ledger := audit.Ledger{Noun: "wallet", Heads: a.heads, Events: a.events, Now: a.seqsNow}
+	totals, err := audit.Compare(ctx, ledger, auditedTopic(k, cfg.kafkaTopic), a.report)
+	if err != nil {
+		return a.report.Findings(), err
 	}
-	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, a.past, lo, nil, auditWalletsMax)
-		if err != nil {
-			return err
-		}
-		if more = len(seqs) == auditWalletsMax; !more {
-			hi = 1<<63 - 1
-		}
-		wallets := make(map[int64]*auditedWallet, len(seqs))
-		for id, seq := range seqs {
-			wallets[id] = &auditedWallet{seq: seq}
-		}
-		if err := a.readTopic(ctx, wallets, lo, hi); err != nil {
-			return err
-		}
-		if err := a.readLedger(ctx, wallets, lo, hi); err != nil {
-			return err
-		}
-		a.wallets += int64(len(wallets))
-		lo = hi
-	}
-	fmt.Fprintf(a.out, "%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this audit: %d findings\n",
-		a.wallets, a.entries, a.events, a.k.Partitions(), a.beyond, a.findings)
-	return nil
+	a.report.Note("%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this "+
+		"audit: %d findings",
+		totals.Keys, a.entries, totals.Events, k.Partitions(), totals.Younger, a.report.Findings())
+	return a.report.Findings(), nil
 }
 
-func (a *audit) find(format string, args ...any) {
-	a.findings++
-	if a.findings <= auditFindingsMax {
-		fmt.Fprintf(a.out, "FOUND "+format+"\n", args...)
-	} else if a.findings == auditFindingsMax+1 {
-		fmt.Fprintln(a.out, "further findings are counted only")
+// auditedTopic is the events topic as an audit reads it.
+func auditedTopic(k *kafka.Client, topic string) audit.Topic {
+	return audit.Topic{
+		Partitions: k.Partitions(),
+		Partition: func(walletID int64) (int32, error) {
+			return k.Partition(strconv.AppendInt(nil, walletID, 10))
+		},
+		Bounds: func(partition int32) (from, to int64, err error) {
+			s, err := k.Bounds(topic, partition)
+			return s.From, s.To, err
+		},
+		Scan: func(ctx context.Context, partition int32, from, to int64, visit audit.Visit) error {
+			s := kafka.Span{Topic: topic, Partition: partition, From: from, To: to}
+			return k.Scan(ctx, s, func(r *kafka.Committed) error {
+				id, seq, err := eventIDOf(r)
+				visit(r.Offset, audit.Event{Key: id, Number: seq, Value: r.Value}, err)
+				return nil
+			})
+		},
 	}
 }
 
-func (a *audit) progress(format string, args ...any) {
-	if a.terminal {
-		fmt.Fprintf(a.out, "\r\x1b[K"+format+"\r", args...)
-	}
+// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
+type auditedLedger struct {
+	past   *pgx.Conn // a snapshot
+	now    *pgxpool.Pool
+	report *audit.Report
+
+	seqs    map[int64]int64 // of the wallets that heads gave last
+	entries int64
 }
 
 // legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
-func (a *audit) legs(ctx context.Context) error {
+func (a *auditedLedger) legs(ctx context.Context) error {
 	rows, err := a.past.Query(ctx, `
 SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq LEFT JOIN wallet v ON v.id = o.wallet_id
-WHERE e.counterparty_id IS NOT NULL AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
+LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
+LEFT JOIN wallet v ON v.id = o.wallet_id
+WHERE e.counterparty_id IS NOT NULL
+  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
   IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
 	if err != nil {
 		return err
 	}
 	var id, seq int64
 	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.find("entry %s: the other leg of this transfer is missing or does not mirror it", entryID(id, seq))
+		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
+			entryID(id, seq))
 		return nil
 	})
 	return err
 }
 
-// readTopic checks each wallet's events among themselves, and waits for those that are on their way.
-func (a *audit) readTopic(ctx context.Context, wallets map[int64]*auditedWallet, lo, hi int64) error {
-	missing := 0 // wallets whose last entry has not been seen
-	younger := make(map[int64]int64)
-	for _, w := range wallets {
-		if w.seq > 0 {
-			missing++
-		}
-	}
-	from := make([]int64, a.k.Partitions())
-	read := func(p int32) (grew bool, err error) {
-		s, err := a.k.Bounds(a.topic, p)
-		if err != nil {
-			return false, err
-		}
-		s.From = max(s.From, from[p])
-		grew, from[p] = s.From < s.To, s.To
-		return grew, a.k.Scan(ctx, s, func(r *kafka.Committed) error {
-			id, seq, err := eventIDOf(r)
-			if err != nil {
-				a.find("%v", err)
-				return nil
-			}
-			if id <= lo || id > hi {
-				return nil
-			}
-			a.events++
-			if a.events%50_000 == 0 {
-				a.progress("partition %d of %d, offset %d of %d", p+1, a.k.Partitions(), r.Offset, s.To)
-			}
-			w := wallets[id]
-			if w == nil { // made after the snapshot, or never
-				w = new(auditedWallet)
-				wallets[id] = w
-			}
-			at := fmt.Sprintf("partition %d, offset %d: event %s", p, r.Offset, entryID(id, seq))
-			if w.next == 0 {
-				w.first, w.next = seq, seq
-				if want, _ := a.k.Partition(r.Key); want != p {
-					a.find("%s is in the wrong partition, want %d", at, want)
-				}
-				if seq != 1 && !a.headless[p] {
-					w.found = true
-					a.find("%s is the wallet's first: those before it are missing", at)
-				}
-			}
-			switch {
-			case seq < w.next:
-				w.found = true
-				a.find("%s is repeated, or too late", at)
-				return nil
-			case seq > w.next:
-				w.found = true
-				a.find("%s follows number %d: those between are missing", at, w.next-1)
-			}
-			w.next = seq + 1
-			if seq <= w.seq {
-				w.sum = a.add(w.sum, r.Value)
-				if seq == w.seq {
-					missing--
-				}
-			} else {
-				a.beyond++
-				younger[id] = seq
-			}
-			return nil
-		})
-	}
-	for quiet := time.Now(); ; {
-		for p := range a.k.Partitions() {
-			grew, err := read(p)
-			if err != nil {
-				return err
-			}
-			if grew {
-				quiet = time.Now()
-			}
-		}
-		if missing <= 0 || time.Since(quiet) > auditPatience {
-			break
-		}
-		a.progress("waiting for the events of %d wallets", missing)
-		if err := sleep(ctx, time.Second); err != nil {
-			return err
-		}
-	}
-	for id, w := range wallets {
-		p, err := a.k.Partition(strconv.AppendInt(nil, id, 10))
-		if err != nil {
-			return err
-		}
-		if w.next <= w.seq && !w.found && (w.next > 0 || !a.headless[p]) {
-			w.found = true
-			a.find("wallet %d: events %d to %d are not in the topic", id, max(w.next, 1), w.seq)
-		}
-	}
-	return a.checkYounger(ctx, younger)
+func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
+	var last int64
+	var err error
+	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, nil, n)
+	return a.seqs, last, err
 }
 
-// checkYounger finds events of entries that the ledger does not hold, not even by now.
-func (a *audit) checkYounger(ctx context.Context, younger map[int64]int64) error {
-	ids := make([]int64, 0, len(younger))
-	for id := range younger {
-		ids = append(ids, id)
+func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
+	rows, err := a.now.Query(ctx, `
+SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
+	if err != nil {
+		return err
 	}
-	for lot := range slices.Chunk(ids, 10_000) {
-		rows, err := a.now.Query(ctx, `SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, lot)
-		if err != nil {
-			return err
-		}
-		var id, seq int64
-		_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-			if seq < younger[id] {
-				a.find("event %s is in the topic, but the ledger ends at number %d", entryID(id, younger[id]),
-					seq)
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	var id, seq int64
+	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		visit(id, seq)
+		return nil
+	})
+	return err
 }
 
-// readLedger checks each wallet's chain of entries, and the events that they make against those of the topic.
-func (a *audit) readLedger(ctx context.Context, wallets map[int64]*auditedWallet, lo, hi int64) error {
-	var last entry // the wallet's former one
-	var sum uint64
+// events makes the events of the entries again, and checks each wallet's chain of entries.
+func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
+	var former entry // of the same wallet
 	var buf []byte
 	finish := func() {
-		if last.WalletID == 0 {
-			return
-		}
-		w := wallets[last.WalletID]
-		if last.Seq != w.seq {
-			a.find("wallet %d has seq %d, but its last entry is number %d", last.WalletID, w.seq, last.Seq)
-		}
-		if !w.found && w.next > w.seq && sum != w.sum {
-			a.find("wallet %d: among events %d to %d of the topic at least one differs from its entry",
-				last.WalletID, w.first, w.seq)
+		if seq := a.seqs[former.WalletID]; former.Seq != seq {
+			a.report.Find("wallet %d has seq %d, but its last entry is number %d",
+				former.WalletID, seq, former.Seq)
 		}
 	}
-	err := readChains(ctx, a.past, lo, hi, nil, func(e *entry) error {
+	err := readChains(ctx, a.past, after, last, nil, func(e *entry) error {
 		a.entries++
 		if a.entries%50_000 == 0 {
-			a.progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
+			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
 		}
-		if e.WalletID != last.WalletID {
+		if e.WalletID != former.WalletID {
 			finish()
-			last, sum = entry{WalletID: e.WalletID}, 0
+			former = entry{WalletID: e.WalletID}
 		}
-		if e.Seq != last.Seq+1 {
-			a.find("entry %s follows number %d", entryID(e.WalletID, e.Seq), last.Seq)
+		if e.Seq != former.Seq+1 {
+			a.report.Find("entry %s follows number %d", entryID(e.WalletID, e.Seq), former.Seq)
 		}
-		if !e.Balance.Equal(last.Balance.Add(e.Amount)) {
-			a.find("entry %s: its balance is not the former one plus its amount", entryID(e.WalletID, e.Seq))
+		if !e.Balance.Equal(former.Balance.Add(e.Amount)) {
+			a.report.Find("entry %s: its balance is not the former one plus its amount",
+				entryID(e.WalletID, e.Seq))
 		}
-		if e.CreatedAt.Before(last.CreatedAt) {
-			a.find("entry %s is older than the one before it", entryID(e.WalletID, e.Seq))
+		if e.CreatedAt.Before(former.CreatedAt) {
+			a.report.Find("entry %s is older than the one before it", entryID(e.WalletID, e.Seq))
 		}
-		last = *e
-		if w := wallets[e.WalletID]; w != nil && e.Seq >= w.first {
-			buf = appendEvent(buf[:0], e)
-			sum = a.add(sum, buf)
-		}
-		return nil
+		former = *e
+		buf = appendEvent(buf[:0], e)
+		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
 	})
 	if err != nil {
 		return err
@@ -1997,21 +1841,17 @@ func (a *audit) readLedger(ctx context.Context, wallets map[int64]*auditedWallet
 	// Heads of chains that do not stand on their last entry.
 	rows, err := a.past.Query(ctx, `
 SELECT w.id FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-WHERE w.id > $1 AND w.id <= $2 AND (w.balance, w.entry_at) IS DISTINCT FROM (coalesce(e.balance, 0), e.created_at)`, lo, hi)
+WHERE w.id > $1 AND w.id <= $2
+  AND (w.balance, w.entry_at) IS DISTINCT FROM (coalesce(e.balance, 0), e.created_at)`, after, last)
 	if err != nil {
 		return err
 	}
 	var id int64
 	_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
-		a.find("wallet %d: its balance or time is not its last entry's", id)
+		a.report.Find("wallet %d: its balance or time is not its last entry's", id)
 		return nil
 	})
 	return err
-}
-
-// add extends a hash over a sequence of events.
-func (a *audit) add(sum uint64, value []byte) uint64 {
-	return (sum ^ maphash.Bytes(a.seed, value)) * 0x100000001b3
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -1204,7 +1204,9 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 	b := newBench(t)
 	k := b.openKafka(t)
 	bytesMax := "100"
-	err := clusterAdmin(t, b.cfg).IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}, false)
+	change := map[string]sarama.IncrementalAlterConfigsEntry{
+		"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}
+	err := clusterAdmin(t, b.cfg).IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, change, false)
 	if err != nil {
 		t.Fatal(err)
 	}

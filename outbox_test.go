@@ -46,7 +46,8 @@ func TestEventShape(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if at := "2026-01-02T03:04:05.123456Z"; string(record.Key) != "1" || string(record.Value) != want || record.At.Format(timeFormat) != at {
+	at := "2026-01-02T03:04:05.123456Z"
+	if string(record.Key) != "1" || string(record.Value) != want || record.At.Format(timeFormat) != at {
 		t.Errorf("record %s at %v: %s", record.Key, record.At, record.Value)
 	}
 	if lsn := appendLSN(nil, math.MaxUint64); string(lsn) != pglogrepl.LSN(math.MaxUint64).String() {

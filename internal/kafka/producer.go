@@ -1,9 +1,10 @@
 // The producer: messages and the checkpoint that covers them, in one transaction, each request sent once.
 //
 // Touches the two topics and the transactional id that it is given: making a producer fences all others of
-// the id. Promises that a transaction is whole or not there, for readers of what is committed; that each
-// partition has its messages in the order of Send; and that it repeats nothing by itself. After an error it
-// is of no more use.
+// the id.
+// Promises that a transaction is whole or not there, for readers of what is committed; that each partition
+// has its messages in the order of Send; and that it repeats nothing by itself. After an error it is of no
+// more use.
 
 package kafka
 

@@ -1,8 +1,8 @@
 // The reader: what is committed, by partition and offset.
 //
 // Touches nothing: it only reads, and belongs to no consumer group.
-// Promises that every record of a span is visited once, in order, and none that is part of an aborted or open
-// transaction; and that a broker that moves or restarts is asked again for a while.
+// Promises that every record of a span is visited once, in order, and none that is part of an aborted or
+// open transaction; and that a broker that moves or restarts is asked again for a while.
 
 package kafka
 

@@ -1,9 +1,9 @@
 // The topics: made where they are missing, checked where they are there.
 //
 // Touches the two topics: it makes them, and lifts their limits on records' times. It alters nothing else
-// of a topic that is there. Promises that a topic with settings that would lose messages, or with other
-// partitions than a checkpoint needs, is a ConfigError, and that both topics can be written to when it is
-// done.
+// of a topic that is there.
+// Promises that a topic with settings that would lose messages, or with other partitions than a checkpoint
+// needs, is a ConfigError, and that both topics can be written to when it is done.
 
 package kafka
 
