@@ -518,14 +518,6 @@ func parseTimelineHistory(file []byte) (map[int32]pglogrepl.LSN, error) {
 	return history, nil
 }
 
-func sqlState(err error) string {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
-		return pgErr.Code
-	}
-	return ""
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // Leading
 // ---------------------------------------------------------------------------------------------------------

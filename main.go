@@ -18,7 +18,6 @@ import (
 	"context"
 	"crypto/rand"
 	_ "embed"
-	"encoding/base64"
 	"errors"
 	"flag"
 	"fmt"
@@ -595,9 +594,6 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	return s
 }
 
-// Refusal makes the ledger's refusals answers of the API.
-func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
-
 // unreachable says whether a read failed because Postgres was not there, too slow, or not as a primary.
 func unreachable(err error) bool {
 	var connectErr *pgconn.ConnectError
@@ -1021,15 +1017,6 @@ func appendWallet(dst []byte, w *wallet) []byte {
 // Requests
 // -----------------------------------------------------------------------------------------------------------
 
-// parseWalletID reads 1..2^63-1 in its one decimal form.
-func parseWalletID(s string) (int64, error) {
-	id, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || id < 1 || strconv.FormatInt(id, 10) != s {
-		return 0, refuse("wallet_id_malformed", "A wallet id is a whole number from 1 to %d.", math.MaxInt64)
-	}
-	return id, nil
-}
-
 // currencyOf is the request's currency code, or empty where it names none.
 func currencyOf(body api.Fields) (string, error) {
 	code, given := body["currency"]
@@ -1043,33 +1030,6 @@ func currencyOf(body api.Fields) (string, error) {
 			"A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
 	}
 	return code.Text, nil
-}
-
-// cursor names the rest of a history after a page: opaque to clients.
-func (p page) cursor() string {
-	order := 'a'
-	if p.descending {
-		order = 'd'
-	}
-	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%c.%d.%d", order, p.from, p.to))
-}
-
-func parseCursor(s string) (page, error) {
-	bad := refuse("parameter_malformed",
-		"This cursor is not one of ours. Take it from the Link header of the page before.")
-	raw, err := base64.RawURLEncoding.DecodeString(s)
-	parts := strings.Split(string(raw), ".")
-	if err != nil || len(parts) != 3 || parts[0] != "a" && parts[0] != "d" {
-		return page{}, bad
-	}
-	p := page{descending: parts[0] == "d"}
-	var errs [2]error
-	p.from, errs[0] = strconv.ParseInt(parts[1], 10, 64)
-	p.to, errs[1] = strconv.ParseInt(parts[2], 10, 64)
-	if errs[0] != nil || errs[1] != nil || p.from < 1 || p.to < 1 || p.cursor() != s {
-		return page{}, bad
-	}
-	return p, nil
 }
 
 // -----------------------------------------------------------------------------------------------------------

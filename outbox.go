@@ -33,18 +33,6 @@ const (
 	timeFormat = "2006-01-02T15:04:05.000000Z"
 )
 
-// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
-// transaction's.
-func entryID(walletID, seq int64) string {
-	return string(appendEntryID(nil, walletID, seq))
-}
-
-func appendEntryID(dst []byte, walletID, seq int64) []byte {
-	dst = strconv.AppendInt(dst, walletID, 10)
-	dst = append(dst, '-')
-	return strconv.AppendInt(dst, seq, 10)
-}
-
 // appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are
 // decimal strings without trailing zeros, amount signed (negative leaves the wallet); times have
 // timeFormat.

@@ -14,9 +14,11 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -112,6 +114,9 @@ type operation struct {
 type refusal struct{ code, detail string }
 
 func (r *refusal) Error() string { return r.code + ": " + r.detail }
+
+// Refusal makes the ledger's refusals answers of the API.
+func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
 
 func refuse(code, format string, args ...any) *refusal {
 	return &refusal{code, fmt.Sprintf(format, args...)}
@@ -224,6 +229,27 @@ func parseKey(s string) (string, error) {
 		}
 	}
 	return s, nil
+}
+
+// parseWalletID reads 1..2^63-1 in its one decimal form.
+func parseWalletID(s string) (int64, error) {
+	id, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || id < 1 || strconv.FormatInt(id, 10) != s {
+		return 0, refuse("wallet_id_malformed", "A wallet id is a whole number from 1 to %d.", math.MaxInt64)
+	}
+	return id, nil
+}
+
+// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
+// transaction's.
+func entryID(walletID, seq int64) string {
+	return string(appendEntryID(nil, walletID, seq))
+}
+
+func appendEntryID(dst []byte, walletID, seq int64) []byte {
+	dst = strconv.AppendInt(dst, walletID, 10)
+	dst = append(dst, '-')
+	return strconv.AppendInt(dst, seq, 10)
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -431,6 +457,14 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 			return
 		}
 	}
+}
+
+func sqlState(err error) string {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		return pgErr.Code
+	}
+	return ""
 }
 
 // remedy says what helps against a failed batch: to run it again, to split it, or neither.
@@ -1079,6 +1113,33 @@ type page struct {
 	until      time.Time
 	descending bool
 	limit      int
+}
+
+// cursor names the rest of a history after a page: opaque to clients.
+func (p page) cursor() string {
+	order := 'a'
+	if p.descending {
+		order = 'd'
+	}
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%c.%d.%d", order, p.from, p.to))
+}
+
+func parseCursor(s string) (page, error) {
+	bad := refuse("parameter_malformed",
+		"This cursor is not one of ours. Take it from the Link header of the page before.")
+	raw, err := base64.RawURLEncoding.DecodeString(s)
+	parts := strings.Split(string(raw), ".")
+	if err != nil || len(parts) != 3 || parts[0] != "a" && parts[0] != "d" {
+		return page{}, bad
+	}
+	p := page{descending: parts[0] == "d"}
+	var errs [2]error
+	p.from, errs[0] = strconv.ParseInt(parts[1], 10, 64)
+	p.to, errs[1] = strconv.ParseInt(parts[2], 10, 64)
+	if errs[0] != nil || errs[1] != nil || p.from < 1 || p.to < 1 || p.cursor() != s {
+		return page{}, bad
+	}
+	return p, nil
 }
 
 // history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so
