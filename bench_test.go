@@ -937,7 +937,7 @@ func BenchmarkBatches(b *testing.B) {
 				b.Fatal(err)
 			}
 			b.Cleanup(writes.Close)
-			l := newLedger(cfg, writes, writes, nil)
+			l := newLedger(cfg.ledgerConfig, writes, writes, nil)
 			if err := l.loadCurrencies(context.Background()); err != nil {
 				b.Fatal(err)
 			}

@@ -83,7 +83,14 @@ func (k *cacheKeys) wallet(id int64) string { return k.wallets + strconv.FormatI
 
 const sentMax = 50_000 // wallets; then sent begins anew
 
-func newCache(cfg *config) (*cache, error) {
+// cacheConfig is what the cache is told; see the settings' table.
+type cacheConfig struct {
+	redisURL     string
+	cacheTTL     time.Duration
+	cacheTimeout time.Duration
+}
+
+func newCache(cfg cacheConfig) (*cache, error) {
 	options, err := redis.ParseURL(cfg.redisURL)
 	if err != nil {
 		return nil, fmt.Errorf("set REDIS_URL to a URL such as redis://host:6379/0: %w", err)

@@ -33,7 +33,7 @@ func testCache(tb testing.TB, redisURL, ledger string) *cache {
 // idleCache is a cache that does nothing by itself.
 func idleCache(tb testing.TB, redisURL string) *cache {
 	tb.Helper()
-	c, err := newCache(&config{redisURL: redisURL, cacheTTL: time.Minute, cacheTimeout: 200 * time.Millisecond})
+	c, err := newCache(cacheConfig{redisURL: redisURL, cacheTTL: time.Minute, cacheTimeout: 200 * time.Millisecond})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -135,7 +135,7 @@ var (
 
 // relay is one replica's: at most one replica's leads at a time, the others stand by.
 type relay struct {
-	cfg      *config
+	cfg      *relayConfig
 	db       *pgxpool.Pool
 	cache    *cache // may be nil
 	adopting bool   // -adopt: accept another database, recover, and end
@@ -155,7 +155,29 @@ type relay struct {
 // age is a time on a clock that never steps.
 func (r *relay) age() time.Duration { return time.Since(r.born) }
 
-func newRelay(cfg *config, db *pgxpool.Pool, cache *cache) *relay {
+// relayConfig is what the relay is told, and those that run in its place, -adopt and -audit; see the settings' table.
+type relayConfig struct {
+	databaseURL     string
+	replicationURL  string
+	replicationSlot string
+	outboxRetention time.Duration
+
+	kafkaBrokers         []string
+	kafkaTopic           string
+	kafkaCheckpointTopic string
+	kafkaPartitions      int32
+	kafkaReplication     int16
+	kafkaRetention       time.Duration
+	kafkaTLS             bool
+	kafkaTLSCA           string
+	kafkaTLSCert         string
+	kafkaTLSKey          string
+	kafkaSASLMechanism   string
+	kafkaSASLUser        string
+	kafkaSASLPassword    string
+}
+
+func newRelay(cfg *relayConfig, db *pgxpool.Pool, cache *cache) *relay {
 	r := &relay{cfg: cfg, db: db, cache: cache, born: time.Now()}
 	r.state.Store("starting")
 	return r
@@ -371,7 +393,7 @@ func (r *relay) holdsEvent(ctx context.Context, walletID, seq int64, payload []b
 }
 
 // adopt is `wallet -adopt`: it makes this database the topics', by the recovery that a lost slot gets.
-func adopt(ctx context.Context, cfg *config) error {
+func adopt(ctx context.Context, cfg *relayConfig) error {
 	db, err := pgxpool.New(ctx, cfg.databaseURL)
 	if err != nil {
 		return err
@@ -1606,11 +1628,11 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 // ---------------------------------------------------------------------------------------------------------
 
 // openKafka connects to the brokers and makes or checks the topics. busy may be nil: see kafka.Config.
-func openKafka(cfg *config, busy func(func() error) error) (*kafka.Client, error) {
+func openKafka(cfg *relayConfig, busy func(func() error) error) (*kafka.Client, error) {
 	return kafka.Open(kafkaConfig(cfg, busy))
 }
 
-func kafkaConfig(cfg *config, busy func(func() error) error) kafka.Config {
+func kafkaConfig(cfg *relayConfig, busy func(func() error) error) kafka.Config {
 	return kafka.Config{
 		Brokers:            cfg.kafkaBrokers,
 		ClientID:           "wallet-relay",
@@ -1678,7 +1700,7 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 // runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed:
 // missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
 // younger than its start are left to the next one.
-func runAudit(ctx context.Context, cfg *config, out io.Writer) (findings int, err error) {
+func runAudit(ctx context.Context, cfg *relayConfig, out io.Writer) (findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: " +
 			"the audit compares the ledger with the topic")

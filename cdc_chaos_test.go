@@ -746,7 +746,7 @@ func (c *chaos) stopRelays(fn func(conn *pgx.Conn)) {
 	}
 	conn := connect(c.t, c.env["DATABASE_URL"])
 	eventually(c.t, 20*time.Second, "slot free", func() bool {
-		s, err := (&relay{cfg: c.cfg}).readSlot(context.Background(), conn)
+		s, err := (&relay{cfg: &c.cfg.relayConfig}).readSlot(context.Background(), conn)
 		return err == nil && !s.active
 	})
 	pause(2 * time.Second)
@@ -885,7 +885,7 @@ var faults = []fault{
 			}
 			eventually(c.t, 60*time.Second, "slot lost", func() bool {
 				c.exec(conn, `SELECT pg_switch_wal(); CHECKPOINT`)
-				s, err := (&relay{cfg: c.cfg}).readSlot(context.Background(), conn)
+				s, err := (&relay{cfg: &c.cfg.relayConfig}).readSlot(context.Background(), conn)
 				return err == nil && s.lost
 			})
 		})
@@ -1161,7 +1161,7 @@ func (c *chaos) audit() {
 	}
 	var said bytes.Buffer
 	began := time.Now()
-	findings, err := runAudit(context.Background(), c.cfg, &said)
+	findings, err := runAudit(context.Background(), &c.cfg.relayConfig, &said)
 	if err != nil || findings > 0 {
 		c.t.Fatalf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}

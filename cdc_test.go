@@ -182,7 +182,7 @@ func startRelay(t *testing.T, cfg *config) *relaying {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &relaying{relay: newRelay(cfg, db, nil)}
+	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -275,7 +275,7 @@ func checkStream(t *testing.T, cfg *config) {
 func checkAudit(t *testing.T, cfg *config) {
 	t.Helper()
 	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), cfg, &said)
+	findings, err := runAudit(context.Background(), &cfg.relayConfig, &said)
 	if err != nil || findings != 0 {
 		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}
@@ -332,7 +332,7 @@ func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMess
 
 func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
 	t.Helper()
-	r := relay{cfg: b.cfg}
+	r := relay{cfg: &b.cfg.relayConfig}
 	s, err := r.readSlot(context.Background(), b.conn)
 	if err != nil {
 		t.Fatal(err)
@@ -344,7 +344,7 @@ func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
 func (b *bench) onFreeSlot(t *testing.T, sql string) {
 	t.Helper()
 	eventually(t, 10*time.Second, "slot free", func() bool {
-		s, err := (&relay{cfg: b.cfg}).readSlot(context.Background(), b.conn)
+		s, err := (&relay{cfg: &b.cfg.relayConfig}).readSlot(context.Background(), b.conn)
 		return err == nil && !s.active
 	})
 	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
@@ -354,7 +354,7 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 
 func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 	t.Helper()
-	k, err := openKafka(cfg, nil)
+	k, err := openKafka(&cfg.relayConfig, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -638,7 +638,7 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 			}
 		})
 	}
-	r := newRelay(b.cfg, db, nil)
+	r := newRelay(&b.cfg.relayConfig, db, nil)
 	slots := 0
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !t.Failed(); slots++ {
 		conn, _, err := r.connect(ctx)
@@ -750,7 +750,7 @@ func TestAnotherDatabase(t *testing.T) {
 	}
 	refused.stop()
 	b.deposit(t, 5)
-	if err := adopt(context.Background(), b.cfg); err != nil {
+	if err := adopt(context.Background(), &b.cfg.relayConfig); err != nil {
 		t.Fatal(err)
 	}
 	startRelay(t, b.cfg)
@@ -835,7 +835,7 @@ func TestPutBackVolume(t *testing.T) {
 				}
 			}
 			var refusal relayRefusal
-			if err := adopt(context.Background(), w.cfg); !errors.As(err, &refusal) {
+			if err := adopt(context.Background(), &w.cfg.relayConfig); !errors.As(err, &refusal) {
 				t.Errorf("-adopt: %v", err)
 			}
 			if now := lastCheckpointOf(t, w.cfg); now.Events != published.Events {
@@ -916,7 +916,7 @@ func TestTruncatedTopic(t *testing.T) {
 	findings := func() {
 		t.Helper()
 		var said bytes.Buffer
-		if n, err := runAudit(context.Background(), b.cfg, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
+		if n, err := runAudit(context.Background(), &b.cfg.relayConfig, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
 			t.Errorf("%d findings, %v\n%s", n, err, said.String())
 		}
 	}
@@ -1101,7 +1101,7 @@ func TestAuditFinds(t *testing.T) {
 			r.stop()
 			c.stage(t, b)
 			var said bytes.Buffer
-			findings, err := runAudit(ctx, b.cfg, &said)
+			findings, err := runAudit(ctx, &b.cfg.relayConfig, &said)
 			if err != nil || findings == 0 || !strings.Contains(said.String(), c.want) {
 				t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 			}
@@ -1111,7 +1111,7 @@ func TestAuditFinds(t *testing.T) {
 
 func (b *bench) openKafka(t *testing.T) *kafka.Client {
 	t.Helper()
-	cfg := kafkaConfig(b.cfg, nil)
+	cfg := kafkaConfig(&b.cfg.relayConfig, nil)
 	cfg.MetadataMaxAge = 100 * time.Millisecond
 	k, err := kafka.Open(cfg)
 	if err != nil {
@@ -1255,7 +1255,7 @@ func TestUnreachableKafka(t *testing.T) {
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg}).readSlot(context.Background(), b.conn); err != nil || s.exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()

@@ -110,11 +110,11 @@ func main() {
 		err = waitFor(ctx, "Postgres", func(ctx context.Context) error { return migrate(ctx, cfg) })
 	case *auditOnly:
 		var findings int
-		if findings, err = runAudit(ctx, cfg, os.Stdout); findings > 0 {
+		if findings, err = runAudit(ctx, &cfg.relayConfig, os.Stdout); findings > 0 {
 			exit = 1
 		}
 	case *adoptOnly:
-		err = adopt(ctx, cfg)
+		err = adopt(ctx, &cfg.relayConfig)
 	default:
 		tuneCollector()
 		var s *service
@@ -178,7 +178,7 @@ func newService(cfg *config) (*service, error) {
 	s := &service{cfg: cfg}
 	var err error
 	if cfg.redisURL != "" {
-		if s.balances, err = newCache(cfg); err != nil {
+		if s.balances, err = newCache(cfg.cacheConfig); err != nil {
 			return nil, err
 		}
 	} else {
@@ -190,9 +190,9 @@ func newService(cfg *config) (*service, error) {
 	if s.writes, err = openPool(cfg, cfg.writers, "wallet write", s.balances); err != nil {
 		return nil, err
 	}
-	s.ledger = newLedger(cfg, s.reads, s.writes, s.balances)
+	s.ledger = newLedger(cfg.ledgerConfig, s.reads, s.writes, s.balances)
 	if len(cfg.kafkaBrokers) > 0 {
-		s.relay = newRelay(cfg, s.reads, s.balances)
+		s.relay = newRelay(&cfg.relayConfig, s.reads, s.balances)
 	} else {
 		slog.Warn("NO KAFKA_BROKERS: THIS SERVICE RUNS WITHOUT A RELAY, NO EVENT LEAVES THE DATABASE")
 	}
@@ -1088,38 +1088,14 @@ func checkListen(cfg *config, k *gate.Keyring) error {
 // config is everything that can be set, read once from the environment at start. settings gives each field's
 // variable, default, unit and meaning, which -h prints.
 type config struct {
-	databaseURL    string
-	migrateURL     string
-	replicationURL string
+	cacheConfig
+	ledgerConfig
+	relayConfig
 
-	redisURL     string
-	cacheTTL     time.Duration
-	cacheTimeout time.Duration
+	migrateURL string
+	listenAddr string
+	readConns  int
 
-	kafkaBrokers         []string
-	kafkaTopic           string
-	kafkaCheckpointTopic string
-	kafkaPartitions      int32
-	kafkaReplication     int16
-	kafkaRetention       time.Duration
-	kafkaTLS             bool
-	kafkaTLSCA           string
-	kafkaTLSCert         string
-	kafkaTLSKey          string
-	kafkaSASLMechanism   string
-	kafkaSASLUser        string
-	kafkaSASLPassword    string
-
-	replicationSlot string
-	outboxRetention time.Duration
-
-	listenAddr      string
-	defaultCurrency string
-	writers         int
-	batchOpsMax     int
-	queueOpsMax     int
-	readConns       int
-	requestTimeout  time.Duration
 	drainDelay      time.Duration
 	shutdownTimeout time.Duration
 

@@ -95,7 +95,8 @@ func TestKeysAndScopes(t *testing.T) {
 // TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told that it may.
 func TestWithoutKeysOnlyLoopback(t *testing.T) {
 	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true, "[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false, "example.com:8080": false} {
-		cfg := &config{databaseURL: "postgres://localhost/x", listenAddr: address, readConns: 1, writers: 1}
+		cfg := &config{listenAddr: address, readConns: 1}
+		cfg.databaseURL, cfg.writers = "postgres://localhost/x", 1
 		if _, err := newService(cfg); (err == nil) != allowed {
 			t.Errorf("%s without keys: %v", address, err)
 		}
@@ -755,12 +756,14 @@ func FuzzRequest(f *testing.F) {
 	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
 	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
 
-	cfg := &config{requestTimeout: time.Second, requestsMax: 10, queueOpsMax: 10, writers: 1, batchOpsMax: 1, databaseURL: "postgres://127.0.0.1:1/none", readConns: 1}
+	cfg := &config{requestsMax: 10, readConns: 1,
+		ledgerConfig: ledgerConfig{requestTimeout: time.Second, queueOpsMax: 10, writers: 1, batchOpsMax: 1},
+		relayConfig:  relayConfig{databaseURL: "postgres://127.0.0.1:1/none"}}
 	reads, err := openPool(cfg, 1, "none", nil)
 	if err != nil {
 		f.Fatal(err)
 	}
-	l := newLedger(cfg, reads, nil, nil)
+	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
 		for op := range l.queue {
 			if op.walletID < 1 || op.kind != kindCreation && (!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 || op.toID == op.walletID {

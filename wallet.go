@@ -273,7 +273,16 @@ type ledger struct {
 	batchSizes, batchSeconds            *metric.Histogram
 }
 
-func newLedger(cfg *config, reads, writes *pgxpool.Pool, cache *cache) *ledger {
+// ledgerConfig is what the ledger is told; see the settings' table.
+type ledgerConfig struct {
+	defaultCurrency string
+	writers         int
+	batchOpsMax     int
+	queueOpsMax     int
+	requestTimeout  time.Duration
+}
+
+func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *ledger {
 	return &ledger{
 		reads:           reads,
 		writes:          writes,

@@ -552,7 +552,7 @@ func TestStalledWriterIsThrownOut(t *testing.T) {
 
 // TestFullQueueIsRefused: bounded, with Retry-After, and nothing done.
 func TestFullQueueIsRefused(t *testing.T) {
-	l := newLedger(&config{queueOpsMax: 1, writers: 1, batchOpsMax: 1}, nil, nil, nil)
+	l := newLedger(ledgerConfig{queueOpsMax: 1, writers: 1, batchOpsMax: 1}, nil, nil, nil)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
 	go l.do(ctx, &operation{})
