@@ -155,7 +155,8 @@ type relay struct {
 // age is a time on a clock that never steps.
 func (r *relay) age() time.Duration { return time.Since(r.born) }
 
-// relayConfig is what the relay is told, and those that run in its place, -adopt and -audit; see the settings' table.
+// relayConfig is what the relay is told, and what runs in its place, -adopt and -audit; see the settings'
+// table.
 type relayConfig struct {
 	databaseURL     string
 	replicationURL  string

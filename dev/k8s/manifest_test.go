@@ -269,13 +269,21 @@ func settings(t *testing.T) map[string]string {
 			continue
 		}
 		ast.Inspect(f, func(n ast.Node) bool {
-			if lit, ok := n.(*ast.CompositeLit); ok && len(lit.Elts) == 4 {
-				name, ok1 := lit.Elts[0].(*ast.BasicLit)
-				fallback, ok2 := lit.Elts[1].(*ast.BasicLit)
-				if ok1 && ok2 {
-					key, _ := strconv.Unquote(name.Value)
-					found[key], _ = strconv.Unquote(fallback.Value)
+			row, ok := n.(*ast.CompositeLit)
+			if !ok {
+				return true
+			}
+			texts := make(map[string]string) // of the row's fields that are literal strings
+			for _, element := range row.Elts {
+				if field, ok := element.(*ast.KeyValueExpr); ok {
+					name, isName := field.Key.(*ast.Ident)
+					if text, isText := field.Value.(*ast.BasicLit); isName && isText {
+						texts[name.Name], _ = strconv.Unquote(text.Value)
+					}
 				}
+			}
+			if texts["Name"] != "" {
+				found[texts["Name"]] = texts["Default"]
 			}
 			return true
 		})
