@@ -304,7 +304,7 @@ func parseBalance(walletID int64, value string) (b cachedBalance, ok bool) {
 
 // put takes balances that were read from Postgres, or committed there, since the ticket was taken, and that
 // are about to be answered. It drops from the map those that this process has put before. It takes at most
-// CACHE_TIMEOUT and never fails: what does not arrive is made up for by a new generation.
+// twice CACHE_TIMEOUT and never fails: what does not arrive is made up for by a new generation.
 func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 	if c == nil {
 		return
