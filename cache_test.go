@@ -308,7 +308,10 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 	put(a, look(t, a), 5)
 	want(t, b, 5)
 	if err := a.redis.Save(context.Background()).Err(); err != nil {
-		t.Skip("this Redis keeps no snapshot, and comes back empty: ", err)
+		if strings.Contains(err.Error(), "unknown command") {
+			t.Skip("miniredis keeps no snapshot, and comes back empty")
+		}
+		t.Fatal(err)
 	}
 	put(a, a.ticket(), 6)
 	want(t, b, 6)
