@@ -31,6 +31,8 @@ import (
 	"github.com/IBM/sarama"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wallet/internal/money"
 )
 
 var (
@@ -942,7 +944,7 @@ func BenchmarkBatches(b *testing.B) {
 				b.Fatal(err)
 			}
 			pick, dice, run := anyOf(*benchWallets), rand.New(rand.NewPCG(1, 2)), newRun()
-			cent, _ := parseAmount("0.01")
+			cent, _ := money.Parse("0.01")
 			post := func(n int) {
 				batch := make([]*operation, size)
 				for i := range batch {

@@ -51,6 +51,7 @@ import (
 	"wallet/internal/gate"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
+	"wallet/internal/money"
 )
 
 func main() {
@@ -764,7 +765,7 @@ func (s *server) move(r *http.Request, kind string, allowed []string) (*api.Repl
 	if !given {
 		return nil, refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
 	}
-	if op.amount, err = parseAmount(amount.Text); err != nil {
+	if op.amount, err = money.Parse(amount.Text); err != nil {
 		return nil, err
 	}
 	if op.currency, err = currencyOf(body); err != nil {
@@ -982,7 +983,7 @@ func appendReceipt(dst []byte, m *posted) []byte {
 	integer := func(name string, v int64) { dst = strconv.AppendInt(append(dst, name...), v, 10) }
 	text := func(name, v string) { dst = append(append(append(dst, name...), v...), '"') }
 	number := func(name string, v decimal.Decimal) {
-		dst = append(appendDecimal(append(dst, name...), v), '"')
+		dst = append(money.Append(append(dst, name...), v), '"')
 	}
 	if m.Kind == kindTransferOut {
 		integer(`,"from_id":`, m.WalletID)

@@ -23,6 +23,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wallet/internal/kafka"
+	"wallet/internal/money"
 )
 
 const (
@@ -48,11 +49,11 @@ func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, `","currency":"`...)
 	dst = append(dst, e.Currency...)
 	dst = append(dst, `","amount":"`...)
-	dst = appendDecimal(dst, e.Amount)
+	dst = money.Append(dst, e.Amount)
 	dst = append(dst, `","balance_before":"`...)
-	dst = appendDecimal(dst, e.Balance.Sub(e.Amount))
+	dst = money.Append(dst, e.Balance.Sub(e.Amount))
 	dst = append(dst, `","balance_after":"`...)
-	dst = appendDecimal(dst, e.Balance)
+	dst = money.Append(dst, e.Balance)
 	if e.CounterpartyID != 0 {
 		dst = append(dst, `","counterparty":{"wallet_id":`...)
 		dst = strconv.AppendInt(dst, e.CounterpartyID, 10)

@@ -765,7 +765,7 @@ func FuzzRequest(f *testing.F) {
 	}
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
-		for op := range l.queue {
+		for op := range l.queue.Queue {
 			if op.walletID < 1 || op.kind != kindCreation && (!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 || op.toID == op.walletID {
 				panic(fmt.Sprintf("in the queue: %+v", op))
 			}

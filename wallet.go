@@ -31,7 +31,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/gather"
 	"wallet/internal/metric"
+	"wallet/internal/money"
 )
 
 // Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and
@@ -95,19 +97,27 @@ type operation struct {
 	walletID    int64 // the initiating wallet; of a creation, the id given or chosen
 	toID        int64 // of a transfer
 	idChosen    bool  // by us, of a creation
-	amount      amount
+	amount      money.Amount
 	currency    string // as named by the request; may be empty
 	key         string
 	traceparent string
 
-	ctx  context.Context // the request's: if it ends before a batch forms, the operation is dropped
-	done chan struct{}   // closed after the fields below are final
+	wallets []int64         // that it touches
+	room    [2]int64        // for them, mostly
+	ctx     context.Context // the request's: if it ends before a batch forms, the operation is dropped
+	done    chan struct{}   // closed after the fields below are final
 
 	posted   posted // of a movement
 	created  wallet // of a creation
 	replayed bool   // the key had been posted before: what is answered is what was answered then
 	err      error  // a *refusal, errUnavailable or an unknown fault
 }
+
+// Keys are the operation's wallets.
+func (op *operation) Keys() []int64 { return op.wallets }
+
+// Gone says that the client has left.
+func (op *operation) Gone() bool { return op.ctx.Err() != nil }
 
 // refusal is an operation's or a request's clear no: a stable code, and a sentence that says what to do.
 // The codes and their HTTP statuses stand in one table in main.go.
@@ -134,87 +144,13 @@ var (
 )
 
 // -----------------------------------------------------------------------------------------------------------
-// Amounts, keys and ids
+// Keys and ids
 // -----------------------------------------------------------------------------------------------------------
 
 const (
-	wholeDigitsMax  = 20 // before the point; wallet.balance's CHECK says the same
-	decimalsMax     = 18 // after it, for any currency; currency.scale's CHECK says the same
 	keyLenMax       = 255
 	walletIDAutoMax = 1<<53 - 1 // of ids chosen by us: exact in a JavaScript number
 )
-
-var balanceLimit = decimal.New(1, wholeDigitsMax)
-
-// amount is a positive decimal number and how many decimals it was written with.
-type amount struct {
-	decimal.Decimal
-	decimals int32
-}
-
-// parseAmount reads a plain decimal number. Digits are counted before anything is computed, so that no text
-// is expensive.
-func parseAmount(s string) (amount, error) {
-	rest, negative := strings.CutPrefix(s, "-")
-	whole, fraction, pointed := strings.Cut(rest, ".")
-	switch {
-	case strings.ContainsAny(s, "eE") && strings.Trim(s, "0123456789.eE+-") == "":
-		return amount{}, refuse("amount_exponent", "Write the amount without an exponent, such as \"10.50\".")
-	case whole == "" || pointed && fraction == "" || strings.Trim(whole, "0123456789") != "" ||
-		strings.Trim(fraction, "0123456789") != "":
-		return amount{}, refuse("amount_malformed",
-			"Write the amount as a plain decimal number, such as \"10.50\".")
-	case len(whole) > 1 && whole[0] == '0':
-		return amount{}, refuse("amount_malformed",
-			"Write the amount without leading zeros, such as \"10.50\".")
-	case len(whole) > wholeDigitsMax:
-		return amount{}, refuse("amount_too_large", "An amount has at most %d digits before the point.",
-			wholeDigitsMax)
-	case len(fraction) > decimalsMax:
-		return amount{}, refuse("amount_scale",
-			"The amount has %d decimals; no currency here has more than %d.", len(fraction), decimalsMax)
-	}
-	value, err := decimal.NewFromString(rest)
-	if err != nil {
-		return amount{}, refuse("amount_malformed",
-			"Write the amount as a plain decimal number, such as \"10.50\".")
-	}
-	if negative || value.IsZero() {
-		return amount{}, refuse("amount_not_positive",
-			"The amount must be greater than zero; the route says in which direction the money moves.")
-	}
-	return amount{value, int32(len(fraction))}, nil
-}
-
-// appendDecimal appends d as decimal.String writes it, without trailing zeros. Up to 18 digits take no
-// arithmetic of big numbers.
-func appendDecimal(dst []byte, d decimal.Decimal) []byte {
-	places := int(-d.Exponent())
-	if places < 0 || d.NumDigits() > 18 {
-		return append(dst, d.String()...)
-	}
-	n := d.CoefficientInt64()
-	for ; places > 0 && n%10 == 0; places-- {
-		n /= 10
-	}
-	if n < 0 {
-		dst, n = append(dst, '-'), -n
-	}
-	start := len(dst)
-	dst = strconv.AppendInt(dst, n, 10)
-	if places == 0 {
-		return dst
-	}
-	for len(dst)-start <= places { // a digit before the point
-		dst = slices.Insert(dst, start, '0')
-	}
-	return slices.Insert(dst, len(dst)-places, '.')
-}
-
-func decimalText(d decimal.Decimal) string {
-	var room [48]byte
-	return string(appendDecimal(room[:0], d))
-}
 
 // parseKey checks an idempotency key: 1-255 printable ASCII characters.
 func parseKey(s string) (string, error) {
@@ -260,15 +196,12 @@ type ledger struct {
 	reads           *pgxpool.Pool
 	writes          *pgxpool.Pool // one connection a writer
 	cache           *cache        // nil without Redis
-	writers         int
-	batchOpsMax     int
 	rerunBudget     time.Duration // how long a batch is run again after faults before its clients are told
 	defaultCurrency string
 
-	queue  chan *operation
+	queue  *gather.Gatherer[*operation]
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
-	aside                               atomic.Int64 // operations that gather, or wait for a wallet in hand
 	batches, operations, reruns, splits atomic.Int64
 	batchSizes, batchSeconds            *metric.Histogram
 }
@@ -283,18 +216,17 @@ type ledgerConfig struct {
 }
 
 func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *ledger {
-	return &ledger{
+	l := &ledger{
 		reads:           reads,
 		writes:          writes,
 		cache:           cache,
-		writers:         cfg.writers,
-		batchOpsMax:     cfg.batchOpsMax,
 		rerunBudget:     cfg.requestTimeout,
 		defaultCurrency: cfg.defaultCurrency,
-		queue:           make(chan *operation, cfg.queueOpsMax),
 		batchSizes:      metric.NewHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
 		batchSeconds:    metric.NewHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
 	}
+	l.queue = gather.New(cfg.queueOpsMax, cfg.writers, cfg.batchOpsMax, l.work, l.drop)
+	return l
 }
 
 // loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts
@@ -319,8 +251,12 @@ func (l *ledger) loadCurrencies(ctx context.Context) error {
 // caller, and the operation may still be applied.
 func (l *ledger) do(ctx context.Context, op *operation) error {
 	op.ctx, op.done = ctx, make(chan struct{})
+	op.wallets = append(op.room[:0], op.walletID)
+	if op.toID != 0 {
+		op.wallets = append(op.wallets, op.toID)
+	}
 	select {
-	case l.queue <- op:
+	case l.queue.Queue <- op:
 	default:
 		return errOverloaded
 	}
@@ -332,90 +268,22 @@ func (l *ledger) do(ctx context.Context, op *operation) error {
 	}
 }
 
-// A batch has a fixed cost, about a dozen operations'. While one is at Postgres, another starts only for
-// furtherBatchMin operations or after furtherBatchAfter, when something must hold the first one up.
-const (
-	furtherBatchMin   = 32 // operations
-	furtherBatchAfter = 20 * time.Millisecond
-)
+// run works off what is queued until ctx ends.
+func (l *ledger) run(ctx context.Context) error { return l.queue.Run(ctx) }
 
-// run hands batches to the writers until ctx ends and everything taken is posted. A batch forms while those
-// before it are at Postgres; when none is there it starts at once, however small. It takes every waiting
-// operation except those on wallets that another batch holds: they would block it on a lock.
-func (l *ledger) run(ctx context.Context) error {
-	free, finished := l.writers, make(chan []*operation, l.writers)
-	inHand := make(map[int64]bool) // wallets of the batches at Postgres
-	var gathered []*operation      // for the next batch, in order of arrival
-	var waiting []*operation       // for a wallet in hand, likewise
-	awaited := make(map[int64]bool)
-	var overdue <-chan time.Time // set while operations gather beside a batch at Postgres
-	stop := ctx.Done()
-	for stop != nil || free < l.writers || len(gathered) > 0 || len(waiting) > 0 || len(l.queue) > 0 {
-		l.aside.Store(int64(len(gathered) + len(waiting)))
-		further := min(furtherBatchMin, l.batchOpsMax)
-		queue := l.queue
-		if free == 0 || len(waiting) >= l.batchOpsMax {
-			queue = nil // what arrives waits there, up to its bound
-		}
-		select {
-		case op := <-queue:
-			gathered = append(gathered, op)
-		case batch := <-finished:
-			free++
-			for _, op := range batch {
-				delete(inHand, op.walletID)
-				delete(inHand, op.toID)
-			}
-			gathered, waiting = append(waiting, gathered...), nil
-			clear(awaited)
-		case <-overdue:
-			further = 0
-		case <-stop:
-			stop = nil
-			continue
-		}
-		for len(gathered) < l.batchOpsMax && len(l.queue) > 0 {
-			gathered = append(gathered, <-l.queue)
-		}
-		if free < l.writers && len(gathered) < further {
-			if overdue == nil && len(gathered) > 0 {
-				overdue = time.After(furtherBatchAfter)
-			}
-			continue
-		}
-		overdue = nil
-		batch := make([]*operation, 0, len(gathered))
-		for _, op := range gathered {
-			switch {
-			case op.ctx.Err() != nil:
-				op.err = errUnavailable // nobody is waiting any more, and nothing was done
-				close(op.done)
-			case len(batch) == l.batchOpsMax || inHand[op.walletID] || inHand[op.toID] ||
-				awaited[op.walletID] || awaited[op.toID]:
-				// Those behind it wait as well, or it might wait for ever.
-				awaited[op.walletID], awaited[op.toID] = true, op.toID != 0
-				waiting = append(waiting, op)
-			default:
-				batch = append(batch, op)
-			}
-		}
-		gathered = nil
-		if len(batch) == 0 {
-			continue
-		}
-		for _, op := range batch {
-			inHand[op.walletID], inHand[op.toID] = true, op.toID != 0
-		}
-		free--
-		go func() {
-			t, heads := l.cache.ticket(), make(map[int64]cachedBalance, len(batch))
-			t.moves = true
-			l.post(batch, heads)
-			finished <- batch
-			l.announce(batch, t, heads)
-		}()
-	}
-	return nil
+// work posts a batch and tells of it. Its wallets are free for the next batch once it is in the ledger.
+func (l *ledger) work(batch []*operation, release func()) {
+	t, heads := l.cache.ticket(), make(map[int64]cachedBalance, len(batch))
+	t.moves = true
+	l.post(batch, heads)
+	release()
+	l.announce(batch, t, heads)
+}
+
+// drop ends an operation whose client left before a batch took it: nothing was done.
+func (l *ledger) drop(op *operation) {
+	op.err = errUnavailable
+	close(op.done)
 }
 
 // post brings a batch into the ledger, or settles each operation's error. Running a batch again is always
@@ -509,7 +377,7 @@ func remedy(err error) (rerun, split bool) {
 func (l *ledger) putOff(op *operation) {
 	select {
 	case <-time.After(100 * time.Millisecond):
-		l.queue <- op
+		l.queue.Queue <- op
 	case <-op.ctx.Done():
 	}
 }
@@ -637,7 +505,7 @@ func (o *outcome) is(op *operation) bool {
 func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance) {
 	newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
 		if heads[walletID].seq < seq {
-			heads[walletID] = cachedBalance{walletID, seq, currency, decimalText(balance)}
+			heads[walletID] = cachedBalance{walletID, seq, currency, money.Text(balance)}
 		}
 	}
 	for _, w := range p.wallets {
@@ -682,13 +550,10 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 	var keys, creationKeys []string
 	asked := make(map[movementKey]bool, len(batch))
 	for _, op := range batch {
-		ids = append(ids, op.walletID)
+		ids = append(ids, op.wallets...)
 		if op.kind == kindCreation {
 			creationKeys = append(creationKeys, op.key)
 			continue
-		}
-		if op.toID != 0 {
-			ids = append(ids, op.toID)
 		}
 		if k := (movementKey{op.walletID, op.key}); !asked[k] {
 			asked[k] = true
@@ -821,10 +686,10 @@ func (p *posting) decide(op *operation) error {
 		return refuse("currency_mismatch",
 			"Wallet %d is in %s, the request in %s. Use a wallet in the request's "+
 				"currency.", from.ID, from.Currency, currency)
-	case op.amount.decimals > scale:
+	case op.amount.Decimals > scale:
 		return refuse("amount_scale",
 			"The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact "+
-				"amount.", op.amount.decimals, currency, scale)
+				"amount.", op.amount.Decimals, currency, scale)
 	case !opens && from.Balance.LessThan(op.amount.Decimal):
 		return refuse("insufficient_funds",
 			"Wallet %d holds less than the amount. Deposit first; the same key may then be used "+
@@ -837,10 +702,10 @@ func (p *posting) decide(op *operation) error {
 		traceparent: op.traceparent}
 	switch op.kind {
 	case kindDeposit:
-		if from.Balance.Add(amount).GreaterThanOrEqual(balanceLimit) {
+		if from.Balance.Add(amount).GreaterThanOrEqual(money.Limit) {
 			return refuse("balance_limit",
 				"The balance of wallet %d would have more than %d digits before the "+
-					"point.", from.ID, wholeDigitsMax)
+					"point.", from.ID, money.WholeDigitsMax)
 		}
 		first.Amount = amount
 		p.append(from, &first, at)
@@ -858,10 +723,10 @@ func (p *posting) decide(op *operation) error {
 			return refuse("currency_mismatch",
 				"Wallet %d is in %s, wallet %d in %s. A transfer stays in one "+
 					"currency.", from.ID, from.Currency, to.ID, to.Currency)
-		case to.Balance.Add(amount).GreaterThanOrEqual(balanceLimit):
+		case to.Balance.Add(amount).GreaterThanOrEqual(money.Limit):
 			return refuse("balance_limit",
 				"The balance of wallet %d would have more than %d digits before the "+
-					"point.", to.ID, wholeDigitsMax)
+					"point.", to.ID, money.WholeDigitsMax)
 		}
 		at = latest(at, to.EntryAt)
 		second := first
@@ -979,7 +844,7 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 			e := &p.entries[i]
 			ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
 			ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
-			amounts[i], balances[i] = decimalText(e.Amount), decimalText(e.Balance)
+			amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
 		}
 		b.Queue(insertEntries, ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys)
 		queueOutbox(&b, p.entries)
@@ -1010,7 +875,7 @@ func walletColumns(wallets []*wallet) walletArrays {
 		}
 		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
 		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
-		c.balances = append(c.balances, decimalText(w.Balance))
+		c.balances = append(c.balances, money.Text(w.Balance))
 		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
 	}
 	return c
@@ -1069,7 +934,7 @@ func (l *ledger) readWallet(ctx context.Context, id int64, t ticket) (*wallet, e
 }
 
 func (w *wallet) cached() cachedBalance {
-	return cachedBalance{w.ID, w.Seq, w.Currency, decimalText(w.Balance)}
+	return cachedBalance{w.ID, w.Seq, w.Currency, money.Text(w.Balance)}
 }
 
 // balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
@@ -1104,10 +969,10 @@ func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted,
 	if err != nil {
 		return nil, fmt.Errorf("read transaction: %w", err)
 	}
-	told := map[int64]cachedBalance{walletID: {walletID, seq, m.Currency, decimalText(m.Balance)}}
+	told := map[int64]cachedBalance{walletID: {walletID, seq, m.Currency, money.Text(m.Balance)}}
 	if m.CounterpartyID != 0 {
 		told[m.CounterpartyID] = cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency,
-			decimalText(m.toBalance)}
+			money.Text(m.toBalance)}
 	}
 	l.cache.put(t, told)
 	return &m, nil
@@ -1196,7 +1061,7 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.",
 		float64(l.splits.Load()))
 	w.Gauge("wallet_queue_operations", "Operations that wait for a batch.",
-		float64(len(l.queue))+float64(l.aside.Load()))
+		float64(l.queue.Waiting()))
 	w.Histogram("wallet_batch_operations", "Operations of a batch.", l.batchSizes)
 	w.Histogram("wallet_batch_seconds", "From a batch's forming to its commit, reruns included.",
 		l.batchSeconds)

@@ -21,7 +21,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/shopspring/decimal"
 )
 
 // movement is one acknowledged operation, as a client remembers it.
@@ -92,23 +91,6 @@ func checkAcknowledged(tb testing.TB, w *wallets, acknowledged []movement) {
 	}
 	if after := w.mustCount(tb); after != before {
 		tb.Errorf("replays moved money: %s, before %s", after, before)
-	}
-}
-
-// TestAppendDecimal: as decimal.String, whatever the size, sign and places.
-func TestAppendDecimal(t *testing.T) {
-	for _, text := range []string{"0", "0.00", "1", "-1", "0.5", "-0.05", "10.50", "-100", "1000000", "999999999999999999", "-999999999999999999", "0.000000000000000001",
-		"-0.999999999999999999", "99999999999999999999.999999999999999999", "1e3", "-12e2", "123456789012345678901234567890e-5"} {
-		d := dec(text)
-		if got := decimalText(d); got != d.String() {
-			t.Errorf("%s is written %s, want %s", text, got, d)
-		}
-	}
-	for range 10_000 {
-		d := decimal.New(rand.Int64()>>rand.IntN(64), -int32(rand.IntN(20))).Mul(decimal.New(1-2*rand.Int64N(2), 0))
-		if got := string(appendDecimal([]byte("-0."), d)); got != "-0."+d.String() {
-			t.Fatalf("%s is written %s", d, got)
-		}
 	}
 }
 
@@ -556,7 +538,7 @@ func TestFullQueueIsRefused(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
 	go l.do(ctx, &operation{})
-	eventually(t, time.Second, "queued", func() bool { return len(l.queue) == 1 })
+	eventually(t, time.Second, "queued", func() bool { return len(l.queue.Queue) == 1 })
 	if err := l.do(ctx, &operation{}); !errors.Is(err, errOverloaded) {
 		t.Errorf("%v, want errOverloaded", err)
 	}
@@ -729,30 +711,6 @@ func slicesOfParameters(query string) map[string]bool {
 // ---------------------------------------------------------------------------------------------------------------------
 // Parsers
 // ---------------------------------------------------------------------------------------------------------------------
-
-func FuzzAmount(f *testing.F) {
-	for _, seed := range []string{"10.50", "0", "-1", "1e9", "NaN", "99999999999999999999.999999999999999999", "1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		a, err := parseAmount(s)
-		if err != nil {
-			var no *refusal
-			if !errors.As(err, &no) || problems[no.code].Status == 0 {
-				t.Fatalf("%q: not a refusal with a status: %v", s, err)
-			}
-			return
-		}
-		whole, fraction, _ := strings.Cut(s, ".")
-		if len(whole) > wholeDigitsMax || len(fraction) > decimalsMax || int(a.decimals) != len(fraction) || !a.IsPositive() {
-			t.Fatalf("%q was taken as %s with %d decimals", s, a, a.decimals)
-		}
-		// What was taken is exactly what was written.
-		if back := a.StringFixed(a.decimals); back != s {
-			t.Fatalf("%q came back as %q", s, back)
-		}
-	})
-}
 
 func FuzzCursor(f *testing.F) {
 	for _, p := range []page{{from: 1, to: 5}, {from: 3, to: 1<<63 - 1, descending: true}} {
