@@ -51,6 +51,7 @@ import (
 	"wallet/internal/gate"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
+	"wallet/internal/migrate"
 	"wallet/internal/money"
 )
 
@@ -108,7 +109,10 @@ func main() {
 	exit := 0
 	switch {
 	case *migrateOnly:
-		err = waitFor(ctx, "Postgres", func(ctx context.Context) error { return migrate(ctx, cfg) })
+		err = waitFor(ctx, "Postgres", func(ctx context.Context) error { return migrateSchema(ctx, cfg) })
+		if err == nil {
+			err = validateSchema(ctx, cfg)
+		}
 	case *auditOnly:
 		var findings int
 		if findings, err = runAudit(ctx, &cfg.relayConfig, os.Stdout); findings > 0 {
@@ -261,6 +265,13 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 				return gate.Watch(ctx, 5*time.Second, load, s.cfg.tlsCert, s.cfg.tlsKey)
 			})
 		}
+		keeping.run(func(ctx context.Context) error {
+			if err := validateSchema(ctx, s.cfg); err != nil && ctx.Err() == nil {
+				slog.Warn("old rows not checked against new constraints; the next start tries again",
+					"error", err)
+			}
+			return nil
+		})
 		s.api.Started.Store(true)
 		slog.Info("ready")
 		return s.keep(ctx)
@@ -439,13 +450,13 @@ FROM pg_control_system(), pg_database d WHERE d.datname = current_database()`).S
 var schemaSQL string
 
 const (
-	schemaVersion      = 2 // of schema.sql's last line
+	schemaVersion      = 3 // of schema.sql's last step
 	postgresVersionMin = 150000
+	schemaLock         = "wallet.schema"
 )
 
-// migrate brings the schema up to schemaVersion, unless it is there or newer. Replicas that start together
-// take turns.
-func migrate(ctx context.Context, cfg *config) error {
+// migrateSchema brings the schema up to schemaVersion, unless it is there or newer.
+func migrateSchema(ctx context.Context, cfg *config) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, cfg.migrateURL)
@@ -465,35 +476,39 @@ func migrate(ctx context.Context, cfg *config) error {
 	if err != nil {
 		return finalError{fmt.Errorf("REPLICATION_URL: %w", err)}
 	}
-	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `
-SELECT pg_advisory_xact_lock(hashtext('wallet.schema')),
-       set_config('wallet.service_role', $1, true), set_config('wallet.relay_role', $2, true),
-       set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true),
-       set_config('client_min_messages', 'warning', true)`,
-			service.User, relay.User); err != nil {
-			return err
-		}
-		if version, err = readSchemaVersion(ctx, tx); err != nil || version >= schemaVersion {
-			return err // another replica came first
-		}
-		_, err := tx.Conn().PgConn().Exec(ctx, schemaSQL).ReadAll()
+	var schema string
+	if err := conn.QueryRow(ctx, `SELECT quote_ident(current_schema())`).Scan(&schema); err != nil {
 		return err
-	})
-	var pgErr *pgconn.PgError
+	}
+	settings := map[string]string{"wallet.service_role": service.User, "wallet.relay_role": relay.User,
+		"search_path": schema + ", pg_temp", "client_min_messages": "warning"}
+	applied, err := migrate.Apply(ctx, conn, schemaLock, migrate.Steps(schemaSQL), settings,
+		func(ctx context.Context, conn *pgx.Conn) (int, error) { return readSchemaVersion(ctx, conn) })
 	switch {
-	case errors.As(err, &pgErr) && pgErr.Code == "42501": // insufficient_privilege
+	case sqlState(err) == "42501": // insufficient_privilege
 		return fmt.Errorf("the schema is at version %d and this program needs %d: "+
 			"run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", version, schemaVersion, err)
 	case err != nil:
 		return fmt.Errorf("apply the schema: %w", err)
 	}
-	slog.Info("schema applied", "version", schemaVersion)
+	if applied {
+		slog.Info("schema applied", "version", schemaVersion)
+	}
 	return nil
 }
 
+// validateSchema checks old rows against the constraints that a migration left NOT VALID.
+func validateSchema(ctx context.Context, cfg *config) error {
+	conn, err := pgx.Connect(ctx, cfg.migrateURL)
+	if err != nil {
+		return fmt.Errorf("connect with MIGRATE_URL: %w", err)
+	}
+	defer conn.Close(context.Background())
+	return migrate.Validate(ctx, conn, schemaLock)
+}
+
 // readSchemaVersion is 0 for a database without any of our tables. Tables of our names that are not ours are
-// refused.
+// refused, and so is a schema that asks for a newer program.
 func readSchemaVersion(ctx context.Context, db interface {
 	QueryRow(context.Context, string, ...any) pgx.Row
 }) (int, error) {
@@ -516,14 +531,20 @@ SELECT current_setting('server_version_num')::int, to_regclass('wallet_schema') 
 	case !ours:
 		return 0, nil
 	}
-	var version int
-	err = db.QueryRow(ctx, `SELECT coalesce(max(version), 0) FROM wallet_schema`).Scan(&version)
+	var version, programMin int
+	err = db.QueryRow(ctx, `
+SELECT coalesce(max(version), 0), coalesce(max((to_jsonb(s) ->> 'program_min')::int), 0) FROM wallet_schema s`,
+	).Scan(&version, &programMin)
+	if err == nil && programMin > schemaVersion {
+		return version, finalError{fmt.Errorf("the schema is at version %d and asks for a program that knows "+
+			"version %d, this one knows %d: run a newer release", version, programMin, schemaVersion)}
+	}
 	return version, err
 }
 
 // prepare makes the database ready for writes.
 func (s *service) prepare(ctx context.Context) error {
-	if err := migrate(ctx, s.cfg); err != nil {
+	if err := migrateSchema(ctx, s.cfg); err != nil {
 		return err
 	}
 	if err := makeOutboxPartitions(ctx, s.reads); err != nil {

@@ -1,12 +1,24 @@
--- The ledger's tables, and every rule about money that a database can enforce by itself: constraint names state the rule.
+-- The ledger's tables, and every rule about money that a database can enforce by itself: constraint names
+-- state the rule.
 --
--- main.go applies this file at start, as the owner (MIGRATE_URL), in one transaction and under an advisory lock: whichever
--- replica comes first does it, and running it again changes nothing. Three roles meet here:
---   owner    owns the tables, makes and drops outbox partitions (the SECURITY DEFINER functions below), owns the publication;
---   service  reads everything, adds wallets, entries and outbox rows, moves a wallet's balance: no DDL, no change of an entry;
+-- Each step below is a transaction of its own; its number is the version that it belongs to. main.go applies
+-- those of later versions than the database has, at start, as the owner (MIGRATE_URL) and under an advisory
+-- lock: whichever replica comes first does it. A step may be run again, and changes nothing then. It waits
+-- for no lock longer than a moment, since writers would queue behind it; it is tried again instead. Nothing
+-- rewrites or scans a table under a lock that writers wait for: columns are nullable or have a constant
+-- default, and constraints are NOT VALID at first, which binds what is new; the service validates them
+-- afterwards, beside its work.
+--
+-- Three roles meet here:
+--   owner    owns the tables and the publication, makes and drops outbox partitions (the SECURITY DEFINER
+--            functions below);
+--   service  reads everything, adds wallets, entries and outbox rows, moves a wallet's head: no DDL, and no
+--            change of an entry;
 --   relay    REPLICATION only; it reads the outbox from the WAL, through the publication.
--- The names of the last two arrive as settings of the migrating session, wallet.service_role and wallet.relay_role. On a
--- laptop all three may be one role.
+-- The names of the last two arrive as settings of the migrating session, wallet.service_role and
+-- wallet.relay_role. On a laptop all three may be one role.
+
+-- step 2: wallets, entries, outbox
 
 CREATE TABLE IF NOT EXISTS wallet_schema (
     version    integer     PRIMARY KEY,
@@ -14,9 +26,9 @@ CREATE TABLE IF NOT EXISTS wallet_schema (
 );
 COMMENT ON TABLE wallet_schema IS 'The wallet service''s schema: its highest version is the one in force.';
 
--- ---------------------------------------------------------------------------------------------------------------------
+-- -----------------------------------------------------------------------------------------------------------
 -- Ledger
--- ---------------------------------------------------------------------------------------------------------------------
+-- -----------------------------------------------------------------------------------------------------------
 
 -- A currency's scale is how many decimals its amounts may have. It must never change once a wallet uses it.
 CREATE TABLE IF NOT EXISTS currency (
@@ -24,8 +36,10 @@ CREATE TABLE IF NOT EXISTS currency (
     scale smallint NOT NULL    CONSTRAINT currency_scale_in_range   CHECK (scale BETWEEN 0 AND 18)
 );
 
--- A wallet's row is the head of its chain of entries: balance and time of entry number seq. fillfactor leaves room on each
--- page for the next versions of its rows, so that an update stays on the page and touches no index (HOT).
+-- A wallet's row is the head of its chain of entries: balance and time of entry number seq. fillfactor leaves
+-- room on each page for the next versions of its rows, so that an update stays on the page and touches no
+-- index (HOT). Its creation_key is the idempotency key of POST /v1/wallets, and null where a deposit or
+-- transfer made the wallet.
 CREATE TABLE IF NOT EXISTS wallet (
     id           bigint      PRIMARY KEY CONSTRAINT wallet_id_positive CHECK (id > 0),
     seq          bigint      NOT NULL DEFAULT 0 CONSTRAINT seq_not_negative CHECK (seq >= 0),
@@ -35,19 +49,22 @@ CREATE TABLE IF NOT EXISTS wallet (
     balance      numeric     NOT NULL DEFAULT 0
         CONSTRAINT balance_not_negative CHECK (balance >= 0)
         CONSTRAINT balance_at_most_20_digits CHECK (balance < 100000000000000000000),
-    creation_key text,                  -- idempotency key of POST /v1/wallets; null where a deposit or transfer made the wallet
-    CONSTRAINT wallet_without_entries_is_empty CHECK ((seq = 0) = (entry_at IS NULL) AND (seq > 0 OR balance = 0))
+    creation_key text,
+    CONSTRAINT wallet_without_entries_is_empty
+        CHECK ((seq = 0) = (entry_at IS NULL) AND (seq > 0 OR balance = 0))
 ) WITH (fillfactor = 60);
-CREATE UNIQUE INDEX IF NOT EXISTS wallet_creation_key_once ON wallet (creation_key) WHERE creation_key IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS wallet_creation_key_once
+    ON wallet (creation_key) WHERE creation_key IS NOT NULL;
 
 DO $$ BEGIN
     CREATE TYPE entry_kind AS ENUM ('deposit', 'withdrawal', 'transfer_out', 'transfer_in');
 EXCEPTION WHEN duplicate_object THEN NULL;
 END $$;
 
--- One signed leg of a movement of money, never changed once written. seq counts a wallet's entries from 1 without a gap;
--- created_at never decreases with it, so a time is found by bisecting the primary key. The idempotency key is unique among a
--- wallet's initiating entries (a transfer_in carries the payer's key, which may equal one of the payee's).
+-- One signed leg of a movement of money, never changed once written. seq counts a wallet's entries from 1
+-- without a gap; created_at never decreases with it, so a time is found by bisecting the primary key. The
+-- idempotency key is unique among a wallet's initiating entries (a transfer_in carries the payer's key, which
+-- may equal one of the payee's).
 CREATE TABLE IF NOT EXISTS entry (
     wallet_id        bigint      NOT NULL,   -- of a wallet: entry_fits_wallet
     seq              bigint      NOT NULL CONSTRAINT entry_seq_positive CHECK (seq > 0),
@@ -56,43 +73,32 @@ CREATE TABLE IF NOT EXISTS entry (
     created_at       timestamptz NOT NULL,
     kind             entry_kind  NOT NULL,
     amount           numeric     NOT NULL CONSTRAINT amount_at_most_18_decimals CHECK (scale(amount) <= 18),
-    balance          numeric     NOT NULL CONSTRAINT entry_balance_not_negative CHECK (balance >= 0),   -- after this entry
-    idempotency_key  text        NOT NULL CONSTRAINT idempotency_key_1_to_255 CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
+    balance          numeric     NOT NULL                                       -- after this entry
+        CONSTRAINT entry_balance_not_negative CHECK (balance >= 0),
+    idempotency_key  text        NOT NULL
+        CONSTRAINT idempotency_key_1_to_255 CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
     PRIMARY KEY (wallet_id, seq),
-    CONSTRAINT amount_sign_fits_kind CHECK (CASE WHEN kind IN ('deposit', 'transfer_in') THEN amount > 0 ELSE amount < 0 END),
     CONSTRAINT balance_before_not_negative CHECK (balance >= amount),
-    CONSTRAINT transfer_has_counterparty CHECK ((kind IN ('transfer_out', 'transfer_in')) = (counterparty_id IS NOT NULL)
+    CONSTRAINT transfer_has_counterparty CHECK (
+        (kind IN ('transfer_out', 'transfer_in')) = (counterparty_id IS NOT NULL)
         AND (counterparty_id IS NULL) = (counterparty_seq IS NULL)),
     CONSTRAINT counterparty_is_another CHECK (counterparty_id <> wallet_id)
 );
-ALTER TABLE entry DROP CONSTRAINT IF EXISTS entry_wallet_exists; -- version 1's foreign key
-CREATE UNIQUE INDEX IF NOT EXISTS idempotency_key_posts_once ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in';
+CREATE UNIQUE INDEX IF NOT EXISTS idempotency_key_posts_once
+    ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in';
 
--- New entries fit the wallets that they belong to, whose rows are brought up to date first. A foreign key would say less (only that
--- the wallet exists) and cost more: a query and a row lock for each entry, against a wallet that is never deleted.
-CREATE OR REPLACE FUNCTION entry_fits_wallet() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
-DECLARE
-    misfit text;
-BEGIN
-    SELECT a.wallet_id || '-' || a.seq INTO misfit
-    FROM added a LEFT JOIN LATERAL (SELECT w.seq, w.balance, w.entry_at FROM wallet w WHERE w.id = a.wallet_id LIMIT 1) w ON true
-    WHERE w.seq IS NULL OR w.seq < a.seq OR w.seq = a.seq AND (w.balance <> a.balance OR w.entry_at <> a.created_at) LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION 'entry % does not fit its wallet', misfit USING ERRCODE = 'check_violation', CONSTRAINT = 'entry_fits_wallet';
-    END IF;
-    RETURN NULL;
-END $$;
-CREATE OR REPLACE TRIGGER entry_fits_wallet AFTER INSERT ON entry REFERENCING NEW TABLE AS added
-    FOR EACH STATEMENT EXECUTE FUNCTION entry_fits_wallet();
-
--- The first entry of a wallet that is not older than `since` (one past the last entry where there is none), in about log2(n)
--- probes of the primary key.
-CREATE OR REPLACE FUNCTION seq_since(wallet_id bigint, since timestamptz) RETURNS bigint LANGUAGE sql STABLE AS $$
+-- The first entry of a wallet that is not older than `since` (one past the last entry where there is none),
+-- in about log2(n) probes of the primary key.
+CREATE OR REPLACE FUNCTION seq_since(wallet_id bigint, since timestamptz) RETURNS bigint
+    LANGUAGE sql STABLE AS $$
     WITH RECURSIVE bisect (low, high) AS (
         SELECT 1::bigint, coalesce((SELECT w.seq FROM wallet w WHERE w.id = $1), 0) + 1
         UNION ALL
-        SELECT CASE WHEN e.created_at < $2 THEN e.seq + 1 ELSE b.low END, CASE WHEN e.created_at < $2 THEN b.high ELSE e.seq END
-        FROM bisect b, LATERAL (SELECT e.seq, e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = (b.low + b.high) / 2) e
+        SELECT CASE WHEN e.created_at < $2 THEN e.seq + 1 ELSE b.low END,
+               CASE WHEN e.created_at < $2 THEN b.high ELSE e.seq END
+        FROM bisect b, LATERAL (
+            SELECT e.seq, e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = (b.low + b.high) / 2
+        ) e
         WHERE b.low < b.high
     )
     SELECT low FROM bisect WHERE low = high
@@ -100,23 +106,27 @@ $$;
 
 CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION '% of % is refused: %', lower(TG_OP), TG_TABLE_NAME, TG_ARGV[0] USING ERRCODE = 'restrict_violation';
+    RAISE EXCEPTION '% of % is refused: %', lower(TG_OP), TG_TABLE_NAME, TG_ARGV[0]
+        USING ERRCODE = 'restrict_violation';
 END $$;
 CREATE OR REPLACE TRIGGER entry_is_immutable BEFORE UPDATE OR DELETE OR TRUNCATE ON entry
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('an entry is never changed; post a correcting one');
-CREATE OR REPLACE TRIGGER wallet_identity_is_immutable BEFORE UPDATE OF id, currency, created_at, creation_key ON wallet
+CREATE OR REPLACE TRIGGER wallet_identity_is_immutable
+    BEFORE UPDATE OF id, currency, created_at, creation_key ON wallet
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('id, currency and creation of a wallet are final');
 CREATE OR REPLACE TRIGGER wallet_is_never_deleted BEFORE DELETE OR TRUNCATE ON wallet
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a wallet is never deleted');
 CREATE OR REPLACE TRIGGER currency_scale_is_immutable BEFORE UPDATE OR TRUNCATE ON currency
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a scale is final; add another code');
 
--- ---------------------------------------------------------------------------------------------------------------------
--- Outbox: one row per entry, in the same commit; the relay streams it out of the WAL, so nothing ever reads or updates it
--- ---------------------------------------------------------------------------------------------------------------------
+-- -----------------------------------------------------------------------------------------------------------
+-- Outbox: one row per entry, in the same commit; the relay streams it out of the WAL, so nothing ever reads
+-- or updates it
+-- -----------------------------------------------------------------------------------------------------------
 
--- Partitioned by the hour of the writing transaction's start, by the database's clock. No index: rows are never looked up,
--- and leave by DROP TABLE of a whole hour, so that there is no bloat and no vacuum debt. The event's id is aggregate_id-seq.
+-- Partitioned by the hour of the writing transaction's start, by the database's clock. No index: rows are
+-- never looked up, and leave by DROP TABLE of a whole hour, so that there is no bloat and no vacuum debt. The
+-- event's id is aggregate_id-seq.
 CREATE TABLE IF NOT EXISTS outbox (
     created_at     timestamptz NOT NULL DEFAULT now(),
     aggregate_id   bigint      NOT NULL,     -- the wallet
@@ -129,16 +139,16 @@ CREATE TABLE IF NOT EXISTS outbox (
 
 -- What partitions there are. A partition's name holds the UTC hour that it covers.
 CREATE OR REPLACE VIEW outbox_partition AS
-SELECT c.relname::text                                                                      AS name,
-       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH')                       AS starts_at,
-       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH') + interval '1 hour'   AS ends_at,
-       pg_total_relation_size(c.oid)                                                        AS bytes
+SELECT c.relname::text AS name,
+       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH') AS starts_at,
+       to_timestamp(substr(c.relname, 8) || '+00', 'YYYYMMDDHH24TZH') + interval '1 hour' AS ends_at,
+       pg_total_relation_size(c.oid) AS bytes
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'outbox'::regclass;
 
--- Makes the partitions from this hour until `ahead` from now that are missing, and returns how many. Without a partition for
--- the present hour no write succeeds, so every replica calls this, days ahead. CREATE then ATTACH takes no lock that a writer
--- waits for.
+-- Makes the partitions from this hour until `ahead` from now that are missing, and returns how many. Without
+-- a partition for the present hour no write succeeds, so every replica calls this, days ahead. CREATE then
+-- ATTACH takes no lock that a writer waits for.
 CREATE OR REPLACE FUNCTION outbox_make_partitions(ahead interval) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '1s' SET search_path FROM CURRENT AS $$
 DECLARE
@@ -147,25 +157,29 @@ DECLARE
     part text;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext('wallet.outbox_partitions'));
-    FOR hour IN SELECT generate_series(date_trunc('hour', now(), 'UTC'), now() + ahead, interval '1 hour') LOOP
+    FOR hour IN
+        SELECT generate_series(date_trunc('hour', now(), 'UTC'), now() + ahead, interval '1 hour')
+    LOOP
         part := 'outbox_' || to_char(hour AT TIME ZONE 'UTC', 'YYYYMMDDHH24');
         IF EXISTS (SELECT FROM outbox_partition p WHERE p.name = part) THEN
             CONTINUE;
         END IF;
         EXECUTE format('CREATE TABLE %I (LIKE outbox INCLUDING DEFAULTS)', part);
-        EXECUTE format('ALTER TABLE outbox ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)', part, hour, hour + interval '1 hour');
+        EXECUTE format('ALTER TABLE outbox ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+            part, hour, hour + interval '1 hour');
         made := made + 1;
     END LOOP;
     RETURN made;
 END $$;
 
--- An end of the WAL that everything in a past partition was committed before. The SHARE lock waits for the transactions
--- that still have rows in it; later ones start after its hour and write to another.
+-- Returns an LSN after every commit in a closed partition. The SHARE lock waits for the transactions that
+-- still have rows in it; later ones start after its hour and write to another.
 CREATE OR REPLACE FUNCTION outbox_close_partition(part text) RETURNS pg_lsn
     LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' SET search_path FROM CURRENT AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM outbox_partition p WHERE p.name = part AND p.ends_at <= now()) THEN
-        RAISE EXCEPTION '% is not a past partition of the outbox', part USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION '% is not a past partition of the outbox', part
+            USING ERRCODE = 'invalid_parameter_value';
     END IF;
     EXECUTE format('LOCK TABLE %I IN SHARE MODE', part);
     RETURN pg_current_wal_insert_lsn();
@@ -176,24 +190,195 @@ CREATE OR REPLACE FUNCTION outbox_drop_partition(part text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' SET search_path FROM CURRENT AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM outbox_partition p WHERE p.name = part AND p.ends_at <= now()) THEN
-        RAISE EXCEPTION '% is not a past partition of the outbox', part USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION '% is not a past partition of the outbox', part
+            USING ERRCODE = 'invalid_parameter_value';
     END IF;
     EXECUTE format('DROP TABLE %I', part);
 END $$;
 
--- Inserts only, under the root's name (dropping a partition is silent), and only what an event is made of: each further column would
--- be decoded, sent and dropped.
+-- Inserts only, under the root's name (dropping a partition is silent), and only what an event is made of:
+-- each further column would be decoded, sent and dropped.
 DO $$ BEGIN
     CREATE PUBLICATION wallet_outbox WITH (publish = 'insert', publish_via_partition_root = true);
 EXCEPTION WHEN duplicate_object THEN NULL;
 END $$;
 ALTER PUBLICATION wallet_outbox SET TABLE outbox (aggregate_id, seq, payload, traceparent);
 
--- ---------------------------------------------------------------------------------------------------------------------
--- Rights
--- ---------------------------------------------------------------------------------------------------------------------
+-- step 3: kinds of entries that move no money (a new label can be used only after its commit)
 
-REVOKE ALL ON FUNCTION outbox_make_partitions(interval), outbox_close_partition(text), outbox_drop_partition(text) FROM PUBLIC;
+ALTER TYPE entry_kind ADD VALUE IF NOT EXISTS 'hold';
+ALTER TYPE entry_kind ADD VALUE IF NOT EXISTS 'release';
+ALTER TYPE entry_kind ADD VALUE IF NOT EXISTS 'state';
+
+-- step 3: what an entry may say besides
+
+-- program_min is the lowest version that a program must know to serve on this schema. An older one would
+-- spend what is held.
+ALTER TABLE wallet_schema ADD COLUMN IF NOT EXISTS program_min integer NOT NULL DEFAULT 1;
+
+-- held is what open holds reserve of the balance; the rest is available. state is null until it is set for
+-- the first time: open, no_out (nothing more is spent), frozen (nothing but releases) or closed (nothing, for
+-- ever); state_seq is the entry that set it.
+ALTER TABLE wallet
+    ADD COLUMN IF NOT EXISTS held      numeric NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS state     text,
+    ADD COLUMN IF NOT EXISTS state_seq bigint;
+
+-- Null where there is nothing to say, as with every plain deposit, withdrawal and transfer. of_seq is the same
+-- wallet's entry that this one captures, releases or undoes; held_change is that of what is held, and held what
+-- is held after this entry; remaining is what remains of the hold, or of what can still be undone; note is JSON:
+-- reference, metadata, client and the like (wallet.go).
+ALTER TABLE entry
+    ADD COLUMN IF NOT EXISTS of_seq      bigint,
+    ADD COLUMN IF NOT EXISTS held_change numeric,
+    ADD COLUMN IF NOT EXISTS held        numeric,
+    ADD COLUMN IF NOT EXISTS remaining   numeric,
+    ADD COLUMN IF NOT EXISTS note        text;
+
+-- step 3: holds, reversals, references
+
+-- A hold's row says where entry number seq of the wallet stands now. The sum of what was captured, and what
+-- remains, is bounded by its amount. fillfactor leaves room for its end.
+CREATE TABLE IF NOT EXISTS hold (
+    wallet_id  bigint      NOT NULL,
+    seq        bigint      NOT NULL,
+    amount     numeric     NOT NULL CONSTRAINT hold_amount_positive CHECK (amount > 0),
+    captured   numeric     NOT NULL DEFAULT 0 CONSTRAINT captured_not_negative CHECK (captured >= 0),
+    remaining  numeric     NOT NULL CONSTRAINT hold_remaining_not_negative CHECK (remaining >= 0),
+    status     text        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    to_id      bigint,              -- who will be paid, where that was said
+    last_seq   bigint      NOT NULL CONSTRAINT hold_last_seq_not_before CHECK (last_seq >= seq),
+    PRIMARY KEY (wallet_id, seq),
+    CONSTRAINT hold_status_known CHECK (status IN ('open', 'captured', 'voided', 'expired')),
+    CONSTRAINT hold_captured_at_most_its_amount CHECK (captured + remaining <= amount),
+    CONSTRAINT open_hold_is_whole CHECK (status <> 'open' OR remaining > 0 AND captured + remaining = amount),
+    CONSTRAINT ended_hold_holds_nothing CHECK (status = 'open' OR remaining = 0)
+) WITH (fillfactor = 80);
+CREATE INDEX IF NOT EXISTS hold_due ON hold (expires_at) WHERE status = 'open';
+CREATE INDEX IF NOT EXISTS hold_open ON hold (wallet_id, seq) WHERE status = 'open';
+
+-- How much of a transaction, named by its initiating entry, has been undone.
+CREATE TABLE IF NOT EXISTS reversal (
+    wallet_id bigint  NOT NULL,
+    seq       bigint  NOT NULL,
+    amount    numeric NOT NULL,
+    reversed  numeric NOT NULL CONSTRAINT reversed_positive CHECK (reversed > 0),
+    PRIMARY KEY (wallet_id, seq),
+    CONSTRAINT reversed_at_most_its_amount CHECK (reversed <= amount)
+);
+
+-- Which initiating entries carry a reference.
+CREATE TABLE IF NOT EXISTS reference (
+    reference text COLLATE "C" NOT NULL
+        CONSTRAINT reference_1_to_255 CHECK (octet_length(reference) BETWEEN 1 AND 255),
+    wallet_id bigint NOT NULL,
+    seq       bigint NOT NULL,
+    PRIMARY KEY (reference, wallet_id, seq)
+);
+
+-- step 3: rules
+
+ALTER TABLE wallet
+    DROP CONSTRAINT IF EXISTS held_within_balance,
+    ADD CONSTRAINT held_within_balance CHECK (held BETWEEN 0 AND balance) NOT VALID,
+    DROP CONSTRAINT IF EXISTS wallet_state_known,
+    ADD CONSTRAINT wallet_state_known CHECK (state IN ('open', 'no_out', 'frozen', 'closed')
+        AND (state IS NULL) = (state_seq IS NULL)) NOT VALID,
+    DROP CONSTRAINT IF EXISTS closed_wallet_is_empty,
+    ADD CONSTRAINT closed_wallet_is_empty CHECK (state <> 'closed' OR balance = 0 AND held = 0) NOT VALID;
+
+ALTER TABLE entry
+    DROP CONSTRAINT IF EXISTS entry_wallet_exists, -- version 1's foreign key
+    DROP CONSTRAINT IF EXISTS amount_sign_fits_kind,
+    ADD CONSTRAINT amount_sign_fits_kind CHECK (CASE
+        WHEN kind IN ('deposit', 'transfer_in') THEN amount > 0
+        WHEN kind IN ('withdrawal', 'transfer_out') THEN amount < 0
+        ELSE amount = 0 END) NOT VALID,
+    DROP CONSTRAINT IF EXISTS entry_held_within_balance,
+    ADD CONSTRAINT entry_held_within_balance CHECK (held IS NULL OR held > 0 AND held <= balance) NOT VALID,
+    DROP CONSTRAINT IF EXISTS held_before_within_balance,
+    ADD CONSTRAINT held_before_within_balance CHECK (held_change IS NULL
+        OR coalesce(held, 0) - held_change BETWEEN 0 AND balance - amount) NOT VALID,
+    -- A hold reserves what it names; a release gives some back; a capture takes no more than it gives back.
+    DROP CONSTRAINT IF EXISTS held_change_fits_kind,
+    ADD CONSTRAINT held_change_fits_kind CHECK (CASE
+        WHEN held_change IS NULL THEN kind NOT IN ('hold', 'release')
+        WHEN kind = 'hold' THEN
+            coalesce(held_change > 0 AND remaining = held_change AND of_seq IS NULL, false)
+        WHEN kind = 'release' THEN coalesce(held_change < 0 AND remaining = 0 AND of_seq > 0, false)
+        WHEN kind IN ('withdrawal', 'transfer_out') THEN
+            coalesce(held_change <= amount AND remaining >= 0 AND of_seq > 0, false)
+        ELSE false END) NOT VALID,
+    DROP CONSTRAINT IF EXISTS of_an_earlier_entry,
+    ADD CONSTRAINT of_an_earlier_entry CHECK (of_seq IS NULL
+        OR of_seq BETWEEN 1 AND seq - 1 AND coalesce(remaining >= 0, false)) NOT VALID,
+    DROP CONSTRAINT IF EXISTS note_at_most_8_kib,
+    ADD CONSTRAINT note_at_most_8_kib CHECK (octet_length(note) <= 8192) NOT VALID;
+
+-- New entries fit the wallets that they belong to, whose rows are brought up to date first: seq, balance,
+-- time, held. After the entry that set its state, a wallet takes none that the state forbids. A foreign key
+-- would say less (only that the wallet exists) and cost more: a query and a row lock for each entry, against a
+-- wallet that is never deleted.
+CREATE OR REPLACE FUNCTION entry_fits_wallet() RETURNS trigger LANGUAGE plpgsql
+    SET search_path FROM CURRENT AS $$
+DECLARE
+    misfit    text;
+    forbidden boolean;
+BEGIN
+    SELECT a.wallet_id || '-' || a.seq, w.state <> 'open' AND w.state_seq < a.seq
+    INTO misfit, forbidden
+    FROM added a LEFT JOIN LATERAL (
+        SELECT w.seq, w.balance, w.entry_at, w.held, w.state, w.state_seq FROM wallet w
+        WHERE w.id = a.wallet_id LIMIT 1
+    ) w ON true
+    WHERE w.seq IS NULL OR w.seq < a.seq
+       OR w.seq = a.seq AND (w.balance <> a.balance OR w.entry_at <> a.created_at
+                             OR w.held <> coalesce(a.held, 0))
+       OR w.state_seq < a.seq AND NOT CASE w.state
+              WHEN 'open' THEN true
+              WHEN 'no_out' THEN a.kind IN ('deposit', 'transfer_in', 'release', 'state')
+                                 OR a.held_change IS NOT NULL AND a.held_change < 0
+              WHEN 'frozen' THEN a.kind IN ('release', 'state')
+              ELSE false END
+    LIMIT 1;
+    IF FOUND AND forbidden THEN
+        RAISE EXCEPTION 'entry % is not one that its wallet''s state lets in', misfit
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'state_allows_entry';
+    ELSIF FOUND THEN
+        RAISE EXCEPTION 'entry % does not fit its wallet', misfit
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'entry_fits_wallet';
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE TRIGGER entry_fits_wallet AFTER INSERT ON entry REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION entry_fits_wallet();
+
+CREATE OR REPLACE TRIGGER closed_is_final BEFORE UPDATE OF state ON wallet FOR EACH ROW
+    WHEN (OLD.state = 'closed' AND NEW.state IS DISTINCT FROM 'closed')
+    EXECUTE FUNCTION refuse_change('a closed wallet stays closed');
+CREATE OR REPLACE TRIGGER hold_identity_is_immutable
+    BEFORE UPDATE OF wallet_id, seq, amount, expires_at, to_id ON hold
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('amount, payee and end of a hold are final');
+CREATE OR REPLACE TRIGGER ended_hold_is_final BEFORE UPDATE ON hold FOR EACH ROW
+    WHEN (OLD.status <> 'open')
+    EXECUTE FUNCTION refuse_change('a hold ends once');
+CREATE OR REPLACE TRIGGER hold_is_never_deleted BEFORE DELETE OR TRUNCATE ON hold
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a hold is never deleted');
+CREATE OR REPLACE TRIGGER reversal_is_never_undone BEFORE UPDATE ON reversal FOR EACH ROW
+    WHEN (NEW.reversed < OLD.reversed OR NEW.amount <> OLD.amount)
+    EXECUTE FUNCTION refuse_change('a reversal stays');
+CREATE OR REPLACE TRIGGER reversal_is_never_deleted BEFORE DELETE OR TRUNCATE ON reversal
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change('a reversal stays');
+
+-- step 3: rights and currencies
+
+-- -----------------------------------------------------------------------------------------------------------
+-- Rights
+-- -----------------------------------------------------------------------------------------------------------
+
+REVOKE ALL ON FUNCTION outbox_make_partitions(interval), outbox_close_partition(text),
+    outbox_drop_partition(text) FROM PUBLIC;
 DO $$
 DECLARE
     service text := current_setting('wallet.service_role');
@@ -201,31 +386,36 @@ DECLARE
 BEGIN
     IF service <> current_user THEN
         EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), service);
-        EXECUTE format('GRANT SELECT ON wallet_schema, currency, wallet, entry, outbox, outbox_partition TO %I', service);
-        EXECUTE format('GRANT INSERT ON wallet, entry, outbox TO %I', service);
-        EXECUTE format('GRANT UPDATE (seq, entry_at, balance) ON wallet TO %I', service);
-        EXECUTE format('GRANT EXECUTE ON FUNCTION outbox_make_partitions(interval), outbox_close_partition(text), '
-            'outbox_drop_partition(text) TO %I', service);
+        EXECUTE format('GRANT SELECT ON wallet_schema, currency, wallet, entry, hold, reversal, reference, '
+            'outbox, outbox_partition TO %I', service);
+        EXECUTE format('GRANT INSERT ON wallet, entry, hold, reversal, reference, outbox TO %I', service);
+        EXECUTE format('GRANT UPDATE (seq, entry_at, balance, held, state, state_seq) ON wallet TO %I',
+            service);
+        EXECUTE format('GRANT UPDATE (captured, remaining, status, last_seq) ON hold TO %I', service);
+        EXECUTE format('GRANT UPDATE (reversed) ON reversal TO %I', service);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION outbox_make_partitions(interval), '
+            'outbox_close_partition(text), outbox_drop_partition(text) TO %I', service);
     END IF;
     IF relay <> current_user THEN
         EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), relay);
     END IF;
 END $$;
 
--- ---------------------------------------------------------------------------------------------------------------------
--- Currencies: ISO 4217 with its minor units (funds and metals left out), and the common crypto assets with the decimals of
--- their own ledgers. Add others with INSERT; the service sees them within a minute.
--- ---------------------------------------------------------------------------------------------------------------------
+-- -----------------------------------------------------------------------------------------------------------
+-- Currencies: ISO 4217 with its minor units (funds and metals left out), and the common crypto assets with
+-- the decimals of their own ledgers. Add others with INSERT; the service sees them within a minute.
+-- -----------------------------------------------------------------------------------------------------------
 
 INSERT INTO currency (code, scale)
 SELECT code, scale
 FROM (VALUES
     (0, 'BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF'),
-    (2, 'AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CNY COP CRC CUP CVE '
-        'CZK DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GTQ GYD HKD HNL HTG HUF IDR ILS INR IRR JMD KES KGS KHR '
-        'KPW KYD KZT LAK LBP LKR LRD LSL MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD PAB '
-        'PEN PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TOP TRY '
-        'TTD TWD TZS UAH USD UYU UZS VED VES WST XCD XCG YER ZAR ZMW ZWG'),
+    (2, 'AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BMD BND BOB BRL BSD BTN BWP BYN BZD CAD '
+        'CDF CHF CNY COP CRC CUP CVE CZK DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD '
+        'GTQ GYD HKD HNL HTG HUF IDR ILS INR IRR JMD KES KGS KHR KPW KYD KZT LAK LBP LKR LRD LSL '
+        'MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD PAB PEN '
+        'PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP '
+        'SZL THB TJS TMT TOP TRY TTD TWD TZS UAH USD UYU UZS VED VES WST XCD XCG YER ZAR ZMW ZWG'),
     (3, 'BHD IQD JOD KWD LYD OMR TND'),
     (4, 'CLF UYW'),
     (6, 'ADA ALGO ATOM TRX USDC USDT XRP'),
@@ -238,4 +428,4 @@ FROM (VALUES
 ) AS scales (scale, codes), LATERAL unnest(string_to_array(codes, ' ')) AS code
 ON CONFLICT (code) DO NOTHING;
 
-INSERT INTO wallet_schema (version) VALUES (2) ON CONFLICT (version) DO NOTHING;
+INSERT INTO wallet_schema (version, program_min) VALUES (2, 1), (3, 3) ON CONFLICT (version) DO NOTHING;
