@@ -777,8 +777,9 @@ func consumeKeys(b *testing.B, topic string) *keyTimes {
 		go func() {
 			for m := range pc.Messages() {
 				if bytes.Contains(m.Value, []byte(`"kind":"transfer_out"`)) {
-					key, _ := eventText(m.Value, "idempotency_key")
-					arrivals.add(key)
+					_, key, _ := bytes.Cut(m.Value, []byte(`,"idempotency_key":"`))
+					key, _, _ = bytes.Cut(key, []byte{'"'})
+					arrivals.add(string(key))
 				}
 			}
 		}()

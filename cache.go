@@ -38,20 +38,32 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/shopspring/decimal"
 
 	"wallet/internal/metric"
+	"wallet/internal/money"
 )
 
-// cachedBalance is a wallet's balance after entry number seq.
+// cachedBalance is a wallet's balance after entry number seq, and what was held of it.
 type cachedBalance struct {
-	walletID, seq     int64
-	currency, balance string
+	walletID, seq           int64
+	currency, balance, held string
+}
+
+// available is the balance less what is held, as text.
+func (b *cachedBalance) available() (string, error) {
+	balance, err := decimal.NewFromString(b.balance)
+	held, heldErr := decimal.NewFromString(b.held)
+	if err = errors.Join(err, heldErr); err != nil {
+		return "", fmt.Errorf("cached balance of wallet %d: %w", b.walletID, err)
+	}
+	return money.Text(balance.Sub(held)), nil
 }
 
 // cache is safe for concurrent use.
 //
 // The generation key, one for a ledger, holds a random word. A wallet's key holds "generation seq currency
-// balance", or "generation ?word" for a token; it counts only in its own generation. Wallets' keys also
+// balance held", or "generation ?word" for a token; it counts only in its own generation. Wallets' keys also
 // name the life of the database (its timeline and the start of its server), so that a balance of before a
 // failover or a restored volume has no place to go, however late it comes.
 type cache struct {
@@ -292,14 +304,15 @@ func (c *cache) claim(ctx context.Context, keys *cacheKeys, walletID int64) (fou
 		c.ttl.Milliseconds()).Text()
 }
 
-// parseBalance reads a wallet's key; ok is false for a token.
+// parseBalance reads a wallet's key; ok is false for a token, and for what a replica of the release before
+// wrote, which knew of no holds.
 func parseBalance(walletID int64, value string) (b cachedBalance, ok bool) {
 	fields := strings.Fields(value)
-	if len(fields) != 4 {
+	if len(fields) != 5 {
 		return b, false
 	}
 	seq, err := strconv.ParseInt(fields[1], 10, 64)
-	return cachedBalance{walletID, seq, fields[2], fields[3]}, err == nil
+	return cachedBalance{walletID, seq, fields[2], fields[3], fields[4]}, err == nil
 }
 
 // put takes balances that were read from Postgres, or committed there, since the ticket was taken, and that
@@ -350,7 +363,7 @@ func (c *cache) put(t ticket, balances map[int64]cachedBalance) {
 
 // storeNewer puts balances where older ones are, and removes tokens but for the one that is the ticket.
 // KEYS: the generation key, then the wallets'. ARGV: TTL in ms, the ticket or empty, a new generation or
-// empty, then seq and "currency balance" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
+// empty, then seq and "currency balance held" of each wallet. A seq is exact up to 2^53, as Lua's numbers are.
 var storeNewer = redis.NewScript(`
 if ARGV[3] ~= '' then
     redis.call('SET', KEYS[1], ARGV[3])
@@ -379,7 +392,7 @@ func (c *cache) store(keys *cacheKeys, found string, balances map[int64]cachedBa
 	args := append(make([]any, 0, 3+2*len(balances)), c.ttl.Milliseconds(), found, "")
 	for _, b := range balances {
 		names = append(names, keys.wallet(b.walletID))
-		args = append(args, b.seq, b.currency+" "+b.balance)
+		args = append(args, b.seq, b.currency+" "+b.balance+" "+b.held)
 	}
 	tries := 2
 	if c.away.Load() {

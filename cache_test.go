@@ -48,7 +48,7 @@ func inUse(tb testing.TB, c *cache) {
 
 // put puts wallet 1's balance, which is ten times its seq.
 func put(c *cache, t ticket, seq int64) {
-	c.put(t, map[int64]cachedBalance{1: {1, seq, "USD", fmt.Sprint(10 * seq)}})
+	c.put(t, map[int64]cachedBalance{1: {1, seq, "USD", fmt.Sprint(10 * seq), "0"}})
 }
 
 // look is a read of wallet 1 that must miss; its ticket is for what Postgres then says.
@@ -65,7 +65,7 @@ func look(t *testing.T, c *cache) ticket {
 func want(t *testing.T, c *cache, seq int64) {
 	t.Helper()
 	b, _, ok := c.get(context.Background(), 1, 0)
-	if !ok || b != (cachedBalance{1, seq, "USD", fmt.Sprint(10 * seq)}) {
+	if !ok || b != (cachedBalance{1, seq, "USD", fmt.Sprint(10 * seq), "0"}) {
 		t.Errorf("%+v %v, want seq %d", b, ok, seq)
 	}
 }
@@ -346,7 +346,7 @@ func TestCacheInAllOrders(t *testing.T) {
 	var committed, answered [1 + wallets]int64 // seqs: as Postgres shows them, and as told to somebody
 	var busy [1 + wallets]bool
 	head := func(id int64) map[int64]cachedBalance {
-		return map[int64]cachedBalance{id: {id, committed[id], "USD", fmt.Sprint(10 * committed[id])}}
+		return map[int64]cachedBalance{id: {id, committed[id], "USD", fmt.Sprint(10 * committed[id]), "0"}}
 	}
 	hits := 0
 	var late []func() // what has begun and waits to go on
@@ -363,7 +363,7 @@ func TestCacheInAllOrders(t *testing.T) {
 		case n < 530 && !busy[id]: // a movement: into the WAL, where the relay finds it; visible; put, answer
 			before := c.ticket()
 			busy[id] = true
-			told := map[int64]cachedBalance{id: {id, committed[id] + 1, "USD", fmt.Sprint(10 * (committed[id] + 1))}}
+			told := map[int64]cachedBalance{id: {id, committed[id] + 1, "USD", fmt.Sprint(10 * (committed[id] + 1)), "0"}}
 			late = append(late, func() {
 				early := caches[dice.IntN(len(caches))].ticket()
 				early.early = true

@@ -1263,13 +1263,14 @@ func (l *leadership) refreshCache(events []event) {
 	}
 	balances := make(map[int64]cachedBalance, len(newest))
 	for id, e := range newest {
-		currency, err := eventText(e.payload, "currency")
-		balance, err2 := eventText(e.payload, "balance_after")
-		if err := errors.Join(err, err2); err != nil {
-			slog.Warn("balance not cached", "event", entryID(id, e.seq), "error", err)
+		b := cachedBalance{walletID: id, seq: e.seq, currency: eventText(e.payload, "currency"),
+			balance: eventText(e.payload, "balance_after"),
+			held:    cmp.Or(eventText(e.payload, "held_after"), "0")}
+		if b.currency == "" || b.balance == "" {
+			slog.Warn("balance not cached, since the event tells none", "event", entryID(id, e.seq))
 			continue
 		}
-		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
+		balances[id] = b
 	}
 	l.cache.put(l.ticket, balances)
 }
@@ -1603,8 +1604,7 @@ ORDER BY e.wallet_id, e.seq`, args, visit)
 }
 
 const queryEntries = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
-       e.kind::text, e.amount, e.balance, e.idempotency_key, w.currency
+SELECT ` + entryColumns + `, w.currency
 FROM wallet w JOIN entry e ON e.wallet_id = w.id
 `
 
@@ -1615,9 +1615,13 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 		return fmt.Errorf("read entries: %w", err)
 	}
 	var e entry
-	columns := []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind,
-		&e.Amount, &e.Balance, &e.Key, &e.Currency}
-	_, err = pgx.ForEachRow(rows, columns, func() error { return visit(&e) })
+	s := entryScan{e: &e}
+	_, err = pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
+		if err := s.finish(); err != nil {
+			return err
+		}
+		return visit(&e)
+	})
 	if err != nil {
 		return fmt.Errorf("read entries: %w", err)
 	}

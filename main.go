@@ -30,6 +30,7 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -40,6 +41,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -247,6 +250,7 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 			return err
 		}
 		writing.run(s.ledger.run)
+		keeping.run(s.ledger.sweep)
 		if s.balances != nil {
 			writing.run(s.balances.run)
 		}
@@ -564,7 +568,8 @@ func (s *service) keep(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx)}
+		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx),
+			s.ledger.countHolds(ctx)}
 		if s.relay == nil {
 			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0))
 		}
@@ -631,36 +636,38 @@ func unreachable(err error) bool {
 }
 
 func (s *server) routes() []api.Route {
-	return []api.Route{
+	routes := []api.Route{
 		{Method: "POST", Path: "/v1/wallets", Scope: gate.Write, Handle: s.createWallet, Status: 201,
-			Doc: api.Doc{Summary: "Create a wallet", Fields: creationFields, Answer: "Wallet",
+			Doc: api.Doc{Summary: "Create a wallet", Body: creationBody, Answer: "Wallet",
 				Refusals: "wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing " +
 					"idempotency_key_reused wallet_exists"}},
+		{Method: "GET", Path: "/v1/wallets", Scope: gate.Read, Handle: s.getWallets,
+			Doc: api.Doc{Summary: "Read the wallets by id, a page at a time", Query: listQuery,
+				Answer: "Wallets"}},
 		{Method: "GET", Path: "/v1/wallets/{id}", Scope: gate.Read, Handle: s.getWallet,
 			Doc: api.Doc{Summary: "Read a wallet", ID: "WalletID", Answer: "Wallet",
 				Refusals: "wallet_id_malformed wallet_not_found"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/balance", Scope: gate.Read, Handle: s.getBalance,
-			Doc: api.Doc{Summary: "Read a balance, from the cache unless Cache-Control says no-cache",
+			Doc: api.Doc{Summary: "Read a balance, from the cache unless Cache-Control says no-cache; or as it was",
 				ID: "WalletID", Query: balanceQuery, Answer: "Balance",
 				Refusals: "wallet_id_malformed wallet_not_found seq_not_reached"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/history", Scope: gate.Read, Handle: s.getHistory,
 			Doc: api.Doc{Summary: "Read a wallet's entries, a page at a time",
 				ID: "WalletID", Query: historyQuery, Answer: "History",
 				Refusals: "wallet_id_malformed wallet_not_found"}},
-		{Method: "POST", Path: "/v1/wallets/{id}/deposit", Scope: gate.Write, Handle: s.deposit,
-			Doc: api.Doc{Summary: "Deposit; creates the wallet if need be",
-				ID: "WalletID", Fields: movementFields, Required: []string{"amount"}, Answer: "Receipt",
-				Refusals: movementRefusals + " currency_unknown balance_limit"}},
-		{Method: "POST", Path: "/v1/wallets/{id}/withdraw", Scope: gate.Write, Handle: s.withdraw,
-			Doc: api.Doc{Summary: "Withdraw",
-				ID: "WalletID", Fields: movementFields, Required: []string{"amount"}, Answer: "Receipt",
-				Refusals: movementRefusals + " wallet_not_found insufficient_funds"}},
-		{Method: "POST", Path: "/v1/wallets/{id}/transfer", Scope: gate.Write, Handle: s.transfer,
-			Doc: api.Doc{Summary: "Transfer to another wallet; creates it if need be",
-				ID: "WalletID", Fields: transferFields, Required: []string{"to_id", "amount"},
-				Answer: "TransferReceipt",
-				Refusals: movementRefusals + " wallet_not_found insufficient_funds same_wallet " +
-					"balance_limit"}},
+		{Method: "GET", Path: "/v1/wallets/{id}/holds", Scope: gate.Read, Handle: s.getHolds,
+			Doc: api.Doc{Summary: "Read a wallet's holds, a page at a time",
+				ID: "WalletID", Query: holdsQuery, Answer: "Holds",
+				Refusals: "wallet_id_malformed wallet_not_found"}},
+		{Method: "GET", Path: "/v1/wallets/{id}/transactions", Scope: gate.Read, Handle: s.getByKey,
+			Doc: api.Doc{Summary: "Find the transaction that an idempotency key stands for: none or one",
+				ID: "WalletID", Query: byKeyQuery, Answer: "Transactions", Refusals: "wallet_id_malformed"}},
+		{Method: "GET", Path: "/v1/holds/{hold_id}", Scope: gate.Read, Handle: s.getHold,
+			Doc: api.Doc{Summary: "Read a hold", ID: "TransactionID", Answer: "Hold",
+				Refusals: "hold_id_malformed hold_not_found"}},
+		{Method: "GET", Path: "/v1/transactions", Scope: gate.Read, Handle: s.getByReference,
+			Doc: api.Doc{Summary: "Find transactions by their reference, a page at a time",
+				Query: byReferenceQuery, Answer: "Transactions"}},
 		{Method: "GET", Path: "/v1/transactions/{id}", Scope: gate.Read, Handle: s.getTransaction,
 			Doc: api.Doc{Summary: "Read a movement of money by its id",
 				ID: "TransactionID", Answer: "Transaction",
@@ -672,6 +679,136 @@ func (s *server) routes() []api.Route {
 		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz,
 			Doc: api.Doc{Summary: "Can it serve?", Answer: "Status", Refusals: "starting unavailable"}},
 	}
+	for i := range movements {
+		m := &movements[i]
+		routes = append(routes, api.Route{Method: "POST", Path: m.path, Scope: m.scope, Status: m.status,
+			Handle: func(r *http.Request) (*api.Reply, error) { return s.move(m, r) }, Doc: m.doc()})
+	}
+	return routes
+}
+
+// movementKind is a kind of operation on money: its route, what its body may say, and who decides (wallet.go).
+type movementKind struct {
+	path     string
+	scope    gate.Scope
+	status   int
+	summary  string
+	of       subject
+	kind     string // of the entry that it makes, as far as the route tells
+	decide   func(*posting, *operation) error
+	fields   string // of the body, besides the idempotency key
+	required string // of these
+	all      bool   // "amount" may be "all"
+	answer   string
+	refusals string // besides those of its fields
+}
+
+// subject is what a movement's path names.
+type subject struct {
+	id       string // schema
+	refusals string
+	read     func(ctx context.Context, l *ledger, op *operation, text string) error
+}
+
+// movements is what money may do.
+var movements = []movementKind{
+	{path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
+		of: ofWallet, kind: kindDeposit, decide: decideDeposit, fields: "amount currency reference metadata",
+		required: "amount", answer: "Receipt",
+		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
+		kind: kindWithdrawal, decide: decideWithdrawal, fields: "amount currency reference metadata",
+		required: "amount", all: true, answer: "Receipt",
+		refusals: "currency_mismatch wallet_not_found insufficient_funds wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
+		summary: "Transfer to another wallet; creates it if need be", of: ofWallet, kind: kindTransferOut,
+		decide: decideTransfer, fields: "to_id amount currency reference metadata", required: "to_id amount",
+		all: true, answer: "TransferReceipt",
+		refusals: "currency_mismatch wallet_not_found insufficient_funds balance_limit wallet_frozen " +
+			"wallet_closed"},
+	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
+		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
+		of:      ofWallet, kind: kindHold, decide: decideHold,
+		fields: "amount to_id expires_in currency reference metadata", required: "amount", answer: "HoldReceipt",
+		refusals: "currency_mismatch wallet_not_found insufficient_funds wallet_frozen wallet_closed"},
+	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
+		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
+		of:      ofHold, kind: kindWithdrawal, decide: decideCapture,
+		fields: "amount to_id final reference metadata", answer: "Capture",
+		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
+			"balance_limit wallet_frozen wallet_closed"},
+	{path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
+		of: ofHold, kind: kindRelease, decide: decideVoid, fields: "reference metadata", answer: "Release",
+		refusals: "hold_not_found hold_closed hold_expired"},
+	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
+		summary: "Reverse a transaction, or a part of it: post the opposite movement",
+		of:      ofTransaction, decide: decideReversal, fields: "amount reference metadata", answer: "Reversal",
+		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
+			"wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
+		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: ofWallet,
+		kind: kindState, decide: decideState, fields: "state note", required: "state", answer: "State",
+		refusals: "wallet_not_found wallet_closed wallet_not_empty"},
+}
+
+var (
+	ofWallet = subject{"WalletID", "wallet_id_malformed",
+		func(_ context.Context, _ *ledger, op *operation, text string) (err error) {
+			op.walletID, err = parseWalletID(text)
+			return err
+		}}
+
+	ofHold = subject{"TransactionID", "hold_id_malformed",
+		func(ctx context.Context, l *ledger, op *operation, text string) (err error) {
+			if op.walletID, op.ofSeq, err = parseEntryID(text, "hold"); err != nil {
+				return err
+			}
+			h, err := l.hold(ctx, op.walletID, op.ofSeq)
+			if err == nil && op.kind == kindWithdrawal && h.ToID != 0 { // else the body may name a payee
+				op.toID, op.kind = h.ToID, kindTransferOut
+			}
+			return err
+		}}
+
+	ofTransaction = subject{"TransactionID", "transaction_id_malformed",
+		func(ctx context.Context, l *ledger, op *operation, text string) error {
+			walletID, seq, err := parseEntryID(text, "transaction")
+			if err != nil {
+				return err
+			}
+			m, err := l.transaction(ctx, walletID, seq)
+			if err != nil {
+				return err
+			}
+			return op.undo(m)
+		}}
+)
+
+// body is the shape of the movement's body.
+func (m *movementKind) body() *api.Shape {
+	return &api.Shape{BytesMax: bodyBytesMax, Fields: append(strings.Fields(m.fields), "idempotency_key"),
+		Flags: []string{"final"}, Objects: []string{"metadata"}}
+}
+
+// doc is what the OpenAPI document says of the movement.
+func (m *movementKind) doc() api.Doc {
+	refusals := m.of.refusals + " idempotency_key_missing idempotency_key_reused " + m.refusals
+	for _, field := range strings.Fields(m.fields) {
+		refusals += " " + fieldRefusals[field]
+	}
+	if m.required != "" {
+		refusals += " field_missing"
+	}
+	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
+		Answer: m.answer, Refusals: refusals}
+}
+
+// fieldRefusals are the codes that each field may be refused with, by itself.
+var fieldRefusals = map[string]string{
+	"amount": "amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale",
+	"to_id":  "wallet_id_malformed same_wallet", "currency": "currency_malformed",
+	"expires_in": "expires_in_malformed", "reference": "reference_malformed",
+	"metadata": "metadata_malformed", "state": "state_malformed", "note": "note_malformed",
 }
 
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
@@ -683,18 +820,19 @@ func (s *server) operatorRoutes() []api.Route {
 	}
 }
 
-// The fields of each body and the parameters of each query: anything else is refused.
-var (
-	creationFields = []string{"id", "currency", "idempotency_key"}
-	movementFields = []string{"amount", "currency", "idempotency_key"}
-	transferFields = append([]string{"to_id"}, movementFields...)
-	balanceQuery   = []string{"min_seq"}
-	historyQuery   = []string{"limit", "since", "until", "order", "cursor"}
-)
+const bodyBytesMax = 8 << 10
 
-const movementRefusals = "wallet_id_malformed field_missing idempotency_key_missing idempotency_key_reused " +
-	"amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale currency_malformed " +
-	"currency_mismatch"
+// The parameters of each query, and the one body that is no movement's: anything else is refused.
+var (
+	creationBody = &api.Shape{BytesMax: bodyBytesMax,
+		Fields: []string{"id", "currency", "idempotency_key"}}
+	balanceQuery     = []string{"min_seq", "at", "seq"}
+	historyQuery     = []string{"limit", "since", "until", "order", "cursor"}
+	listQuery        = []string{"limit", "cursor"}
+	holdsQuery       = []string{"status", "limit", "cursor"}
+	byKeyQuery       = []string{"idempotency_key"}
+	byReferenceQuery = []string{"reference", "limit", "cursor"}
+)
 
 // problems is every refusal besides the API's own (internal/api): its stable code, its status and its title.
 var problems = map[string]api.Problem{
@@ -705,23 +843,39 @@ var problems = map[string]api.Problem{
 	"amount_exponent":          {Status: 400, Title: "An amount with an exponent"},
 	"amount_not_positive":      {Status: 400, Title: "An amount that is not positive"},
 	"amount_too_large":         {Status: 400, Title: "An amount with too many digits"},
+	"hold_id_malformed":        {Status: 400, Title: "Not a hold id"},
+	"expires_in_malformed":     {Status: 400, Title: "Not a duration, or too short or long a one"},
+	"reference_malformed":      {Status: 400, Title: "Not a reference"},
+	"metadata_malformed":       {Status: 400, Title: "Not metadata, or too many"},
+	"state_malformed":          {Status: 400, Title: "Not a wallet's state"},
+	"note_malformed":           {Status: 400, Title: "Not a note"},
 	"currency_malformed":       {Status: 400, Title: "Not a currency code"},
 	"same_wallet":              {Status: 400, Title: "A transfer to the same wallet"},
 	"idempotency_key_missing":  {Status: 400, Title: "No idempotency key"},
 	"wallet_not_found":         {Status: 404, Title: "No such wallet"},
 	"transaction_not_found":    {Status: 404, Title: "No such transaction"},
+	"hold_not_found":           {Status: 404, Title: "No such hold"},
 	"wallet_exists":            {Status: 409, Title: "The wallet exists already"},
+	"wallet_frozen":            {Status: 409, Title: "The wallet's state does not allow this"},
+	"wallet_closed":            {Status: 409, Title: "The wallet is closed"},
+	"wallet_not_empty":         {Status: 409, Title: "The wallet is not empty"},
+	"hold_closed":              {Status: 409, Title: "The hold has ended"},
+	"hold_expired":             {Status: 409, Title: "The hold has expired"},
 	"seq_not_reached":          {Status: 409, Title: "The wallet has no such entry yet"},
 	"amount_scale":             {Status: 422, Title: "More decimals than the currency has"},
 	"currency_unknown":         {Status: 422, Title: "Unknown currency"},
 	"currency_mismatch":        {Status: 422, Title: "Another currency than the wallet's"},
 	"insufficient_funds":       {Status: 422, Title: "Insufficient funds"},
 	"balance_limit":            {Status: 422, Title: "The balance would become too large"},
+	"hold_exceeded":            {Status: 422, Title: "More than remains of the hold"},
+	"payee_mismatch":           {Status: 422, Title: "Another payee than the hold's"},
+	"not_reversible":           {Status: 422, Title: "Not a transaction that can be reversed"},
+	"reversal_exceeds":         {Status: 422, Title: "More than is left to reverse"},
 	"idempotency_key_reused":   {Status: 422, Title: "The key was used for another operation"},
 }
 
 func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
-	body, err := api.ReadFields(r, creationFields...)
+	body, err := api.ReadFields(r, creationBody)
 	if err != nil {
 		return nil, err
 	}
@@ -754,24 +908,19 @@ func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: appendWallet(nil, &op.created), Replayed: op.replayed, Header: location}, nil
 }
 
-func (s *server) deposit(r *http.Request) (*api.Reply, error) {
-	return s.move(r, kindDeposit, movementFields)
-}
-func (s *server) withdraw(r *http.Request) (*api.Reply, error) {
-	return s.move(r, kindWithdrawal, movementFields)
-}
-func (s *server) transfer(r *http.Request) (*api.Reply, error) {
-	return s.move(r, kindTransferOut, transferFields)
-}
-
 // move is every movement of money: it reads the operation, has it posted and shows it as the ledger has it.
-func (s *server) move(r *http.Request, kind string, allowed []string) (*api.Reply, error) {
-	op := &operation{kind: kind, traceparent: api.Traceparent(r.Header)}
-	var err error
-	if op.walletID, err = parseWalletID(r.PathValue("id")); err != nil {
-		return nil, err
+func (s *server) move(m *movementKind, r *http.Request) (*api.Reply, error) {
+	op := &operation{kind: m.kind, decide: m.decide, traceparent: api.Traceparent(r.Header)}
+	id := r.PathValue("id")
+	if id == "" {
+		id = r.PathValue("hold_id")
 	}
-	body, err := api.ReadFields(r, allowed...)
+	if m.of.id == "WalletID" { // the others' are looked up, which what is malformed is not worth
+		if err := m.of.read(r.Context(), s.ledger, op, id); err != nil {
+			return nil, err
+		}
+	}
+	body, err := api.ReadFields(r, m.body())
 	if err != nil {
 		return nil, err
 	}
@@ -782,33 +931,175 @@ func (s *server) move(r *http.Request, kind string, allowed []string) (*api.Repl
 		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
 			"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
 	}
-	amount, given := body["amount"]
-	if !given {
-		return nil, refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
-	}
-	if op.amount, err = money.Parse(amount.Text); err != nil {
+	if err := m.read(body, op, s.ledger.holdTTL); err != nil {
 		return nil, err
 	}
-	if op.currency, err = currencyOf(body); err != nil {
-		return nil, err
-	}
-	if kind == kindTransferOut {
-		to, given := body["to_id"]
-		if !given {
-			return nil, refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
-		}
-		if op.toID, err = parseWalletID(to.Text); err != nil {
+	if m.of.id != "WalletID" {
+		if err := m.of.read(r.Context(), s.ledger, op, id); err != nil {
 			return nil, err
 		}
-		if op.toID == op.walletID {
-			return nil, refuse("same_wallet",
-				"A transfer goes to another wallet; this one names wallet %d twice.", op.toID)
-		}
 	}
+	if op.toID == op.walletID || op.note.ToID == op.walletID {
+		return nil, refuse("same_wallet",
+			"A transfer goes to another wallet; this one names wallet %d twice.", op.walletID)
+	}
+	op.note.Client = api.Client(r.Context())
 	if err := s.ledger.do(r.Context(), op); err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: append(appendReceipt(nil, &op.posted), '}'), Replayed: op.replayed}, nil
+	answer := &api.Reply{Body: append(appendReceipt(nil, &op.posted), '}'), Replayed: op.replayed}
+	if op.kind == kindHold {
+		answer.Header = map[string]string{"Location": "/v1/holds/" + entryID(op.posted.WalletID, op.posted.Seq)}
+	}
+	return answer, nil
+}
+
+// read reads what the body says.
+func (m *movementKind) read(body api.Fields, op *operation, holdTTL time.Duration) (err error) {
+	for _, field := range strings.Fields(m.required) {
+		if _, given := body[field]; !given && field != "to_id" {
+			return missing(field)
+		}
+	}
+	if amount, given := body["amount"]; !given {
+		op.note.All = m.kind == kindWithdrawal || m.of.id == "TransactionID" && m.kind != kindRelease
+	} else if m.all && amount == (api.Field{Text: "all", Quoted: true}) {
+		op.note.All = true
+	} else if op.amount, err = money.Parse(amount.Text); err != nil {
+		return err
+	}
+	if op.currency, err = currencyOf(body); err != nil {
+		return err
+	}
+	if to, given := body["to_id"]; given {
+		toID, err := parseWalletID(to.Text)
+		if err != nil {
+			return err
+		}
+		switch m.kind {
+		case kindHold: // which touches the payer alone
+			op.note.ToID = toID
+		default:
+			op.toID, op.kind = toID, kindTransferOut
+		}
+	} else if slices.Contains(strings.Fields(m.required), "to_id") {
+		return missing("to_id")
+	}
+	if m.kind == kindHold {
+		op.expiresIn, op.anyExpiry = holdTTL, true
+		if in, given := body["expires_in"]; given {
+			op.anyExpiry = false
+			if op.expiresIn, err = parseExpiry(in.Text); err != nil {
+				return err
+			}
+		}
+	}
+	op.note.Partial = body["final"].Text == "false"
+	if m.kind == kindRelease {
+		op.note.Reason = reasonVoid
+	}
+	return readNote(body, &op.note)
+}
+
+func missing(field string) error {
+	switch field {
+	case "amount":
+		return refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
+	case "to_id":
+		return refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
+	}
+	return refuse("field_missing", "Send the %q.", field)
+}
+
+// readNote reads what a movement says in words.
+func readNote(body api.Fields, n *note) error {
+	text := func(name string) (string, error) {
+		f, given := body[name]
+		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !printable(f.Text)) {
+			return "", refuse(name+"_malformed",
+				"The %q is a string of 1 to %d bytes of printable UTF-8.", name, noteBytesMax)
+		}
+		return f.Text, nil
+	}
+	var err error
+	if n.Reference, err = text("reference"); err != nil {
+		return err
+	}
+	if n.Text, err = text("note"); err != nil {
+		return err
+	}
+	if state, given := body["state"]; given {
+		if n.State = state.Text; !state.Quoted || !slices.Contains(walletStates, n.State) {
+			return refuse("state_malformed", "The \"state\" is one of %s.", strings.Join(walletStates, ", "))
+		}
+	}
+	if metadata, given := body["metadata"]; given {
+		if n.Metadata, err = canonicalMetadata(metadata.Text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Bounds of what a movement says in words.
+const (
+	noteBytesMax       = 255
+	metadataMembersMax = 16
+	metadataBytesMax   = 2 << 10
+)
+
+var walletStates = []string{stateOpen, stateNoOut, stateFrozen, stateClosed}
+
+// printable says whether all of a text is visible, or a space between.
+func printable(text string) bool {
+	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(c rune) bool {
+		return !unicode.IsPrint(c) || c == utf8.RuneError
+	})
+}
+
+// canonicalMetadata is the one form of an object of strings: its members by name, without white space. An
+// empty one is none.
+func canonicalMetadata(object string) (string, error) {
+	names, values, ok := api.ParseTexts(object)
+	if !ok || len(names) > metadataMembersMax || values[""] != "" || slices.Contains(names, "") {
+		return "", refuse("metadata_malformed", "The \"metadata\" is an object of at most %d members, each "+
+			"with a name of its own and a string of valid UTF-8.", metadataMembersMax)
+	}
+	if len(names) == 0 {
+		return "", nil
+	}
+	slices.Sort(names)
+	dst := []byte{'{'}
+	for i, name := range names {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = append(appendText(dst, name), ':')
+		dst = appendText(dst, values[name])
+	}
+	if dst = append(dst, '}'); len(dst) > metadataBytesMax {
+		return "", refuse("metadata_malformed", "The \"metadata\" may have %d bytes in all; these are %d.",
+			metadataBytesMax, len(dst))
+	}
+	return string(dst), nil
+}
+
+const holdTTLMax = 365 * 24 * time.Hour // no hold is for ever
+
+// parseExpiry reads a duration such as 15m: a whole number of s, m, h or d.
+func parseExpiry(text string) (time.Duration, error) {
+	bad := refuse("expires_in_malformed",
+		"\"expires_in\" is a whole number of s, m, h or d, such as \"15m\", from 1s to 365d.")
+	if len(text) < 2 || len(text) > 10 || text[0] == '0' {
+		return 0, bad
+	}
+	unit := map[byte]time.Duration{'s': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour}
+	n, err := strconv.ParseUint(text[:len(text)-1], 10, 32)
+	each := unit[text[len(text)-1]]
+	if err != nil || each == 0 || n > uint64(holdTTLMax/each) {
+		return 0, bad
+	}
+	return time.Duration(n) * each, nil
 }
 
 func (s *server) getWallet(r *http.Request) (*api.Reply, error) {
@@ -841,8 +1132,20 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d}`,
-		b.walletID, b.currency, b.balance, b.seq)}, nil
+	o := object{[]byte{'{'}}
+	o.integer("wallet_id", b.walletID)
+	o.text("currency", b.currency)
+	o.text("balance", b.balance)
+	if b.held != "0" {
+		available, err := b.available()
+		if err != nil {
+			return nil, err
+		}
+		o.text("held", b.held)
+		o.text("available", available)
+	}
+	o.integer("seq", b.seq)
+	return &api.Reply{Body: append(o.dst, '}')}, nil
 }
 
 const historyLimit, historyLimitMax = 50, 1000 // by default, and at most
@@ -899,7 +1202,7 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := &api.Reply{Body: []byte{'['}}
+	answer := &api.Reply{}
 	if len(entries) > int(limit) {
 		entries = entries[:limit]
 		if last := entries[limit-1].Seq; p.descending {
@@ -907,39 +1210,175 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 		} else {
 			p.from = last + 1
 		}
-		answer.Header = map[string]string{"Link": fmt.Sprintf(
-			`</v1/wallets/%d/history?limit=%d&cursor=%s>; rel="next"`, id, limit, p.cursor())}
+		answer.Header = next(fmt.Sprintf("/v1/wallets/%d/history?", id), int(limit), p.cursor())
 	}
-	for i := range entries {
-		if i > 0 {
-			answer.Body = append(answer.Body, ',')
-		}
-		answer.Body = appendEvent(answer.Body, &entries[i])
-	}
-	answer.Body = append(answer.Body, ']')
+	answer.Body = appendList(nil, entries, appendEvent)
 	return answer, nil
 }
 
 func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
-	id := r.PathValue("id")
-	wallet, number, found := strings.Cut(id, "-")
-	walletID, err := parseWalletID(wallet)
-	seq, seqErr := parseWalletID(number) // the same form
-	if !found || err != nil || seqErr != nil {
-		return nil, refuse("transaction_id_malformed", "A transaction id is <wallet_id>-<seq>, such as 1-1.")
+	walletID, seq, err := parseEntryID(r.PathValue("id"), "transaction")
+	if err != nil {
+		return nil, err
 	}
 	m, err := s.ledger.transaction(r.Context(), walletID, seq)
 	if err != nil {
 		return nil, err
 	}
-	body := appendReceipt(nil, m)
-	body = append(body, `,"kind":"`...)
-	// The transaction is a transfer, the entry its transfer_out.
-	body = append(body, strings.TrimSuffix(m.Kind, "_out")...)
-	body = append(body, `","idempotency_key":`...)
-	body = strconv.AppendQuote(body, m.Key)
-	return &api.Reply{Body: append(body, '}')}, nil
+	return &api.Reply{Body: appendTransaction(nil, m)}, nil
 }
+
+// getByKey answers "did my write land?".
+func (s *server) getByKey(r *http.Request) (*api.Reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	query, err := api.ReadQuery(r, byKeyQuery...)
+	if err != nil {
+		return nil, err
+	}
+	key, err := parseKey(query["idempotency_key"])
+	if err != nil {
+		return nil, refuse("parameter_malformed", "Send the idempotency_key: 1 to %d printable ASCII characters.",
+			keyLenMax)
+	}
+	found, err := s.ledger.transactions(r.Context(), transactionByKey, id, key)
+	if err != nil {
+		return nil, err
+	}
+	return list("", found, len(found), appendTransaction, nil), nil
+}
+
+func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
+	query, err := api.ReadQuery(r, byReferenceQuery...)
+	if err != nil {
+		return nil, err
+	}
+	reference := query["reference"]
+	if reference == "" || len(reference) > noteBytesMax || !printable(reference) {
+		return nil, refuse("parameter_malformed", "Send the reference: 1 to %d bytes of printable UTF-8.",
+			noteBytesMax)
+	}
+	limit, after, err := paging(query, "r")
+	if err != nil {
+		return nil, err
+	}
+	found, err := s.ledger.transactions(r.Context(), transactionsByReference, reference, after[0], after[1],
+		limit+1)
+	if err != nil {
+		return nil, err
+	}
+	path := "/v1/transactions?reference=" + url.QueryEscape(reference) + "&"
+	return list(path, found, limit, appendTransaction, func(m *posted) string {
+		return cursorOf("r", m.WalletID, m.Seq)
+	}), nil
+}
+
+// paging reads a page's limit and where it begins.
+func paging(query api.Query, kind string) (limit int, after [2]int64, err error) {
+	n, err := query.Integer("limit", historyLimit, 1, historyLimitMax)
+	if err == nil && query["cursor"] != "" {
+		after[0], after[1], err = parseCursorOf(kind, query["cursor"])
+	}
+	return int(n), after, err
+}
+
+// list answers with an array of at most limit items, and where there are more, with the way to them.
+func list[T any](path string, items []T, limit int, show func([]byte, T) []byte, cursor func(T) string,
+) *api.Reply {
+	answer := &api.Reply{}
+	if len(items) > limit {
+		items = items[:limit]
+		answer.Header = next(path, limit, cursor(items[limit-1]))
+	}
+	answer.Body = appendList(nil, items, show)
+	return answer
+}
+
+func next(path string, limit int, cursor string) map[string]string {
+	return map[string]string{"Link": fmt.Sprintf(`<%slimit=%d&cursor=%s>; rel="next"`, path, limit, cursor)}
+}
+
+func appendList[T any](dst []byte, items []T, show func([]byte, T) []byte) []byte {
+	dst = append(dst, '[')
+	for i, item := range items {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = show(dst, item)
+	}
+	return append(dst, ']')
+}
+
+func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
+	query, err := api.ReadQuery(r, listQuery...)
+	if err != nil {
+		return nil, err
+	}
+	limit, after, err := paging(query, "w")
+	if err != nil {
+		return nil, err
+	}
+	found, err := s.ledger.walletsAfter(r.Context(), after[0], limit+1)
+	if err != nil {
+		return nil, err
+	}
+	return list("/v1/wallets?", found, limit, appendWallet, func(w *wallet) string {
+		return cursorOf("w", w.ID, 1)
+	}), nil
+}
+
+func (s *server) getHold(r *http.Request) (*api.Reply, error) {
+	walletID, seq, err := parseEntryID(r.PathValue("hold_id"), "hold")
+	if err != nil {
+		return nil, err
+	}
+	h, err := s.ledger.hold(r.Context(), walletID, seq)
+	if err != nil {
+		return nil, err
+	}
+	return &api.Reply{Body: appendHold(nil, h)}, nil
+}
+
+func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	query, err := api.ReadQuery(r, holdsQuery...)
+	if err != nil {
+		return nil, err
+	}
+	status := query["status"]
+	if status != "" && !slices.Contains(holdStatuses, status) {
+		return nil, refuse("parameter_malformed", "status is one of %s.", strings.Join(holdStatuses, ", "))
+	}
+	limit, after, err := paging(query, "h")
+	if err != nil {
+		return nil, err
+	}
+	w, found, err := s.ledger.holds(r.Context(), id, status, after[0], limit+1)
+	if err != nil {
+		return nil, err
+	}
+	answer := &api.Reply{}
+	if len(found) > limit {
+		found = found[:limit]
+		path := fmt.Sprintf("/v1/wallets/%d/holds?", id)
+		if status != "" {
+			path += "status=" + status + "&"
+		}
+		answer.Header = next(path, limit, cursorOf("h", found[limit-1].Seq, 1))
+	}
+	answer.Body = fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","held":"%s",`+
+		`"available":"%s","seq":%d,"holds":`, w.ID, w.Currency, money.Text(w.Balance), money.Text(w.Held),
+		money.Text(w.available()), w.Seq)
+	answer.Body = append(appendList(answer.Body, found, appendHold), '}')
+	return answer, nil
+}
+
+var holdStatuses = []string{holdOpen, holdCaptured, holdVoided, holdExpired}
 
 // healthz: the process is alive. It asks nobody, since restarting us would not mend another server.
 func (s *server) healthz(*http.Request) (*api.Reply, error) {
@@ -995,44 +1434,186 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 // Answers
 // -----------------------------------------------------------------------------------------------------------
 
+// object appends the members of a JSON object, one after the other; close ends it.
+type object struct{ dst []byte }
+
+func (o *object) name(name string) {
+	if len(o.dst) == 0 || o.dst[len(o.dst)-1] != '{' {
+		o.dst = append(o.dst, ',')
+	}
+	o.dst = append(append(append(o.dst, '"'), name...), `":`...)
+}
+func (o *object) text(name, v string) { o.name(name); o.dst = appendText(o.dst, v) }
+func (o *object) integer(name string, v int64) {
+	o.name(name)
+	o.dst = strconv.AppendInt(o.dst, v, 10)
+}
+func (o *object) number(name string, v decimal.Decimal) {
+	o.name(name)
+	o.dst = append(money.Append(append(o.dst, '"'), v), '"')
+}
+func (o *object) time(name string, v time.Time) {
+	o.name(name)
+	o.dst = append(v.UTC().AppendFormat(append(o.dst, '"'), timeFormat), '"')
+}
+
 // appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function
-// of the ledger, so that a replay is equal byte for byte.
+// of the ledger, so that a replay is equal byte for byte. Each kind of entry is shown by one function.
 func appendReceipt(dst []byte, m *posted) []byte {
-	dst = append(slices.Grow(dst, 320), `{"transaction_id":"`...)
-	dst = m.appendTransactionID(dst)
-	dst = append(dst, '"')
-	integer := func(name string, v int64) { dst = strconv.AppendInt(append(dst, name...), v, 10) }
-	text := func(name, v string) { dst = append(append(append(dst, name...), v...), '"') }
-	number := func(name string, v decimal.Decimal) {
-		dst = append(money.Append(append(dst, name...), v), '"')
+	o := object{append(slices.Grow(dst, 320), '{')}
+	shows[m.Kind](&o, m)
+	d := m.says()
+	if m.captures() {
+		o.text("hold_id", m.of)
+		o.number("remaining", d.Remaining)
+		o.number("held", d.Held)
+	} else if m.reverses() {
+		o.text("reverses", m.of)
+		o.number("reversible", d.Remaining)
 	}
-	if m.Kind == kindTransferOut {
-		integer(`,"from_id":`, m.WalletID)
-		integer(`,"to_id":`, m.CounterpartyID)
-	} else {
-		integer(`,"wallet_id":`, m.WalletID)
+	o.words(&d.Note)
+	return o.dst
+}
+
+// words are what a movement says in words, where it does.
+func (o *object) words(n *note) {
+	if n.Reference != "" {
+		o.text("reference", n.Reference)
 	}
-	text(`,"currency":"`, m.Currency)
-	number(`,"amount":"`, m.Amount.Abs())
-	if m.Kind == kindTransferOut {
-		number(`,"from_balance":"`, m.Balance)
-		number(`,"to_balance":"`, m.toBalance)
-		integer(`,"from_seq":`, m.Seq)
-		integer(`,"to_seq":`, m.CounterpartySeq)
-	} else {
-		number(`,"balance":"`, m.Balance)
-		integer(`,"seq":`, m.Seq)
+	if n.Metadata != "" {
+		o.name("metadata")
+		o.dst = append(o.dst, n.Metadata...)
 	}
-	dst = append(dst, `,"created_at":"`...)
-	dst = m.CreatedAt.UTC().AppendFormat(dst, timeFormat)
-	return append(dst, '"')
+}
+
+var shows = map[string]func(*object, *posted){
+	kindDeposit: showOne, kindWithdrawal: showOne, kindTransferOut: showTransfer, kindHold: showHold,
+	kindRelease: showRelease, kindState: showState,
+}
+
+func (o *object) transactionID(m *posted) { o.text("transaction_id", entryID(m.WalletID, m.Seq)) }
+
+// showOne is a movement of one wallet.
+func showOne(o *object, m *posted) {
+	o.transactionID(m)
+	o.integer("wallet_id", m.WalletID)
+	o.text("currency", m.Currency)
+	o.number("amount", m.Amount.Abs())
+	o.number("balance", m.Balance)
+	o.integer("seq", m.Seq)
+	o.time("created_at", m.CreatedAt)
+}
+
+func showTransfer(o *object, m *posted) {
+	o.transactionID(m)
+	o.integer("from_id", m.WalletID)
+	o.integer("to_id", m.CounterpartyID)
+	o.text("currency", m.Currency)
+	o.number("amount", m.Amount.Abs())
+	o.number("from_balance", m.Balance)
+	o.number("to_balance", m.toBalance)
+	o.integer("from_seq", m.Seq)
+	o.integer("to_seq", m.CounterpartySeq)
+	o.time("created_at", m.CreatedAt)
+}
+
+// head is the wallet's, after the entry.
+func (o *object) head(m *posted) {
+	held := m.says().Held
+	o.number("balance", m.Balance)
+	o.number("held", held)
+	o.number("available", m.Balance.Sub(held))
+	o.integer("seq", m.Seq)
+	o.time("created_at", m.CreatedAt)
+}
+
+func showHold(o *object, m *posted) {
+	d := m.says()
+	o.text("hold_id", entryID(m.WalletID, m.Seq))
+	o.integer("wallet_id", m.WalletID)
+	o.text("currency", m.Currency)
+	o.number("amount", d.HeldChange)
+	o.number("remaining", d.Remaining)
+	o.text("status", holdOpen)
+	o.time("expires_at", d.Note.ExpiresAt)
+	if d.Note.ToID != 0 {
+		o.integer("to_id", d.Note.ToID)
+	}
+	o.head(m)
+}
+
+func showRelease(o *object, m *posted) {
+	d := m.says()
+	status := holdVoided
+	if d.Note.Reason == reasonExpiry {
+		status = holdExpired
+	}
+	o.text("hold_id", m.of)
+	o.integer("wallet_id", m.WalletID)
+	o.text("currency", m.Currency)
+	o.number("released", d.HeldChange.Neg())
+	o.number("remaining", d.Remaining)
+	o.text("status", status)
+	o.head(m)
+}
+
+func showState(o *object, m *posted) {
+	d := m.says()
+	o.transactionID(m)
+	o.integer("wallet_id", m.WalletID)
+	o.text("currency", m.Currency)
+	o.text("state", d.Note.State)
+	if d.Note.Text != "" {
+		o.text("note", d.Note.Text)
+	}
+	o.head(m)
+}
+
+// appendTransaction appends a movement as who asks for it later sees it.
+func appendTransaction(dst []byte, m *posted) []byte {
+	o := object{appendReceipt(dst, m)}
+	o.text("kind", strings.TrimSuffix(m.Kind, "_out")) // the transaction is a transfer
+	o.text("idempotency_key", m.Key)
+	if !m.reversed.IsZero() {
+		o.number("reversed", m.reversed)
+	}
+	return append(o.dst, '}')
+}
+
+// appendHold appends a hold as it stands now.
+func appendHold(dst []byte, h *shownHold) []byte {
+	o := object{append(dst, '{')}
+	o.text("hold_id", entryID(h.WalletID, h.Seq))
+	o.integer("wallet_id", h.WalletID)
+	o.text("currency", h.currency)
+	o.number("amount", h.Amount)
+	o.number("captured", h.Captured)
+	o.number("remaining", h.Remaining)
+	o.text("status", h.Status)
+	o.time("expires_at", h.ExpiresAt)
+	if h.ToID != 0 {
+		o.integer("to_id", h.ToID)
+	}
+	o.time("created_at", h.createdAt)
+	o.words(&h.note)
+	return append(o.dst, '}')
 }
 
 func appendWallet(dst []byte, w *wallet) []byte {
-	dst = fmt.Appendf(dst, `{"wallet_id":%d,"currency":"%s","balance":"%s","seq":%d,"created_at":"`,
-		w.ID, w.Currency, w.Balance, w.Seq)
-	dst = w.CreatedAt.UTC().AppendFormat(dst, timeFormat)
-	return append(dst, `"}`...)
+	o := object{append(dst, '{')}
+	o.integer("wallet_id", w.ID)
+	o.text("currency", w.Currency)
+	o.number("balance", w.Balance)
+	if !w.Held.IsZero() {
+		o.number("held", w.Held)
+		o.number("available", w.available())
+	}
+	o.integer("seq", w.Seq)
+	if w.State != "" {
+		o.text("state", w.State)
+	}
+	o.time("created_at", w.CreatedAt)
+	return append(o.dst, '}')
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -1220,6 +1801,8 @@ func (c *config) settings() []env.Setting {
 			Help: "requests at a time; further ones are answered 503"},
 		{Name: "DEFAULT_CURRENCY", Default: "USD", Set: env.Text(&c.defaultCurrency),
 			Help: "currency of a wallet that is made by a deposit or transfer that names none"},
+		{Name: "HOLD_TTL", Default: "168h", Set: env.Duration(&c.holdTTL, time.Second, holdTTLMax),
+			Help: "how long a hold stands whose request does not say; at most 8760h (365 days)"},
 		{Name: "WRITERS", Default: "2", Set: env.Int(&c.writers, 1, 64),
 			Help: "batches at Postgres at the same time, at most"},
 		{Name: "WRITE_BATCH_MAX", Default: "1000", Set: env.Int(&c.batchOpsMax, 1, 10_000),
@@ -1295,60 +1878,60 @@ func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: s.document}, nil
 }
 
-type object = api.Object
+type schema = api.Object
 
 var (
-	textSchema     = object{"type": "string"}
-	amountSchema   = object{"type": "string", "pattern": `^-?[0-9]{1,20}(\.[0-9]{1,18})?$`}
-	timeSchema     = object{"type": "string", "format": "date-time"}
-	seqSchema      = object{"type": "integer", "minimum": 0}
-	walletIDSchema = object{"type": "integer", "minimum": 1, "maximum": math.MaxInt64}
-	currencySchema = object{"type": "string", "pattern": "^[A-Z0-9]{3,10}$"}
-	keySchema      = object{"type": "string", "pattern": "^[ -~]{1,255}$"}
+	textSchema     = schema{"type": "string"}
+	amountSchema   = schema{"type": "string", "pattern": `^-?[0-9]{1,20}(\.[0-9]{1,18})?$`}
+	timeSchema     = schema{"type": "string", "format": "date-time"}
+	seqSchema      = schema{"type": "integer", "minimum": 0}
+	walletIDSchema = schema{"type": "integer", "minimum": 1, "maximum": math.MaxInt64}
+	currencySchema = schema{"type": "string", "pattern": "^[A-Z0-9]{3,10}$"}
+	keySchema      = schema{"type": "string", "pattern": "^[ -~]{1,255}$"}
 
 	// What clients send is read more widely than what they get is written.
-	walletIDInput = object{"oneOf": []any{walletIDSchema,
-		object{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
-	amountInput = object{"oneOf": []any{
-		object{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`},
-		object{"type": "number", "exclusiveMinimum": 0}}}
-	fieldSchemas = object{"id": walletIDInput, "to_id": walletIDInput, "amount": amountInput,
+	walletIDInput = schema{"oneOf": []any{walletIDSchema,
+		schema{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
+	amountInput = schema{"oneOf": []any{
+		schema{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`},
+		schema{"type": "number", "exclusiveMinimum": 0}}}
+	fieldSchemas = schema{"id": walletIDInput, "to_id": walletIDInput, "amount": amountInput,
 		"currency": currencySchema, "idempotency_key": keySchema}
-	parameterSchemas = object{"min_seq": seqSchema, "since": timeSchema, "until": timeSchema,
-		"cursor": textSchema, "order": object{"enum": []string{"asc", "desc"}, "default": "asc"},
-		"limit": object{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit}}
+	parameterSchemas = schema{"min_seq": seqSchema, "since": timeSchema, "until": timeSchema,
+		"cursor": textSchema, "order": schema{"enum": []string{"asc", "desc"}, "default": "asc"},
+		"limit": schema{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit}}
 
-	schemas = object{
+	schemas = schema{
 		"WalletID":       walletIDSchema,
-		"TransactionID":  object{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"},
+		"TransactionID":  schema{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"},
 		"IdempotencyKey": keySchema,
-		"Wallet":         api.Record(with(balance, object{"created_at": timeSchema})),
+		"Wallet":         api.Record(with(balance, schema{"created_at": timeSchema})),
 		"Balance":        api.Record(balance),
 		"Receipt":        api.Record(receipt), "TransferReceipt": api.Record(transferReceipt),
-		"Transaction": object{"oneOf": []any{api.Record(with(receipt, transactionExtra)),
+		"Transaction": schema{"oneOf": []any{api.Record(with(receipt, transactionExtra)),
 			api.Record(with(transferReceipt, transactionExtra))}},
-		"History":  object{"type": "array", "items": with(api.Record(historyItem), counterparty)},
-		"Status":   api.Record(object{"status": textSchema}),
-		"Document": object{"type": "object"},
+		"History":  schema{"type": "array", "items": with(api.Record(historyItem), counterparty)},
+		"Status":   api.Record(schema{"status": textSchema}),
+		"Document": schema{"type": "object"},
 	}
-	balance = object{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema,
+	balance = schema{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema,
 		"seq": seqSchema}
-	receipt = object{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema,
+	receipt = schema{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema,
 		"amount": amountSchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}
-	transferReceipt = object{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema,
+	transferReceipt = schema{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema,
 		"currency": currencySchema, "amount": amountSchema, "from_balance": amountSchema,
 		"to_balance": amountSchema, "from_seq": seqSchema, "to_seq": seqSchema, "created_at": timeSchema}
-	transactionExtra = object{"kind": object{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}},
+	transactionExtra = schema{"kind": schema{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}},
 		"idempotency_key": keySchema}
-	historyItem = object{"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema,
-		"kind":     object{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
+	historyItem = schema{"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema,
+		"kind":     schema{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
 		"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema,
 		"balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema}
-	counterparty = object{ // of a transfer
-		"additionalProperties": api.Record(object{"wallet_id": walletIDSchema, "seq": seqSchema})}
+	counterparty = schema{ // of a transfer
+		"additionalProperties": api.Record(schema{"wallet_id": walletIDSchema, "seq": seqSchema})}
 )
 
-func with(a, b object) object {
+func with(a, b schema) schema {
 	both := maps.Clone(a)
 	maps.Copy(both, b)
 	return both

@@ -94,7 +94,7 @@ func TestRefusals(t *testing.T) {
 	w.mustPost(t, 200, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"seed"}`)
 	before := w.mustCount(t)
 
-	big := `{"amount":"1","idempotency_key":"` + strings.Repeat("k", api.BodyBytesMax) + `"}`
+	big := `{"amount":"1","idempotency_key":"` + strings.Repeat("k", bodyBytesMax) + `"}`
 	for _, c := range []struct {
 		path, body string
 		status     int
@@ -643,7 +643,7 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	var replicas sync.WaitGroup
 	for range 5 {
 		replicas.Go(func() {
-			if err := migrate(context.Background(), cfg); err != nil {
+			if err := migrateSchema(context.Background(), cfg); err != nil {
 				t.Error(err)
 			}
 		})
@@ -653,7 +653,7 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	if _, err := conn.Exec(context.Background(), `DELETE FROM wallet_schema`); err != nil { // so that it is applied once more
 		t.Fatal(err)
 	}
-	if err := migrate(context.Background(), cfg); err != nil {
+	if err := migrateSchema(context.Background(), cfg); err != nil {
 		t.Error(err)
 	}
 	var foreignKeys int
@@ -664,7 +664,7 @@ func TestReplicasMigrateTogether(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := migrate(context.Background(), cfg); err != nil {
+	if err := migrateSchema(context.Background(), cfg); err != nil {
 		t.Error(err)
 	}
 	err = conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_constraint WHERE conname = 'entry_wallet_exists'`).Scan(&foreignKeys)

@@ -11,6 +11,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"strconv"
@@ -36,7 +37,8 @@ const (
 
 // appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are
 // decimal strings without trailing zeros, amount signed (negative leaves the wallet); times have
-// timeFormat.
+// timeFormat. What an entry does not say has no member: a plain deposit, withdrawal or transfer has those of
+// version 2 only.
 func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, `{"wallet_id":`...)
 	dst = strconv.AppendInt(dst, e.WalletID, 10)
@@ -54,23 +56,138 @@ func appendEvent(dst []byte, e *entry) []byte {
 	dst = money.Append(dst, e.Balance.Sub(e.Amount))
 	dst = append(dst, `","balance_after":"`...)
 	dst = money.Append(dst, e.Balance)
+	dst = append(dst, '"')
+	if d := e.more; d != nil {
+		if !d.Held.IsZero() || !d.HeldChange.IsZero() {
+			dst = append(dst, `,"held_before":"`...)
+			dst = money.Append(dst, d.Held.Sub(d.HeldChange))
+			dst = append(dst, `","held_after":"`...)
+			dst = append(money.Append(dst, d.Held), '"')
+		}
+		if d.OfSeq != 0 {
+			dst = append(dst, `,"of_seq":`...)
+			dst = strconv.AppendInt(dst, d.OfSeq, 10)
+		}
+		if d.OfSeq != 0 || e.Kind == kindHold {
+			dst = append(dst, `,"remaining":"`...)
+			dst = append(money.Append(dst, d.Remaining), '"')
+		}
+	}
 	if e.CounterpartyID != 0 {
-		dst = append(dst, `","counterparty":{"wallet_id":`...)
+		dst = append(dst, `,"counterparty":{"wallet_id":`...)
 		dst = strconv.AppendInt(dst, e.CounterpartyID, 10)
 		dst = append(dst, `,"seq":`...)
 		dst = strconv.AppendInt(dst, e.CounterpartySeq, 10)
-		dst = append(dst, `},"idempotency_key":`...)
-	} else {
-		dst = append(dst, `","idempotency_key":`...)
+		dst = append(dst, '}')
 	}
-	if strings.ContainsAny(e.Key, `"\`) {
-		dst = strconv.AppendQuote(dst, e.Key) // printable ASCII only (parseKey), where Go's quoting is JSON's
-	} else {
-		dst = append(append(append(dst, '"'), e.Key...), '"')
+	dst = append(dst, `,"idempotency_key":`...)
+	dst = appendText(dst, e.Key)
+	if e.more != nil && e.more.noteText != "" {
+		inner := e.more.noteText[1 : len(e.more.noteText)-1]
+		dst = append(append(dst, ','), inner...)
 	}
 	dst = append(dst, `,"created_at":"`...)
 	dst = e.CreatedAt.UTC().AppendFormat(dst, timeFormat)
 	return append(dst, `"}`...)
+}
+
+// appendText appends s, which is valid UTF-8, as a JSON string: nothing is escaped but what must be (RFC 8259,
+// 7), so that no library's taste shows in an event.
+func appendText(dst []byte, s string) []byte {
+	const hex = "0123456789abcdef"
+	dst = append(dst, '"')
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '"' || c == '\\':
+			dst = append(dst, '\\', c)
+		case c < ' ':
+			dst = append(dst, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
+		default:
+			dst = append(dst, c)
+		}
+	}
+	return append(dst, '"')
+}
+
+// note is what an entry says in words. The ledger stores its JSON object as text, and the event has the same
+// members, byte for byte, after its idempotency key. Each is there only where it says something.
+type note struct {
+	ToID      int64     // of a hold: who will be paid
+	ExpiresAt time.Time // of a hold
+	Reason    string    // of a release: void or expiry
+	State     string    // that a wallet takes on
+	Text      string    // why it does
+	All       bool      // all that there was: the request named no amount
+	Partial   bool      // of a capture: the hold stays open for what remains
+	Reference string
+	Metadata  string // a JSON object of strings, its members in order
+	Client    string // the API key's name; in a transaction's initiating entry only
+}
+
+// json is the note as an object, or empty where it says nothing.
+func (n *note) json() string {
+	if *n == (note{}) {
+		return ""
+	}
+	dst := make([]byte, 0, 128)
+	member := func(name string) { dst = append(append(append(dst, `,"`...), name...), `":`...) }
+	text := func(name, value string) {
+		if value != "" {
+			member(name)
+			dst = appendText(dst, value)
+		}
+	}
+	flag := func(name string, is bool) {
+		if is {
+			member(name)
+			dst = append(dst, "true"...)
+		}
+	}
+	if n.ToID != 0 {
+		member("to_id")
+		dst = strconv.AppendInt(dst, n.ToID, 10)
+	}
+	if !n.ExpiresAt.IsZero() {
+		text("expires_at", n.ExpiresAt.UTC().Format(timeFormat))
+	}
+	text("reason", n.Reason)
+	text("state", n.State)
+	text("note", n.Text)
+	flag("all", n.All)
+	flag("partial", n.Partial)
+	text("reference", n.Reference)
+	if n.Metadata != "" {
+		member("metadata")
+		dst = append(dst, n.Metadata...)
+	}
+	text("client", n.Client)
+	dst[0] = '{'
+	return string(append(dst, '}'))
+}
+
+// parseNote reads what json wrote.
+func parseNote(text string) (n note, err error) {
+	if text == "" {
+		return n, nil
+	}
+	var members struct {
+		ToID      int64           `json:"to_id"`
+		ExpiresAt time.Time       `json:"expires_at"`
+		Reason    string          `json:"reason"`
+		State     string          `json:"state"`
+		Text      string          `json:"note"`
+		All       bool            `json:"all"`
+		Partial   bool            `json:"partial"`
+		Reference string          `json:"reference"`
+		Metadata  json.RawMessage `json:"metadata"`
+		Client    string          `json:"client"`
+	}
+	if err := json.Unmarshal([]byte(text), &members); err != nil {
+		return n, fmt.Errorf("note of an entry: %w", err)
+	}
+	m := &members
+	return note{m.ToID, m.ExpiresAt, m.Reason, m.State, m.Text, m.All, m.Partial, m.Reference,
+		string(m.Metadata), m.Client}, nil
 }
 
 // eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent
@@ -83,15 +200,16 @@ func eventTime(payload []byte) ([]byte, error) {
 	return payload[tail-len(timeFormat) : tail], nil
 }
 
-// eventText is a text member out of an event's JSON, by its name. No earlier member can contain the name:
-// the only free text, the idempotency key, comes after those that are asked for (currency, balance_after).
-func eventText(payload []byte, name string) (string, error) {
-	_, rest, found := bytes.Cut(payload, []byte(`,"`+name+`":"`))
+// eventText is a text member out of an event's JSON, by its name, or empty where it has none. It looks at
+// those before the idempotency key, the first free text: no text there can look like a member.
+func eventText(payload []byte, name string) string {
+	head, _, _ := bytes.Cut(payload, []byte(`,"idempotency_key":`))
+	_, rest, _ := bytes.Cut(head, []byte(`,"`+name+`":"`))
 	text, _, closed := bytes.Cut(rest, []byte{'"'})
-	if !found || !closed {
-		return "", fmt.Errorf("outbox payload has no %s: %.300q", name, payload)
+	if !closed {
+		return ""
 	}
-	return string(text), nil
+	return string(text)
 }
 
 // Headers that all events have alike, and the names of the others.

@@ -32,7 +32,6 @@ import (
 	"testing"
 	"time"
 
-	"wallet/internal/api"
 	"wallet/internal/gate"
 )
 
@@ -458,7 +457,7 @@ func TestContract(t *testing.T) {
 			post(strings.Replace(target, "/1/", "/x/", 1), `{`+extra+key+`}`)
 		}
 		post(target, `{`+extra+key)
-		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", api.BodyBytesMax)+`"}`)
+		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", bodyBytesMax)+`"}`)
 		post(target, `{`+extra+key+`}`, "Content-Type", "text/plain")
 		post(target, `{`+extra+`"x":1,`+key+`}`)
 		post(target, `{`+extra+key+`,`+key+`}`)

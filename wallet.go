@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -43,6 +44,9 @@ const (
 	kindWithdrawal  = "withdrawal"
 	kindTransferOut = "transfer_out"
 	kindTransferIn  = "transfer_in"
+	kindHold        = "hold"     // reserves; moves nothing
+	kindRelease     = "release"  // of what remains of a hold
+	kindState       = "state"    // of the wallet
 	kindCreation    = "creation" // of a wallet: an operation, never an entry
 )
 
@@ -56,9 +60,37 @@ type entry struct {
 	Balance                         decimal.Decimal // after this entry
 	Key                             string          // idempotency key
 	CreatedAt                       time.Time       // whole microseconds; never decreases with Seq
+	more                            *details        // nil where it says nothing more
 
 	traceparent string // of the request, for the event; not stored in the ledger
 }
+
+// details are what an entry says besides. A capture is a withdrawal or transfer_out that gives back some of
+// what is held, a reversal the opposite movement; each leg names the entry of its own wallet that it is of.
+type details struct {
+	OfSeq      int64           // the same wallet's entry that this one captures, releases or undoes; else 0
+	HeldChange decimal.Decimal // positive: reserved; negative: given back
+	Held       decimal.Decimal // after this entry
+	Remaining  decimal.Decimal // of the hold, or of what can still be undone: where OfSeq is not 0, and of a hold
+	Note       note
+	noteText   string // Note as its entry has it
+}
+
+var nothingMore details
+
+// says is what the entry says besides.
+func (e *entry) says() *details {
+	if e.more == nil {
+		return &nothingMore
+	}
+	return e.more
+}
+
+// captures tells a capture of a hold.
+func (e *entry) captures() bool { return e.Kind != kindRelease && e.says().HeldChange.IsNegative() }
+
+// reverses tells a leg that undoes another movement.
+func (e *entry) reverses() bool { return e.says().OfSeq != 0 && e.says().HeldChange.IsZero() }
 
 // appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating
 // entry's.
@@ -74,26 +106,78 @@ type wallet struct {
 	ID        int64
 	Currency  string
 	Balance   decimal.Decimal
-	Seq       int64     // of the last entry; 0 before the first
-	EntryAt   time.Time // the last entry's; zero before the first
+	Held      decimal.Decimal // of the balance, by open holds
+	State     string          // one of those below; empty before it is set for the first time
+	StateSeq  int64           // the entry that set it
+	Seq       int64           // of the last entry; 0 before the first
+	EntryAt   time.Time       // the last entry's; zero before the first
 	CreatedAt time.Time
 
 	creationKey string
 	exists      bool // in the database
 	busy        bool // it exists, but somebody else holds its lock
 	changed     bool // by this batch
+	headChanged bool // by this batch: held or state
 }
 
-// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's
-// balance after it.
+// States of a wallet.
+const (
+	stateOpen   = "open"
+	stateNoOut  = "no_out" // nothing more is spent or held; what is held can be captured
+	stateFrozen = "frozen" // nothing but releases
+	stateClosed = "closed" // empty, for ever
+)
+
+// available is what may be spent or held.
+func (w *wallet) available() decimal.Decimal {
+	if w.Held.IsZero() {
+		return w.Balance
+	}
+	return w.Balance.Sub(w.Held)
+}
+
+// hold is where a hold stands: entry number Seq of wallet WalletID placed it.
+type hold struct {
+	WalletID, Seq, ToID         int64 // ToID: who will be paid; 0 where that was not said
+	Amount, Captured, Remaining decimal.Decimal
+	Status                      string // one of those below
+	ExpiresAt                   time.Time
+
+	lastSeq int64 // of the last entry about it
+	exists  bool  // in the database
+	changed bool  // by this batch
+}
+
+// Statuses of a hold.
+const (
+	holdOpen     = "open"
+	holdCaptured = "captured"
+	holdVoided   = "voided"
+	holdExpired  = "expired"
+)
+
+// reversal is how much of a transaction has been undone.
+type reversal struct {
+	amount, reversed decimal.Decimal
+	changed          bool // by this batch
+}
+
+// entryKey names an entry.
+type entryKey struct{ walletID, seq int64 }
+
+// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's head
+// after it.
 type posted struct {
 	entry
-	toBalance decimal.Decimal
+	toBalance, toHeld decimal.Decimal
+	of                string          // the transaction whose entry says.OfSeq is, or empty
+	reversed          decimal.Decimal // of this transaction, by now; read by transactions only
 }
 
 // operation is what a request wants done, and then what came of it.
 type operation struct {
-	kind        string
+	kind        string // of the entry that it will make
+	decide      func(*posting, *operation) error
 	walletID    int64 // the initiating wallet; of a creation, the id given or chosen
 	toID        int64 // of a transfer
 	idChosen    bool  // by us, of a creation
@@ -101,6 +185,11 @@ type operation struct {
 	currency    string // as named by the request; may be empty
 	key         string
 	traceparent string
+	ofSeq       int64         // the entry of walletID that it captures, releases or undoes
+	undoes      *posted       // of a reversal: the transaction
+	expiresIn   time.Duration // of a hold
+	anyExpiry   bool          // of a hold: the request named none
+	note        note          // what its entry will say, as far as the request does
 
 	wallets []int64         // that it touches
 	room    [2]int64        // for them, mostly
@@ -176,6 +265,17 @@ func parseWalletID(s string) (int64, error) {
 	return id, nil
 }
 
+// parseEntryID reads the id of a transaction or a hold.
+func parseEntryID(s, what string) (walletID, seq int64, err error) {
+	wallet, number, _ := strings.Cut(s, "-")
+	walletID, err = parseWalletID(wallet)
+	seq, seqErr := parseWalletID(number) // the same form
+	if err != nil || seqErr != nil {
+		return 0, 0, refuse(what+"_id_malformed", "A %s id is <wallet_id>-<seq>, such as 1-1.", what)
+	}
+	return walletID, seq, nil
+}
+
 // entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
 // transaction's.
 func entryID(walletID, seq int64) string {
@@ -198,12 +298,14 @@ type ledger struct {
 	cache           *cache        // nil without Redis
 	rerunBudget     time.Duration // how long a batch is run again after faults before its clients are told
 	defaultCurrency string
+	holdTTL         time.Duration // how long a hold stands whose request does not say
 
 	queue  *gather.Gatherer[*operation]
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
-	batches, operations, reruns, splits atomic.Int64
-	batchSizes, batchSeconds            *metric.Histogram
+	batches, operations, reruns, splits, expiries atomic.Int64
+	held                                          atomic.Pointer[[]heldMoney]
+	batchSizes, batchSeconds                      *metric.Histogram
 }
 
 // ledgerConfig is what the ledger is told; see the settings' table.
@@ -213,6 +315,7 @@ type ledgerConfig struct {
 	batchOpsMax     int
 	queueOpsMax     int
 	requestTimeout  time.Duration
+	holdTTL         time.Duration
 }
 
 func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *ledger {
@@ -222,6 +325,7 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 		cache:           cache,
 		rerunBudget:     cfg.requestTimeout,
 		defaultCurrency: cfg.defaultCurrency,
+		holdTTL:         cfg.holdTTL,
 		batchSizes:      metric.NewHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
 		batchSeconds:    metric.NewHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
 	}
@@ -408,8 +512,11 @@ func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBa
 // Rows arrive as arrays, one a column, unnested in the select list, side by side: in FROM each array is
 // first copied into a store of its own, row by row, which costs Postgres a twentieth of the batch.
 const (
+	walletColumns = `id, currency, balance::text, seq, entry_at, created_at, nullif(held, 0)::text, state,
+       state_seq`
+
 	lockWallets = `
-SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet
+SELECT ` + walletColumns + ` FROM wallet
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
 
 	// After a lock_timeout: those that can be had at once, and then which others there are.
@@ -429,10 +536,28 @@ CROSS JOIN LATERAL (
 	findCreations = `
 SELECT id, currency, created_at, creation_key FROM wallet WHERE creation_key = ANY ($1::text[])`
 
+	// Under their wallets' locks, like the keys. Only operations of that kind ask.
+	findHolds = `
+SELECT ` + holdColumns + `
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq) k
+CROSS JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = k.wallet_id AND seq = k.seq LIMIT 1) h`
+
+	findReversals = `
+SELECT r.wallet_id, r.seq, r.reversed
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq) k
+CROSS JOIN LATERAL (SELECT * FROM reversal WHERE wallet_id = k.wallet_id AND seq = k.seq LIMIT 1) r`
+
+	// By the time, not by the wallet, which may have many that are not due: + 0 rules that index out.
+	findDueHolds = `
+SELECT ` + holdColumns + `
+FROM hold h WHERE h.status = 'open' AND h.expires_at <= $2 AND h.wallet_id + 0 = ANY ($1::bigint[])
+ORDER BY h.expires_at, h.wallet_id, h.seq LIMIT $3 OFFSET $4`
+
 	insertWallets = `
-INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key)
+INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key, held, state, state_seq)
 SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::bigint[]),
-       unnest($5::timestamptz[]), unnest($6::timestamptz[]), nullif(unnest($7::text[]), '')`
+       unnest($5::timestamptz[]), unnest($6::timestamptz[]), nullif(unnest($7::text[]), ''),
+       unnest($8::text[]::numeric[]), nullif(unnest($9::text[]), ''), nullif(unnest($10::bigint[]), 0)`
 
 	updateWallets = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
@@ -440,12 +565,56 @@ FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balanc
              unnest($3::bigint[]) AS seq, unnest($4::timestamptz[]) AS entry_at) n
 WHERE wallet.id = ANY (ARRAY[n.id])`
 
+	// Only of wallets whose held or state changed.
+	updateHeads = `
+UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at, held = n.held, state = n.state,
+       state_seq = n.state_seq
+FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balance,
+             unnest($3::bigint[]) AS seq, unnest($4::timestamptz[]) AS entry_at,
+             unnest($5::text[]::numeric[]) AS held, nullif(unnest($6::text[]), '') AS state,
+             nullif(unnest($7::bigint[]), 0) AS state_seq) n
+WHERE wallet.id = ANY (ARRAY[n.id])`
+
 	insertEntries = `
 INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
                    idempotency_key)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
+SELECT ` + entryArrays
+
+	entryArrays = `unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
        nullif(unnest($4::bigint[]), 0), unnest($5::timestamptz[]), unnest($6::text[]::entry_kind[]),
        unnest($7::text[]::numeric[]), unnest($8::text[]::numeric[]), unnest($9::text[])`
+
+	// Of a batch in which some entry says more.
+	insertEntriesWithMore = `
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+                   idempotency_key, of_seq, held_change, held, remaining, note)
+SELECT ` + entryArrays + `,
+       nullif(unnest($10::bigint[]), 0), nullif(unnest($11::text[]), '')::numeric,
+       nullif(unnest($12::text[]), '')::numeric, nullif(unnest($13::text[]), '')::numeric,
+       nullif(unnest($14::text[]), '')`
+
+	insertHolds = `
+INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
+       unnest($4::text[]::numeric[]), unnest($5::text[]::numeric[]), unnest($6::text[]::numeric[]),
+       unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
+
+	updateHolds = `
+UPDATE hold SET captured = n.captured, remaining = n.remaining, status = n.status, last_seq = n.last_seq
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq,
+             unnest($3::text[]::numeric[]) AS captured, unnest($4::text[]::numeric[]) AS remaining,
+             unnest($5::text[]) AS status, unnest($6::bigint[]) AS last_seq) n
+WHERE hold.wallet_id = ANY (ARRAY[n.wallet_id]) AND hold.seq = ANY (ARRAY[n.seq])`
+
+	upsertReversals = `
+INSERT INTO reversal (wallet_id, seq, amount, reversed)
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), unnest($3::text[]::numeric[]),
+       unnest($4::text[]::numeric[])
+ON CONFLICT (wallet_id, seq) DO UPDATE SET reversed = excluded.reversed`
+
+	insertReferences = `
+INSERT INTO reference (reference, wallet_id, seq)
+SELECT unnest($1::text[]), unnest($2::bigint[]), unnest($3::bigint[])`
 )
 
 // tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something
@@ -466,11 +635,11 @@ func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cached
 	}
 	for _, op := range batch {
 		former := outcome{op.posted, op.created}
-		op.err, op.replayed, op.posted, op.created = nil, false, posted{}, wallet{} // of a former try
-		op.err = p.decide(op)
-		if op.replayed && former.is(op) {
-			op.replayed = false // it was our own try that posted it, whose answer was lost
-		}
+		op.posted, op.created = posted{}, wallet{} // of a former try
+		p.settle(op, former)
+	}
+	if err := p.releaseDue(ctx, conn, batch); err != nil {
+		return err
 	}
 	if err := p.check(); err != nil {
 		return err
@@ -479,10 +648,20 @@ func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cached
 		return err
 	}
 	// What was accepted is durable.
+	l.expiries.Add(p.expired)
 	if l.cache != nil {
 		p.collectHeads(batch, heads)
 	}
 	return nil
+}
+
+// settle decides an operation. former is what the try before came to.
+func (p *posting) settle(op *operation, former outcome) {
+	op.err, op.replayed = nil, false
+	op.err = p.decide(op)
+	if op.replayed && former.is(op) {
+		op.replayed = false // it was our own try that posted it, whose answer was lost
+	}
 }
 
 // outcome is what a try of a batch came to for one operation.
@@ -500,22 +679,61 @@ func (o *outcome) is(op *operation) bool {
 	return o.posted.Seq == op.posted.Seq && o.posted.CreatedAt.Equal(op.posted.CreatedAt)
 }
 
+// releaseDue releases the holds that are due on wallets which lacked funds, and decides again what was refused
+// for that. So nobody waits for the sweep, and nobody but who was refused pays for the look.
+func (p *posting) releaseDue(ctx context.Context, conn *pgxpool.Conn, batch []*operation) error {
+	short := slices.Collect(maps.Keys(p.short))
+	for seen := 0; len(p.short) > 0; seen += dueMax {
+		rows, _ := conn.Query(ctx, findDueHolds, short, p.now, dueMax, seen)
+		due, err := scanHolds(rows)
+		if err != nil || len(due) == 0 {
+			return err
+		}
+		for _, h := range due {
+			if k := (entryKey{h.WalletID, h.Seq}); p.holds[k] == nil {
+				p.holds[k] = h // else one of the batch has changed it
+			}
+			if err := p.decide(expiryOf(h.WalletID, h.Seq)); err != nil && err != errNotDue {
+				return err
+			}
+		}
+		clear(p.short)
+		for _, op := range batch {
+			var no *refusal
+			if errors.As(op.err, &no) && no.code == "insufficient_funds" {
+				p.settle(op, outcome{})
+			}
+		}
+	}
+	return nil
+}
+
 // collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
 // tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
 func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance) {
-	newest := func(walletID, seq int64, currency string, balance decimal.Decimal) {
-		if heads[walletID].seq < seq {
-			heads[walletID] = cachedBalance{walletID, seq, currency, money.Text(balance)}
-		}
-	}
 	for _, w := range p.wallets {
-		newest(w.ID, w.Seq, w.Currency, w.Balance)
+		tell(heads, w.cached())
 	}
 	for _, op := range batch {
-		if m := &op.posted; op.replayed {
-			newest(m.WalletID, m.Seq, m.Currency, m.Balance)
-			newest(m.CounterpartyID, m.CounterpartySeq, m.Currency, m.toBalance)
+		if op.replayed && op.kind != kindCreation {
+			op.posted.tell(heads)
 		}
+	}
+}
+
+// tell adds a balance unless a newer one is there.
+func tell(heads map[int64]cachedBalance, b cachedBalance) {
+	if heads[b.walletID].seq < b.seq {
+		heads[b.walletID] = b
+	}
+}
+
+// tell adds what the movement's answer tells of its wallets.
+func (m *posted) tell(heads map[int64]cachedBalance) {
+	tell(heads, cachedBalance{m.WalletID, m.Seq, m.Currency, money.Text(m.Balance), money.Text(m.says().Held)})
+	if m.CounterpartyID != 0 {
+		tell(heads, cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, money.Text(m.toBalance),
+			money.Text(m.toHeld)})
 	}
 }
 
@@ -527,7 +745,12 @@ type posting struct {
 	wallets         map[int64]*wallet
 	byKey           map[movementKey]*posted
 	creations       map[string]*wallet
+	holds           map[entryKey]*hold
+	reversals       map[entryKey]*reversal
 	entries         []entry
+
+	short   map[int64]bool // wallets that lacked funds while some of theirs were held
+	expired int64          // holds
 }
 
 type movementKey struct {
@@ -544,10 +767,14 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 		wallets:         make(map[int64]*wallet, 2*len(batch)),
 		byKey:           make(map[movementKey]*posted, len(batch)),
 		creations:       make(map[string]*wallet),
+		holds:           make(map[entryKey]*hold),
+		reversals:       make(map[entryKey]*reversal),
 		entries:         make([]entry, 0, 2*len(batch)),
+		short:           make(map[int64]bool),
 	}
 	var ids, keyWallets []int64
 	var keys, creationKeys []string
+	var held, undone entryIDs
 	asked := make(map[movementKey]bool, len(batch))
 	for _, op := range batch {
 		ids = append(ids, op.wallets...)
@@ -558,6 +785,13 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 		if k := (movementKey{op.walletID, op.key}); !asked[k] {
 			asked[k] = true
 			keyWallets, keys = append(keyWallets, op.walletID), append(keys, op.key)
+		}
+		switch {
+		case op.undoes != nil:
+			undone.add(op.undoes.WalletID, op.undoes.Seq)
+			p.reversals[entryKey{op.undoes.WalletID, op.undoes.Seq}] = &reversal{amount: op.undoes.Amount.Abs()}
+		case op.ofSeq != 0:
+			held.add(op.walletID, op.ofSeq)
 		}
 	}
 	slices.Sort(ids)
@@ -579,24 +813,58 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 	if len(creationKeys) > 0 {
 		b.Queue(findCreations, creationKeys).Query(p.scanCreations)
 	}
+	if len(held.seqs) > 0 {
+		b.Queue(findHolds, held.wallets, held.seqs).Query(func(rows pgx.Rows) error {
+			holds, err := scanHolds(rows)
+			for _, h := range holds {
+				p.holds[entryKey{h.WalletID, h.Seq}] = h
+			}
+			return err
+		})
+	}
+	if len(undone.seqs) > 0 {
+		b.Queue(findReversals, undone.wallets, undone.seqs).Query(func(rows pgx.Rows) error {
+			var k entryKey
+			var reversed decimal.Decimal
+			_, err := pgx.ForEachRow(rows, []any{&k.walletID, &k.seq, &reversed}, func() error {
+				p.reversals[k].reversed = reversed
+				return nil
+			})
+			return err
+		})
+	}
 	return p, conn.SendBatch(ctx, &b).Close()
+}
+
+// entryIDs are entries as two arrays.
+type entryIDs struct{ wallets, seqs []int64 }
+
+func (ids *entryIDs) add(walletID, seq int64) {
+	ids.wallets, ids.seqs = append(ids.wallets, walletID), append(ids.seqs, seq)
 }
 
 func (p *posting) scanWallets(rows pgx.Rows) error {
 	var w wallet
 	var balance string
 	var entryAt *time.Time
-	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt},
-		func() (err error) {
-			found := w
-			found.exists = true
-			if entryAt != nil {
-				found.EntryAt = *entryAt
-			}
-			found.Balance, err = decimal.NewFromString(balance)
-			p.wallets[w.ID] = &found
-			return err
-		})
+	var held, state *string
+	var stateSeq *int64
+	columns := []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt, &held, &state, &stateSeq}
+	_, err := pgx.ForEachRow(rows, columns, func() (err error) {
+		found := w
+		found.exists = true
+		if entryAt != nil {
+			found.EntryAt = *entryAt
+		}
+		if state != nil && stateSeq != nil {
+			found.State, found.StateSeq = *state, *stateSeq
+		}
+		if found.Balance, err = decimal.NewFromString(balance); err == nil && held != nil {
+			found.Held, err = decimal.NewFromString(*held)
+		}
+		p.wallets[w.ID] = &found
+		return err
+	})
 	return err
 }
 
@@ -622,20 +890,98 @@ func (p *posting) scanKeys(rows pgx.Rows) error {
 	return rows.Err()
 }
 
-// A movement is read the same way wherever it is read: its initiating entry e, the wallet's currency, the
-// payee's balance.
-const selectPosted = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
-       e.kind::text, e.amount::text,
-       e.balance::text, e.idempotency_key, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
+func scanHolds(rows pgx.Rows) ([]*hold, error) {
+	var holds []*hold
+	var h hold
+	columns := []any{&h.WalletID, &h.Seq, &h.ToID, &h.Amount, &h.Captured, &h.Remaining, &h.Status,
+		&h.ExpiresAt, &h.lastSeq}
+	_, err := pgx.ForEachRow(rows, columns, func() error {
+		found := h
+		found.exists = true
+		holds = append(holds, &found)
+		return nil
+	})
+	return holds, err
+}
+
+// An entry is read the same way wherever it is read.
+const (
+	entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0),
+       e.created_at, e.kind::text, e.amount::text, e.balance::text, e.idempotency_key,
+       e.of_seq, e.held_change::text, e.held::text, e.remaining::text, e.note`
+
+	// A movement: its initiating entry e, the wallet's currency, the payee's head, what the entry is of.
+	selectPosted = `
+SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
        coalesce((
            SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
-       ), 0)::text`
+       ), 0)::text,
+       (SELECT p.held FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq)::text,
+       (SELECT CASE o.kind WHEN 'transfer_in' THEN o.counterparty_id || '-' || o.counterparty_seq
+                           ELSE o.wallet_id || '-' || o.seq END
+        FROM entry o WHERE o.wallet_id = e.wallet_id AND o.seq = e.of_seq)`
+)
+
+// entryScan is where entryColumns are scanned to.
+type entryScan struct {
+	e                           *entry
+	ofSeq                       *int64
+	heldChange, held, remaining *string
+	note                        *string
+}
+
+func (s *entryScan) columns() []any {
+	e := s.e
+	return []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount,
+		&e.Balance, &e.Key, &s.ofSeq, &s.heldChange, &s.held, &s.remaining, &s.note}
+}
+
+// finish makes the entry's details of what was scanned.
+func (s *entryScan) finish() error {
+	s.e.more = nil
+	if s.ofSeq == nil && s.heldChange == nil && s.held == nil && s.note == nil {
+		return nil
+	}
+	d := new(details)
+	s.e.more = d
+	if s.ofSeq != nil {
+		d.OfSeq = *s.ofSeq
+	}
+	var errs [4]error
+	number := func(text *string) (n decimal.Decimal, err error) {
+		if text != nil {
+			n, err = decimal.NewFromString(*text)
+		}
+		return n, err
+	}
+	d.HeldChange, errs[0] = number(s.heldChange)
+	d.Held, errs[1] = number(s.held)
+	d.Remaining, errs[2] = number(s.remaining)
+	if s.note != nil {
+		d.noteText = *s.note
+		d.Note, errs[3] = parseNote(*s.note)
+	}
+	return errors.Join(errs[:]...)
+}
 
 // scanPosted reads what selectPosted selects, and what stands behind it.
 func scanPosted(row pgx.Row, m *posted, more ...any) error {
-	return row.Scan(append([]any{&m.WalletID, &m.Seq, &m.CounterpartyID, &m.CounterpartySeq, &m.CreatedAt,
-		&m.Kind, &m.Amount, &m.Balance, &m.Key, &m.Currency, &m.toBalance}, more...)...)
+	s := entryScan{e: &m.entry}
+	var toHeld, of *string
+	columns := append(s.columns(), &m.Currency, &m.toBalance, &toHeld, &of)
+	if err := row.Scan(append(columns, more...)...); err != nil {
+		return err
+	}
+	if of != nil {
+		m.of = *of
+	}
+	if toHeld != nil {
+		var err error
+		if m.toHeld, err = decimal.NewFromString(*toHeld); err != nil {
+			return err
+		}
+	}
+	return s.finish()
 }
 
 func (p *posting) scanCreations(rows pgx.Rows) error {
@@ -655,10 +1001,7 @@ func (p *posting) decide(op *operation) error {
 		return p.create(op)
 	}
 	if before, ok := p.byKey[movementKey{op.walletID, op.key}]; ok {
-		same := before.Kind == op.kind && before.CounterpartyID == op.toID &&
-			before.Amount.Abs().Equal(op.amount.Decimal) &&
-			(op.currency == "" || op.currency == before.Currency)
-		if !same {
+		if !before.answers(op) {
 			return refuse("idempotency_key_reused",
 				"This key was used on wallet %d for another operation (transaction %s). Use a new key "+
 					"for a new operation.",
@@ -667,81 +1010,418 @@ func (p *posting) decide(op *operation) error {
 		op.posted, op.replayed = *before, true
 		return nil
 	}
-
-	from := p.wallets[op.walletID]
-	if from.busy || op.toID != 0 && p.wallets[op.toID].busy {
-		return errLocked
-	}
-	opens := op.kind == kindDeposit // may make its wallet
-	if from.Currency == "" && !opens {
-		return errNoWallet(op.walletID)
-	}
-	currency := cmp.Or(op.currency, from.Currency, p.defaultCurrency)
-	scale, known := p.scales[currency]
-	switch {
-	case !known:
-		return refuse("currency_unknown",
-			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
-	case from.Currency != "" && from.Currency != currency:
-		return refuse("currency_mismatch",
-			"Wallet %d is in %s, the request in %s. Use a wallet in the request's "+
-				"currency.", from.ID, from.Currency, currency)
-	case op.amount.Decimals > scale:
-		return refuse("amount_scale",
-			"The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact "+
-				"amount.", op.amount.Decimals, currency, scale)
-	case !opens && from.Balance.LessThan(op.amount.Decimal):
-		return refuse("insufficient_funds",
-			"Wallet %d holds less than the amount. Deposit first; the same key may then be used "+
-				"again.", from.ID)
-	}
-
-	amount := op.amount.Decimal
-	at := latest(p.now, from.EntryAt)
-	first := entry{WalletID: from.ID, Kind: op.kind, Currency: currency, Key: op.key,
-		traceparent: op.traceparent}
-	switch op.kind {
-	case kindDeposit:
-		if from.Balance.Add(amount).GreaterThanOrEqual(money.Limit) {
-			return refuse("balance_limit",
-				"The balance of wallet %d would have more than %d digits before the "+
-					"point.", from.ID, money.WholeDigitsMax)
+	for _, id := range op.wallets {
+		if p.wallets[id].busy {
+			return errLocked
 		}
-		first.Amount = amount
-		p.append(from, &first, at)
-		op.posted = posted{entry: first}
-
-	case kindWithdrawal:
-		first.Amount = amount.Neg()
-		p.append(from, &first, at)
-		op.posted = posted{entry: first}
-
-	case kindTransferOut:
-		to := p.wallets[op.toID]
-		switch {
-		case to.Currency != "" && to.Currency != currency:
-			return refuse("currency_mismatch",
-				"Wallet %d is in %s, wallet %d in %s. A transfer stays in one "+
-					"currency.", from.ID, from.Currency, to.ID, to.Currency)
-		case to.Balance.Add(amount).GreaterThanOrEqual(money.Limit):
-			return refuse("balance_limit",
-				"The balance of wallet %d would have more than %d digits before the "+
-					"point.", to.ID, money.WholeDigitsMax)
-		}
-		at = latest(at, to.EntryAt)
-		second := first
-		first.Amount, first.CounterpartyID, first.CounterpartySeq = amount.Neg(), to.ID, to.Seq+1
-		second.Amount, second.CounterpartyID, second.CounterpartySeq = amount, from.ID, from.Seq+1
-		second.WalletID, second.Kind = to.ID, kindTransferIn
-		p.append(from, &first, at)
-		p.append(to, &second, at)
-		op.posted = posted{first, second.Balance}
-
-	default:
-		return fmt.Errorf("operation of unknown kind %q", op.kind)
+	}
+	if err := op.decide(p, op); err != nil {
+		return err
 	}
 	accepted := op.posted
 	p.byKey[movementKey{op.walletID, op.key}] = &accepted
+	return nil
+}
+
+// answers says whether a movement is what an operation with its key asks for.
+func (m *posted) answers(op *operation) bool {
+	d, amount := m.says(), m.Amount.Abs()
+	asked := op.note
+	asked.Client, asked.ExpiresAt = d.Note.Client, d.Note.ExpiresAt
+	if m.Kind == kindHold {
+		amount = d.HeldChange
+		if !op.anyExpiry && !m.CreatedAt.Add(op.expiresIn).Equal(d.Note.ExpiresAt) {
+			return false
+		}
+	}
+	return m.Kind == op.kind && m.CounterpartyID == op.toID && d.OfSeq == op.ofSeq && asked == d.Note &&
+		(asked.All || amount.Equal(op.amount.Decimal)) &&
+		(op.currency == "" || op.currency == m.Currency)
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// What money may do: each kind of operation is decided by one function
+// -----------------------------------------------------------------------------------------------------------
+
+// currency is the operation's, which its wallet must have. opens says that it may make the wallet.
+func (p *posting) currency(op *operation, w *wallet, opens bool) (string, error) {
+	if w.Currency == "" && !opens {
+		return "", errNoWallet(w.ID)
+	}
+	currency := cmp.Or(op.currency, w.Currency, p.defaultCurrency)
+	scale, known := p.scales[currency]
+	switch {
+	case !known:
+		return "", refuse("currency_unknown",
+			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
+	case w.Currency != "" && w.Currency != currency:
+		return "", refuse("currency_mismatch",
+			"Wallet %d is in %s, the request in %s. Use a wallet in the request's "+
+				"currency.", w.ID, w.Currency, currency)
+	case op.amount.Decimals > scale:
+		return "", refuse("amount_scale",
+			"The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact "+
+				"amount.", op.amount.Decimals, currency, scale)
+	}
+	return currency, nil
+}
+
+// lets refuses what the wallet's state does not let in or out.
+func (w *wallet) lets(in bool) error {
+	switch {
+	case w.State == stateClosed:
+		return refuse("wallet_closed", "Wallet %d is closed. Use another one.", w.ID)
+	case w.State == stateFrozen:
+		return refuse("wallet_frozen", "Wallet %d is frozen: nothing goes in or out until an operator sets its "+
+			"state to open.", w.ID)
+	case w.State == stateNoOut && !in:
+		return refuse("wallet_frozen", "Wallet %d takes money in but lets none out until an operator sets its "+
+			"state to open.", w.ID)
+	}
+	return nil
+}
+
+// spendable is the amount that the operation takes from what its wallet has available: all of it where it
+// says so.
+func (p *posting) spendable(op *operation, w *wallet) (decimal.Decimal, error) {
+	if err := w.lets(false); err != nil {
+		return decimal.Decimal{}, err
+	}
+	amount, available := op.amount.Decimal, w.available()
+	if op.note.All && op.undoes == nil {
+		amount = available
+	}
+	if available.LessThan(amount) || amount.IsZero() {
+		if !w.Held.IsZero() {
+			p.short[w.ID] = true
+		}
+		return amount, refuse("insufficient_funds",
+			"Wallet %d has %s available, less than the amount. Deposit first; the same key may then be used "+
+				"again.", w.ID, money.Text(available))
+	}
+	return amount, nil
+}
+
+// takes refuses what a payee may not get.
+func (w *wallet) takes(amount decimal.Decimal, currency string, from *wallet) error {
+	if w.Currency != "" && w.Currency != currency {
+		return refuse("currency_mismatch",
+			"Wallet %d is in %s, wallet %d in %s. A transfer stays in one "+
+				"currency.", from.ID, from.Currency, w.ID, w.Currency)
+	}
+	if err := w.lets(true); err != nil {
+		return err
+	}
+	if w.Balance.Add(amount).GreaterThanOrEqual(money.Limit) {
+		return refuse("balance_limit",
+			"The balance of wallet %d would have more than %d digits before the "+
+				"point.", w.ID, money.WholeDigitsMax)
+	}
+	return nil
+}
+
+// details of the operation's initiating entry, or nil where it says nothing.
+func (op *operation) details(d details) *details {
+	d.Note = op.note
+	d.noteText = d.Note.json()
+	if d == nothingMore {
+		return nil
+	}
+	return &d
+}
+
+// post makes the operation's initiating entry the next one of w.
+func (p *posting) post(op *operation, w *wallet, currency string, amount decimal.Decimal, d details) {
+	e := entry{WalletID: w.ID, Kind: op.kind, Currency: currency, Amount: amount, Key: op.key,
+		more: op.details(d), traceparent: op.traceparent}
+	p.append(w, &e, latest(p.now, w.EntryAt))
+	op.posted.entry = e
+}
+
+// transfer makes both entries of a movement from one wallet to another; to is what the payee's says.
+func (p *posting) transfer(op *operation, from, to *wallet, currency string, amount decimal.Decimal,
+	d details, payee *details) {
+	at := latest(latest(p.now, from.EntryAt), to.EntryAt)
+	first := entry{WalletID: from.ID, CounterpartyID: to.ID, CounterpartySeq: to.Seq + 1, Kind: op.kind,
+		Currency: currency, Amount: amount.Neg(), Key: op.key, more: op.details(d), traceparent: op.traceparent}
+	second := entry{WalletID: to.ID, CounterpartyID: from.ID, CounterpartySeq: from.Seq + 1,
+		Kind: kindTransferIn, Currency: currency, Amount: amount, Key: op.key, traceparent: op.traceparent}
+	if payee != nil || op.note.Reference != "" || op.note.Metadata != "" {
+		second.more = cmp.Or(payee, new(details))
+		second.more.Note = note{Reference: op.note.Reference, Metadata: op.note.Metadata}
+		second.more.noteText = second.more.Note.json()
+	}
+	p.append(from, &first, at)
+	p.append(to, &second, at)
+	op.posted.entry, op.posted.toBalance, op.posted.toHeld = first, second.Balance, to.Held
+}
+
+func decideDeposit(p *posting, op *operation) error {
+	w := p.wallets[op.walletID]
+	currency, err := p.currency(op, w, true)
+	if err == nil {
+		err = w.takes(op.amount.Decimal, currency, w)
+	}
+	if err != nil {
+		return err
+	}
+	p.post(op, w, currency, op.amount.Decimal, details{})
+	return nil
+}
+
+func decideWithdrawal(p *posting, op *operation) error {
+	w := p.wallets[op.walletID]
+	currency, err := p.currency(op, w, false)
+	if err != nil {
+		return err
+	}
+	amount, err := p.spendable(op, w)
+	if err != nil {
+		return err
+	}
+	p.post(op, w, currency, amount.Neg(), details{})
+	return nil
+}
+
+func decideTransfer(p *posting, op *operation) error {
+	from, to := p.wallets[op.walletID], p.wallets[op.toID]
+	currency, err := p.currency(op, from, false)
+	if err != nil {
+		return err
+	}
+	amount, err := p.spendable(op, from)
+	if err == nil {
+		err = to.takes(amount, currency, from)
+	}
+	if err != nil {
+		return err
+	}
+	p.transfer(op, from, to, currency, amount, details{}, nil)
+	return nil
+}
+
+func decideHold(p *posting, op *operation) error {
+	w := p.wallets[op.walletID]
+	currency, err := p.currency(op, w, false)
+	if err != nil {
+		return err
+	}
+	amount, err := p.spendable(op, w)
+	if err != nil {
+		return err
+	}
+	op.note.ExpiresAt = latest(p.now, w.EntryAt).Add(op.expiresIn)
+	p.post(op, w, currency, decimal.Decimal{}, details{HeldChange: amount, Remaining: amount})
+	p.holds[entryKey{w.ID, w.Seq}] = &hold{WalletID: w.ID, Seq: w.Seq, ToID: op.note.ToID, Amount: amount,
+		Remaining: amount, Status: holdOpen, ExpiresAt: op.note.ExpiresAt, lastSeq: w.Seq, changed: true}
+	return nil
+}
+
+// open finds the operation's hold, which must be open at that time.
+func (p *posting) open(op *operation, at time.Time) (*hold, error) {
+	h := p.holds[entryKey{op.walletID, op.ofSeq}]
+	switch {
+	case h == nil:
+		return nil, errNoHold(op.walletID, op.ofSeq)
+	case h.Status == holdExpired || h.Status == holdOpen && !at.Before(h.ExpiresAt):
+		return h, refuse("hold_expired", "Hold %s expired at %s. Place a new one.",
+			entryID(h.WalletID, h.Seq), h.ExpiresAt.UTC().Format(timeFormat))
+	case h.Status != holdOpen:
+		return h, refuse("hold_closed", "Hold %s was %s. Place a new one.",
+			entryID(h.WalletID, h.Seq), h.Status)
+	}
+	return h, nil
+}
+
+func errNoHold(walletID, seq int64) *refusal {
+	return refuse("hold_not_found", "There is no hold %s.", entryID(walletID, seq))
+}
+
+// decideCapture never lacks funds: what is held is there. It takes what the hold's state, or the payee, lets.
+func decideCapture(p *posting, op *operation) error {
+	from := p.wallets[op.walletID]
+	at := latest(p.now, from.EntryAt)
+	to := p.wallets[op.toID] // nil: the money leaves the ledger
+	if to != nil {
+		at = latest(at, to.EntryAt)
+	}
+	h, err := p.open(op, at)
+	if err != nil {
+		return err
+	}
+	if h.ToID != 0 && h.ToID != op.toID {
+		return refuse("payee_mismatch", "Hold %s is for wallet %d. Leave \"to_id\" out, or name that wallet.",
+			entryID(h.WalletID, h.Seq), h.ToID)
+	}
+	currency, err := p.currency(op, from, false)
+	if err != nil {
+		return err
+	}
+	amount := op.amount.Decimal
+	if op.note.All {
+		amount = h.Remaining
+	}
+	if amount.GreaterThan(h.Remaining) {
+		return refuse("hold_exceeded", "Of hold %s there remains %s. Capture no more than that.",
+			entryID(h.WalletID, h.Seq), money.Text(h.Remaining))
+	}
+	if from.State != stateNoOut { // which lets go what was held before
+		err = from.lets(false)
+	}
+	if err == nil && to != nil {
+		err = to.takes(amount, currency, from)
+	}
+	if err != nil {
+		return err
+	}
+	d := details{OfSeq: h.Seq, HeldChange: h.Remaining.Neg()}
+	if op.note.Partial {
+		d.HeldChange, d.Remaining = amount.Neg(), h.Remaining.Sub(amount)
+	}
+	if to != nil {
+		p.transfer(op, from, to, currency, amount, d, nil)
+	} else {
+		p.post(op, from, currency, amount.Neg(), d)
+	}
+	op.posted.of = entryID(h.WalletID, h.Seq)
+	h.Captured, h.Remaining, h.lastSeq, h.changed = h.Captured.Add(amount), d.Remaining, from.Seq, true
+	if h.Remaining.IsZero() {
+		h.Status = holdCaptured
+	}
+	return nil
+}
+
+// Reasons of a release.
+const (
+	reasonVoid   = "void"
+	reasonExpiry = "expiry"
+)
+
+// errNotDue ends an expiry's operation that has nothing to do (any more, or yet).
+var errNotDue = errors.New("the hold is not due")
+
+// dueMax is how many due holds are looked up at a time.
+const dueMax = 1000
+
+// expiryOf is the operation that ends a hold when it is due. Its key is one that no client can send, since it
+// is not ASCII: whoever comes first, this happens once.
+func expiryOf(walletID, seq int64) *operation {
+	op := &operation{kind: kindRelease, decide: decideExpiry, walletID: walletID, ofSeq: seq,
+		key: "«expiry " + strconv.FormatInt(seq, 10) + "»", note: note{Reason: reasonExpiry}}
+	op.wallets = append(op.room[:0], walletID)
+	return op
+}
+
+func decideVoid(p *posting, op *operation) error {
+	h, err := p.open(op, latest(p.now, p.wallets[op.walletID].EntryAt))
+	if err != nil {
+		return err
+	}
+	p.release(op, h, holdVoided)
+	return nil
+}
+
+// decideExpiry is by the clock, whoever asks: due is what can no longer be captured.
+func decideExpiry(p *posting, op *operation) error {
+	h, err := p.open(op, latest(p.now, p.wallets[op.walletID].EntryAt))
+	if err == nil || h == nil || h.Status != holdOpen {
+		return errNotDue
+	}
+	p.release(op, h, holdExpired)
+	p.expired++
+	return nil
+}
+
+// release gives back what remains of a hold, which ends it.
+func (p *posting) release(op *operation, h *hold, status string) {
+	w := p.wallets[h.WalletID]
+	p.post(op, w, w.Currency, decimal.Decimal{}, details{OfSeq: h.Seq, HeldChange: h.Remaining.Neg()})
+	op.posted.of = entryID(h.WalletID, h.Seq)
+	h.Remaining, h.Status, h.lastSeq, h.changed = decimal.Decimal{}, status, w.Seq, true
+}
+
+// undo makes op the reversal of a transaction. Its wallet is the one that pays now.
+func (op *operation) undo(m *posted) error {
+	op.undoes, op.walletID, op.ofSeq = m, m.WalletID, m.Seq
+	switch {
+	case m.reverses():
+		return refuse("not_reversible", "Transaction %s is itself a reversal: post a new movement instead.",
+			entryID(m.WalletID, m.Seq))
+	case m.Kind == kindDeposit:
+		op.kind = kindWithdrawal
+	case m.Kind == kindWithdrawal:
+		op.kind = kindDeposit
+	case m.Kind == kindTransferOut:
+		op.kind, op.walletID, op.ofSeq, op.toID = kindTransferOut, m.CounterpartyID, m.CounterpartySeq, m.WalletID
+	default:
+		return refuse("not_reversible", "Transaction %s moved no money: a hold is voided, a state set again.",
+			entryID(m.WalletID, m.Seq))
+	}
+	return nil
+}
+
+// decideReversal posts the opposite movement of a transaction, or of a part of it.
+func decideReversal(p *posting, op *operation) error {
+	was := op.undoes
+	r := p.reversals[entryKey{was.WalletID, was.Seq}]
+	left := r.amount.Sub(r.reversed)
+	amount := op.amount.Decimal
+	if op.note.All {
+		amount = left
+	}
+	w := p.wallets[op.walletID]
+	currency, err := p.currency(op, w, false)
+	if err != nil {
+		return err
+	}
+	if amount.GreaterThan(left) || left.IsZero() {
+		return refuse("reversal_exceeds", "Of transaction %s there is %s left to reverse. Reverse no more than "+
+			"that.", entryID(was.WalletID, was.Seq), money.Text(left))
+	}
+	d := details{OfSeq: op.ofSeq, Remaining: left.Sub(amount)}
+	pay := *op
+	pay.amount.Decimal = amount
+	switch op.kind {
+	case kindDeposit: // of a withdrawal: it comes back
+		if err := w.takes(amount, currency, w); err != nil {
+			return err
+		}
+		p.post(op, w, currency, amount, d)
+	case kindWithdrawal: // of a deposit
+		if _, err := p.spendable(&pay, w); err != nil {
+			return err
+		}
+		p.post(op, w, currency, amount.Neg(), d)
+	case kindTransferOut: // from who was paid to who paid
+		to := p.wallets[op.toID]
+		_, err := p.spendable(&pay, w)
+		if err == nil {
+			err = to.takes(amount, currency, w)
+		}
+		if err != nil {
+			return err
+		}
+		p.transfer(op, w, to, currency, amount, d, &details{OfSeq: was.Seq, Remaining: d.Remaining})
+	}
+	op.posted.of = entryID(was.WalletID, was.Seq)
+	r.reversed, r.changed = r.reversed.Add(amount), true
+	return nil
+}
+
+func decideState(p *posting, op *operation) error {
+	w := p.wallets[op.walletID]
+	switch {
+	case w.Currency == "":
+		return errNoWallet(w.ID)
+	case w.State == stateClosed:
+		return w.lets(false)
+	case op.note.State == stateClosed && !w.Balance.IsZero():
+		return refuse("wallet_not_empty", "Wallet %d has a balance of %s, %s of it held. Empty it first: "+
+			"\"amount\":\"all\" withdraws or transfers what is available.", w.ID, money.Text(w.Balance),
+			money.Text(w.Held))
+	}
+	p.post(op, w, w.Currency, decimal.Decimal{}, details{})
+	w.State, w.StateSeq, w.headChanged = op.note.State, w.Seq, true
 	return nil
 }
 
@@ -754,6 +1434,15 @@ func (p *posting) append(w *wallet, e *entry, at time.Time) {
 	w.Balance = w.Balance.Add(e.Amount)
 	w.EntryAt = at
 	w.changed = true
+	if e.more != nil && !e.more.HeldChange.IsZero() {
+		w.Held, w.headChanged = w.Held.Add(e.more.HeldChange), true
+	}
+	if !w.Held.IsZero() {
+		if e.more == nil {
+			e.more = new(details)
+		}
+		e.more.Held = w.Held
+	}
 	e.Seq, e.Balance, e.CreatedAt = w.Seq, w.Balance, at
 	p.entries = append(p.entries, *e)
 }
@@ -800,7 +1489,8 @@ func (p *posting) check() error {
 		if e.CounterpartyID != 0 {
 			transferred = transferred.Add(e.Amount)
 		}
-		if e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) {
+		if e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) ||
+			e.more != nil && (e.more.Held.IsNegative() || e.more.Held.GreaterThan(e.Balance)) {
 			return fmt.Errorf("%w: entry %s does not fit its wallet", errBroken, entryID(e.WalletID, e.Seq))
 		}
 	}
@@ -814,41 +1504,40 @@ func (p *posting) check() error {
 func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 	var b pgx.Batch
 	var missing, changed []*wallet
+	heads := false
 	for _, w := range p.wallets {
 		if w.changed && w.exists {
 			changed = append(changed, w)
+			heads = heads || w.headChanged
 		} else if w.changed {
 			missing = append(missing, w)
 		}
 	}
 	if len(missing) > 0 {
 		slices.SortFunc(missing, func(a, b *wallet) int { return cmp.Compare(a.ID, b.ID) })
-		c := walletColumns(missing)
+		c := columnsOf(missing)
 		b.Queue(insertWallets, c.ids, c.currencies, c.balances, c.seqs, c.entryAts, c.createdAts,
-			c.creationKeys)
+			c.creationKeys, c.helds, c.states, c.stateSeqs)
 	}
 	var updated *int64
 	if len(changed) > 0 {
-		c := walletColumns(changed)
+		c := columnsOf(changed)
+		query, args := updateWallets, []any{c.ids, c.balances, c.seqs, c.entryAts}
+		if heads {
+			query, args = updateHeads, append(args, c.helds, c.states, c.stateSeqs)
+		}
 		updated = new(int64)
-		b.Queue(updateWallets, c.ids, c.balances, c.seqs, c.entryAts).Exec(func(tag pgconn.CommandTag) error {
+		b.Queue(query, args...).Exec(func(tag pgconn.CommandTag) error {
 			*updated = tag.RowsAffected()
 			return nil
 		})
 	}
-	if n := len(p.entries); n > 0 {
-		ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
-		ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
-		amounts, balances := make([]string, n), make([]string, n)
-		for i := range p.entries {
-			e := &p.entries[i]
-			ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
-			ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
-			amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
-		}
-		b.Queue(insertEntries, ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys)
+	if len(p.entries) > 0 {
+		p.queueEntries(&b)
 		queueOutbox(&b, p.entries)
 	}
+	p.queueHolds(&b)
+	p.queueReversals(&b)
 	b.Queue(`COMMIT`)
 	if err := conn.SendBatch(ctx, &b).Close(); err != nil {
 		return err
@@ -859,14 +1548,106 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 	return nil
 }
 
-type walletArrays struct {
-	ids, seqs                          []int64
-	currencies, balances, creationKeys []string
-	createdAts                         []time.Time
-	entryAts                           []*time.Time
+func (p *posting) queueEntries(b *pgx.Batch) {
+	n := len(p.entries)
+	ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
+	amounts, balances := make([]string, n), make([]string, n)
+	more := false
+	for i := range p.entries {
+		e := &p.entries[i]
+		ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
+		ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
+		amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
+		more = more || e.more != nil
+	}
+	args := []any{ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys}
+	if !more {
+		b.Queue(insertEntries, args...)
+		return
+	}
+	ofSeqs, notes := make([]int64, n), make([]string, n)
+	changes, helds, remainings := make([]string, n), make([]string, n), make([]string, n)
+	var references []string
+	var referring entryIDs
+	for i := range p.entries {
+		e := &p.entries[i]
+		d := e.says()
+		ofSeqs[i], notes[i] = d.OfSeq, d.noteText
+		if !d.HeldChange.IsZero() {
+			changes[i] = money.Text(d.HeldChange)
+		}
+		if !d.Held.IsZero() {
+			helds[i] = money.Text(d.Held)
+		}
+		if d.OfSeq != 0 || e.Kind == kindHold {
+			remainings[i] = money.Text(d.Remaining)
+		}
+		if d.Note.Reference != "" && e.Kind != kindTransferIn {
+			references = append(references, d.Note.Reference)
+			referring.add(e.WalletID, e.Seq)
+		}
+	}
+	b.Queue(insertEntriesWithMore, append(args, ofSeqs, changes, helds, remainings, notes)...)
+	if len(references) > 0 {
+		b.Queue(insertReferences, references, referring.wallets, referring.seqs)
+	}
 }
 
-func walletColumns(wallets []*wallet) walletArrays {
+func (p *posting) queueHolds(b *pgx.Batch) {
+	var placed, moved struct {
+		entryIDs
+		toIDs, lastSeqs                        []int64
+		amounts, captured, remaining, statuses []string
+		expiresAts                             []time.Time
+	}
+	for _, h := range p.holds {
+		c := &placed
+		if h.exists {
+			c = &moved
+		}
+		if h.changed {
+			c.add(h.WalletID, h.Seq)
+			c.toIDs, c.lastSeqs = append(c.toIDs, h.ToID), append(c.lastSeqs, h.lastSeq)
+			c.amounts = append(c.amounts, money.Text(h.Amount))
+			c.captured = append(c.captured, money.Text(h.Captured))
+			c.remaining = append(c.remaining, money.Text(h.Remaining))
+			c.statuses = append(c.statuses, h.Status)
+			c.expiresAts = append(c.expiresAts, h.ExpiresAt)
+		}
+	}
+	if c := &placed; len(c.seqs) > 0 {
+		b.Queue(insertHolds, c.wallets, c.seqs, c.toIDs, c.amounts, c.captured, c.remaining, c.statuses,
+			c.expiresAts, c.lastSeqs)
+	}
+	if c := &moved; len(c.seqs) > 0 {
+		b.Queue(updateHolds, c.wallets, c.seqs, c.captured, c.remaining, c.statuses, c.lastSeqs)
+	}
+}
+
+func (p *posting) queueReversals(b *pgx.Batch) {
+	var of entryIDs
+	var amounts, reversed []string
+	for k, r := range p.reversals {
+		if r.changed {
+			of.add(k.walletID, k.seq)
+			amounts, reversed = append(amounts, money.Text(r.amount)), append(reversed, money.Text(r.reversed))
+		}
+	}
+	if len(of.seqs) > 0 {
+		b.Queue(upsertReversals, of.wallets, of.seqs, amounts, reversed)
+	}
+}
+
+// walletArrays are wallets by column.
+type walletArrays struct {
+	ids, seqs, stateSeqs                              []int64
+	currencies, balances, creationKeys, helds, states []string
+	createdAts                                        []time.Time
+	entryAts                                          []*time.Time
+}
+
+func columnsOf(wallets []*wallet) walletArrays {
 	var c walletArrays
 	for _, w := range wallets {
 		var entryAt *time.Time
@@ -877,6 +1658,8 @@ func walletColumns(wallets []*wallet) walletArrays {
 		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
 		c.balances = append(c.balances, money.Text(w.Balance))
 		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
+		c.helds = append(c.helds, money.Text(w.Held))
+		c.states, c.stateSeqs = append(c.states, w.State), append(c.stateSeqs, w.StateSeq)
 	}
 	return c
 }
@@ -893,10 +1676,21 @@ func latest(a, b time.Time) time.Time {
 // -----------------------------------------------------------------------------------------------------------
 
 const (
-	selectWallet = `SELECT id, currency, balance::text, seq, entry_at, created_at FROM wallet WHERE id = $1`
+	selectWallet = `SELECT ` + walletColumns + ` FROM wallet WHERE id = $1`
 
-	selectTransaction = selectPosted + `
+	// A transaction is a movement, and how much of it has been reversed by now.
+	selectTransaction = selectPosted + `,
+       coalesce((SELECT r.reversed FROM reversal r WHERE r.wallet_id = e.wallet_id AND r.seq = e.seq), 0)
+`
+	transactionByID = selectTransaction + `
 FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
+
+	transactionByKey = selectTransaction + `
+FROM entry e WHERE e.wallet_id = $1 AND e.idempotency_key = $2 AND e.kind <> 'transfer_in'`
+
+	transactionsByReference = selectTransaction + `
+FROM reference f JOIN entry e ON e.wallet_id = f.wallet_id AND e.seq = f.seq
+WHERE f.reference = $1 AND (f.wallet_id, f.seq) > ($2, $3) ORDER BY f.wallet_id, f.seq LIMIT $4`
 
 	selectPageUp   = selectPage + `ASC LIMIT $6) e ON true ORDER BY e.seq ASC`
 	selectPageDown = selectPage + `DESC LIMIT $6) e ON true ORDER BY e.seq DESC`
@@ -904,11 +1698,11 @@ FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
 	// The wallet's head and the page's bounds stand beside each entry, and beside none where there is none.
 	selectPage = `
 WITH s AS MATERIALIZED (
-    SELECT w.id, w.currency, w.balance, w.seq,
+    SELECT w.id, w.currency, w.balance, w.held, w.seq,
            coalesce(nullif($2::bigint, 0), seq_since(w.id, coalesce($4, now() - interval '24 hours'))) AS low,
            coalesce(nullif($3::bigint, 0), seq_since(w.id, $5)) AS high
     FROM wallet w WHERE w.id = $1
-)` + selectPosted + `, s.currency, s.balance::text, s.seq, s.low, s.high
+)` + selectPosted + `, s.currency, s.balance::text, s.held::text, s.seq, s.low, s.high
 FROM s LEFT JOIN LATERAL (
     SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
 )
@@ -934,7 +1728,7 @@ func (l *ledger) readWallet(ctx context.Context, id int64, t ticket) (*wallet, e
 }
 
 func (w *wallet) cached() cachedBalance {
-	return cachedBalance{w.ID, w.Seq, w.Currency, money.Text(w.Balance)}
+	return cachedBalance{w.ID, w.Seq, w.Currency, money.Text(w.Balance), money.Text(w.Held)}
 }
 
 // balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
@@ -958,24 +1752,57 @@ func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cac
 	return w.cached(), nil
 }
 
-// transaction reads a movement by its initiating entry.
-func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
-	var m posted
+// transactions reads movements by one of the queries above.
+func (l *ledger) transactions(ctx context.Context, query string, args ...any) ([]*posted, error) {
 	t := l.cache.ticket()
-	err := scanPosted(l.reads.QueryRow(ctx, selectTransaction, walletID, seq), &m)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
+	rows, _ := l.reads.Query(ctx, query, args...)
+	defer rows.Close()
+	var found []*posted
+	told := make(map[int64]cachedBalance)
+	for rows.Next() {
+		m := new(posted)
+		if err := scanPosted(rows, m, &m.reversed); err != nil {
+			return nil, fmt.Errorf("read transactions: %w", err)
+		}
+		found = append(found, m)
+		m.tell(told)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read transaction: %w", err)
-	}
-	told := map[int64]cachedBalance{walletID: {walletID, seq, m.Currency, money.Text(m.Balance)}}
-	if m.CounterpartyID != 0 {
-		told[m.CounterpartyID] = cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency,
-			money.Text(m.toBalance)}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read transactions: %w", err)
 	}
 	l.cache.put(t, told)
-	return &m, nil
+	return found, nil
+}
+
+// transaction reads a movement by its initiating entry.
+func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
+	found, err := l.transactions(ctx, transactionByID, walletID, seq)
+	if err == nil && len(found) == 0 {
+		err = refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return found[0], nil
+}
+
+// walletsAfter reads wallets by their ids.
+func (l *ledger) walletsAfter(ctx context.Context, after int64, limit int) ([]*wallet, error) {
+	t := l.cache.ticket()
+	found := posting{wallets: make(map[int64]*wallet)}
+	rows, _ := l.reads.Query(ctx, `
+SELECT `+walletColumns+` FROM wallet WHERE id > $1 ORDER BY id LIMIT $2`, after, limit)
+	if err := found.scanWallets(rows); err != nil {
+		return nil, fmt.Errorf("read wallets: %w", err)
+	}
+	told := make(map[int64]cachedBalance, len(found.wallets))
+	for id, w := range found.wallets {
+		told[id] = w.cached()
+	}
+	l.cache.put(t, told)
+	return slices.SortedFunc(maps.Values(found.wallets), func(a, b *wallet) int {
+		return cmp.Compare(a.ID, b.ID)
+	}), nil
 }
 
 // page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <=
@@ -989,36 +1816,45 @@ type page struct {
 	limit      int
 }
 
-// cursor names the rest of a history after a page: opaque to clients.
+// cursor names the rest of a history after a page.
 func (p page) cursor() string {
-	order := 'a'
 	if p.descending {
-		order = 'd'
+		return cursorOf("d", p.from, p.to)
 	}
-	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%c.%d.%d", order, p.from, p.to))
+	return cursorOf("a", p.from, p.to)
 }
 
-func parseCursor(s string) (page, error) {
-	bad := refuse("parameter_malformed",
-		"This cursor is not one of ours. Take it from the Link header of the page before.")
+func parseCursor(s string) (p page, err error) {
+	if p.from, p.to, err = parseCursorOf("a", s); err != nil {
+		p.descending = true
+		p.from, p.to, err = parseCursorOf("d", s)
+	}
+	return p, err
+}
+
+// cursorOf names the rest of a list by two numbers above 0: opaque to clients.
+func cursorOf(kind string, a, b int64) string {
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%s.%d.%d", kind, a, b))
+}
+
+func parseCursorOf(kind, s string) (a, b int64, err error) {
 	raw, err := base64.RawURLEncoding.DecodeString(s)
 	parts := strings.Split(string(raw), ".")
-	if err != nil || len(parts) != 3 || parts[0] != "a" && parts[0] != "d" {
-		return page{}, bad
-	}
-	p := page{descending: parts[0] == "d"}
 	var errs [2]error
-	p.from, errs[0] = strconv.ParseInt(parts[1], 10, 64)
-	p.to, errs[1] = strconv.ParseInt(parts[2], 10, 64)
-	if errs[0] != nil || errs[1] != nil || p.from < 1 || p.to < 1 || p.cursor() != s {
-		return page{}, bad
+	if err == nil && len(parts) == 3 {
+		a, errs[0] = strconv.ParseInt(parts[1], 10, 64)
+		b, errs[1] = strconv.ParseInt(parts[2], 10, 64)
 	}
-	return p, nil
+	if errors.Join(errs[:]...) != nil || a < 1 || b < 1 || cursorOf(kind, a, b) != s {
+		return 0, 0, refuse("parameter_malformed",
+			"This cursor is not one of ours. Take it from the Link header of the page before.")
+	}
+	return a, b, nil
 }
 
 // history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so
 // that everything is of one moment.
-func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []entry, err error) {
+func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []*entry, err error) {
 	query := selectPageUp
 	if p.descending {
 		query = selectPageDown
@@ -1028,12 +1864,12 @@ func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries 
 	defer rows.Close()
 	head := wallet{ID: walletID}
 	for rows.Next() {
-		var m posted
-		of := []any{&head.Currency, &head.Balance, &head.Seq, &p.from, &p.to}
+		m := new(posted)
+		of := []any{&head.Currency, &head.Balance, &head.Held, &head.Seq, &p.from, &p.to}
 		if rows.RawValues()[0] == nil { // no entry
 			err = rows.Scan(append(make([]any, len(rows.RawValues())-len(of)), of...)...)
-		} else if err = scanPosted(rows, &m, of...); err == nil {
-			entries = append(entries, m.entry)
+		} else if err = scanPosted(rows, m, of...); err == nil {
+			entries = append(entries, &m.entry)
 		}
 		if err != nil {
 			break
@@ -1060,6 +1896,18 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 	w.Counter("wallet_batch_reruns_total", "Batches run again after a fault.", float64(l.reruns.Load()))
 	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.",
 		float64(l.splits.Load()))
+	w.Counter("wallet_hold_expiries_total", "Holds that this replica released, being due.",
+		float64(l.expiries.Load()))
+	if held := l.held.Load(); held != nil {
+		var open, amounts []metric.Sample
+		for _, h := range *held {
+			label := `currency="` + h.currency + `"`
+			open = append(open, metric.Sample{Labels: label, Value: h.holds})
+			amounts = append(amounts, metric.Sample{Labels: label, Value: h.amount})
+		}
+		w.Gauges("wallet_holds_open", "Open holds, within the last minute.", open...)
+		w.Gauges("wallet_held", "Money that open holds reserve, within the last minute.", amounts...)
+	}
 	w.Gauge("wallet_queue_operations", "Operations that wait for a batch.",
 		float64(l.queue.Waiting()))
 	w.Histogram("wallet_batch_operations", "Operations of a batch.", l.batchSizes)
@@ -1074,4 +1922,169 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())},
 			metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
 	}
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Holds over time
+// -----------------------------------------------------------------------------------------------------------
+
+// sweep releases holds that are due, as long as ctx lives: a second late at most. Every replica does, and the
+// reserved key sees to it that each happens once. Captures do not wait for it: they look at the clock.
+func (l *ledger) sweep(ctx context.Context) error {
+	const pause = time.Second
+	for last := ""; ; {
+		found, err := l.releaseDue(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil && err.Error() != last:
+			slog.Warn("due holds not released, will try again", "error", err)
+			last = err.Error()
+		case err == nil:
+			last = ""
+		}
+		if found == dueMax && err == nil {
+			continue
+		}
+		if sleep(ctx, pause/2+rand.N(pause/2)) != nil {
+			return nil
+		}
+	}
+}
+
+func (l *ledger) releaseDue(ctx context.Context) (found int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
+	defer cancel()
+	rows, _ := l.reads.Query(ctx, `
+SELECT wallet_id, seq FROM hold WHERE status = 'open' AND expires_at <= clock_timestamp()
+ORDER BY expires_at LIMIT $1`, dueMax)
+	var k entryKey
+	var due []*operation
+	_, err = pgx.ForEachRow(rows, []any{&k.walletID, &k.seq}, func() error {
+		due = append(due, expiryOf(k.walletID, k.seq))
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	outcomes := make(chan error, len(due))
+	for _, op := range due {
+		go func() { outcomes <- l.do(ctx, op) }()
+	}
+	for range due {
+		if e := <-outcomes; e != nil && e != errNotDue {
+			err = e
+		}
+	}
+	return len(due), err
+}
+
+// heldMoney is what open holds reserve in one currency.
+type heldMoney struct {
+	currency      string
+	holds, amount float64
+}
+
+// countHolds looks how much is held, for the metrics.
+func (l *ledger) countHolds(ctx context.Context) error {
+	rows, _ := l.reads.Query(ctx, `
+SELECT w.currency, count(*)::float8, sum(h.remaining)::float8
+FROM hold h JOIN wallet w ON w.id = h.wallet_id WHERE h.status = 'open' GROUP BY 1 ORDER BY 1`)
+	var h heldMoney
+	held := []heldMoney{}
+	_, err := pgx.ForEachRow(rows, []any{&h.currency, &h.holds, &h.amount}, func() error {
+		held = append(held, h)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("count open holds: %w", err)
+	}
+	l.held.Store(&held)
+	return nil
+}
+
+// Holds, what their entries say, and their wallet's head: of one snapshot.
+const (
+	holdColumns = `h.wallet_id, h.seq, coalesce(h.to_id, 0), h.amount, h.captured, h.remaining, h.status,
+       h.expires_at, h.last_seq`
+
+	selectHolds = `
+SELECT w.currency, w.balance, w.held, w.seq, ` + holdColumns + `, e.created_at, e.note
+FROM wallet w LEFT JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = w.id AND `
+	andTheirEntries = `) h ON true LEFT JOIN entry e ON e.wallet_id = h.wallet_id AND e.seq = h.seq
+WHERE w.id = $1 ORDER BY h.seq`
+)
+
+// shownHold is a hold and what its entry says of it.
+type shownHold struct {
+	hold
+	currency  string
+	createdAt time.Time
+	note      note
+}
+
+// readHolds reads a wallet's head and those of its holds that a condition names; the wallet is nil where there
+// is none.
+func (l *ledger) readHolds(ctx context.Context, condition string, walletID int64, args ...any,
+) (w *wallet, holds []*shownHold, err error) {
+	t := l.cache.ticket()
+	rows, _ := l.reads.Query(ctx, selectHolds+condition+andTheirEntries, append([]any{walletID}, args...)...)
+	defer rows.Close()
+	for rows.Next() {
+		w = &wallet{ID: walletID}
+		h := new(shownHold)
+		var said *string
+		columns := []any{&w.Currency, &w.Balance, &w.Held, &w.Seq, &h.WalletID, &h.Seq, &h.ToID, &h.Amount,
+			&h.Captured, &h.Remaining, &h.Status, &h.ExpiresAt, &h.lastSeq, &h.createdAt, &said}
+		none := rows.RawValues()[4] == nil
+		if none {
+			clear(columns[4:])
+		}
+		if err := rows.Scan(columns...); err != nil {
+			return nil, nil, fmt.Errorf("read holds: %w", err)
+		}
+		if none {
+			continue
+		}
+		if said != nil {
+			if h.note, err = parseNote(*said); err != nil {
+				return nil, nil, err
+			}
+		}
+		h.currency = w.Currency
+		holds = append(holds, h)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, nil, fmt.Errorf("read holds: %w", err)
+	}
+	if w != nil {
+		l.cache.put(t, map[int64]cachedBalance{walletID: w.cached()})
+	}
+	return w, holds, nil
+}
+
+// hold reads one hold.
+func (l *ledger) hold(ctx context.Context, walletID, seq int64) (*shownHold, error) {
+	_, found, err := l.readHolds(ctx, `seq = $2`, walletID, seq)
+	if err == nil && len(found) == 0 {
+		err = errNoHold(walletID, seq)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return found[0], nil
+}
+
+// holds reads a wallet's holds after one, of a status unless that is empty, and the wallet's head.
+func (l *ledger) holds(ctx context.Context, walletID int64, status string, after int64, limit int,
+) (*wallet, []*shownHold, error) {
+	condition := `seq > $2 ORDER BY seq LIMIT $3`
+	if status != "" { // one of a few words: as a parameter it would keep out the index of open ones
+		condition = `status = '` + status + `' AND ` + condition
+	}
+	w, found, err := l.readHolds(ctx, condition, walletID, after, limit)
+	if err == nil && w == nil {
+		err = errNoWallet(walletID)
+	}
+	return w, found, err
 }

@@ -44,9 +44,9 @@ type Route struct {
 // them.
 type Doc struct {
 	Summary  string
-	ID       string   // schema of the {id} in the path
-	Fields   []string // of the body
-	Required []string // of these
+	ID       string   // schema of what is in braces in the path
+	Body     *Shape   // of the body; nil: none
+	Required []string // of its fields
 	Query    []string
 	Answer   string // schema
 	Refusals string // codes, space-separated, besides those of what stands around the handler
@@ -59,7 +59,7 @@ func (r *Route) versioned() bool { return strings.HasPrefix(r.Path, "/v1/") }
 // refusals is every code that the route may refuse with, by itself or by what stands around it.
 func (r *Route) refusals() []string {
 	codes := strings.Fields(r.Doc.Refusals)
-	if len(r.Doc.Fields) > 0 {
+	if r.Doc.Body != nil {
 		codes = append(codes, "body_malformed", "body_too_large", "content_type_unsupported", "field_unknown",
 			"field_duplicate", "idempotency_key_malformed", "idempotency_key_conflict")
 	}
@@ -203,6 +203,14 @@ func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) htt
 
 type requestIDKey struct{}
 
+type clientKey struct{}
+
+// Client is the name of the API key that a request was admitted by; empty where no keys are in force.
+func Client(ctx context.Context) string {
+	name, _ := ctx.Value(clientKey{}).(string)
+	return name
+}
+
 func requestID(ctx context.Context) string {
 	id, _ := ctx.Value(requestIDKey{}).(string)
 	return id
@@ -312,6 +320,8 @@ func (s *Server) admitAndHandle(
 	client, err = s.admit(r, route.Scope)
 	if client == "" {
 		client = gate.Client(r, s.Proxies)
+	} else {
+		r = r.WithContext(context.WithValue(r.Context(), clientKey{}, client))
 	}
 	if s.Limits != nil && (route.Scope != gate.Open || err != nil) {
 		if wait := s.Limits.Take(client, h); wait > 0 {

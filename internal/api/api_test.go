@@ -125,12 +125,13 @@ func FuzzBody(f *testing.F) {
 		` { "to_id" : -0.5e+7 , "currency":"\\u0055SD\\"\\\\" } `, `{"amount":1,}`,
 		`{"amount":01}`, `{"amount" 1}`, `{"amount":tru}`, `{,}`, `{"amount":"\\x"}`, "{\"amount\":\"\x7f\"}",
 		"{\"amount\":\"1\n\"}", "{\"amount\":\"\xff\"}", `{"amount":1e999999999}`,
-		`{"idempotency_key":"a\"b\\"}`,
+		`{"idempotency_key":"a\"b\\"}`, `{"final":true,"metadata":{"a":"b","c":{}}}`, `{"final":1}`,
+		`{"metadata":{"a":"}"} , "to_id":1}`, `{"metadata":{}`, `{"metadata":"{}"}`,
 	} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		found, err := parseFields(body, bodyNames...)
+		found, err := parseFields(body, &bodyShape)
 		want, ok := readByTokens(body)
 		if (err == nil) != ok || ok && !maps.Equal(found, want) {
 			t.Fatalf("%q: %v, %v; encoding/json reads %v, %v", body, found, err, want, ok)
@@ -142,10 +143,11 @@ func FuzzBody(f *testing.F) {
 	})
 }
 
-var bodyNames = []string{"amount", "currency", "idempotency_key", "to_id"}
+var bodyShape = Shape{Fields: []string{"amount", "currency", "idempotency_key", "to_id", "final", "metadata"},
+	Flags: []string{"final"}, Objects: []string{"metadata"}}
 
-// readByTokens is what parseFields does, by encoding/json alone: an object of bodyNames, each at most once,
-// strings and numbers only.
+// readByTokens is what parseFields does, by encoding/json alone: an object of bodyShape's fields, each at most
+// once.
 func readByTokens(body []byte) (Fields, bool) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.UseNumber()
@@ -156,14 +158,29 @@ func readByTokens(body []byte) (Fields, bool) {
 	for decoder.More() {
 		token, err := decoder.Token()
 		name, ok := token.(string)
-		if _, twice := found[name]; err != nil || !ok || twice || !slices.Contains(bodyNames, name) {
+		if _, twice := found[name]; err != nil || !ok || twice || !slices.Contains(bodyShape.Fields, name) {
 			return nil, false
 		}
-		switch value, _ := decoder.Token(); v := value.(type) {
-		case string:
-			found[name] = Field{v, true}
-		case json.Number:
-			found[name] = Field{v.String(), false}
+		var raw json.RawMessage
+		if decoder.Decode(&raw) != nil {
+			return nil, false
+		}
+		var text string
+		switch first := raw[0]; {
+		case name == "metadata":
+			if first != '{' {
+				return nil, false
+			}
+			found[name] = Field{Text: string(raw)}
+		case name == "final":
+			if first != 't' && first != 'f' {
+				return nil, false
+			}
+			found[name] = Field{Text: string(raw)}
+		case json.Unmarshal(raw, &text) == nil && first == '"':
+			found[name] = Field{text, true}
+		case first == '-' || first >= '0' && first <= '9':
+			found[name] = Field{Text: string(raw)}
 		default:
 			return nil, false
 		}

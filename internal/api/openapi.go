@@ -77,18 +77,20 @@ func (s *Server) operation(r *Route, c *Contract) Object {
 	operation := Object{"summary": r.Doc.Summary, "operationId": strings.ToLower(r.Method) + name}
 	var parameters []any
 	if r.Doc.ID != "" {
+		_, in, _ := strings.Cut(r.Path, "{")
+		in, _, _ = strings.Cut(in, "}")
 		parameters = append(parameters, Object{
-			"name": "id", "in": "path", "required": true, "schema": ref(r.Doc.ID)})
+			"name": in, "in": "path", "required": true, "schema": ref(r.Doc.ID)})
 	}
 	for _, name := range r.Doc.Query {
 		parameters = append(parameters, Object{"name": name, "in": "query", "schema": c.Parameters[name]})
 	}
-	if len(r.Doc.Fields) > 0 {
+	if r.Doc.Body != nil {
 		parameters = append(parameters, Object{
 			"name": "Idempotency-Key", "in": "header", "schema": ref("IdempotencyKey"),
 			"description": "In place of the body's idempotency_key; one of them is needed."})
 		properties := make(Object)
-		for _, name := range r.Doc.Fields {
+		for _, name := range r.Doc.Body.Fields {
 			properties[name] = c.Fields[name]
 		}
 		schema := Object{"type": "object", "properties": properties, "additionalProperties": false,

@@ -15,23 +15,29 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
-// BodyBytesMax is how long a request's body may be.
-const BodyBytesMax = 4 << 10
-
-// Fields is a request's JSON object: scalars only, each as its text.
+// Fields is a request's JSON object, each member as its text.
 type Fields map[string]Field
 
-// Field is a JSON string, or a number as it was written.
+// Field is a JSON string, or another value as it was written.
 type Field struct {
 	Text   string
 	Quoted bool
 }
 
-// ReadFields reads a body that is one JSON object with no other fields than those allowed, each at most once.
-// A number stays the text it was: nothing passes through a float.
-func ReadFields(r *http.Request, allowed ...string) (Fields, error) {
+// Shape is what a body may hold.
+type Shape struct {
+	BytesMax int
+	Fields   []string // strings or numbers, but for these:
+	Flags    []string // true or false
+	Objects  []string // objects, whose text is left to whoever asks for it
+}
+
+// ReadFields reads a body that is one JSON object with no other fields than those of the shape, each at most
+// once. A number stays the text it was: nothing passes through a float.
+func ReadFields(r *http.Request, shape *Shape) (Fields, error) {
 	kind := r.Header.Get("Content-Type")
 	if kind != "application/json" { // mostly it is just that
 		kind, _, _ = mime.ParseMediaType(kind)
@@ -40,21 +46,21 @@ func ReadFields(r *http.Request, allowed ...string) (Fields, error) {
 		return nil, refuse("content_type_unsupported",
 			"Send Content-Type: application/json (curl --json does).")
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, BodyBytesMax))
+	body, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, int64(shape.BytesMax)))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
-		return nil, refuse("body_too_large", "The body may have %d bytes.", BodyBytesMax)
+		return nil, refuse("body_too_large", "The body may have %d bytes.", shape.BytesMax)
 	}
 	if err != nil {
 		return nil, refuse("body_malformed", "The body could not be read to its end.")
 	}
-	return parseFields(body, allowed...)
+	return parseFields(body, shape)
 }
 
 var errBodyMalformed = refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
 
-func parseFields(body []byte, allowed ...string) (Fields, error) {
-	found := make(Fields, len(allowed))
+func parseFields(body []byte, shape *Shape) (Fields, error) {
+	found := make(Fields, len(shape.Fields))
 	rest, ok := bytes.CutPrefix(trimSpace(body), []byte{'{'})
 	if rest = trimSpace(rest); !ok || len(rest) == 0 {
 		return nil, errBodyMalformed
@@ -64,9 +70,9 @@ func parseFields(body []byte, allowed ...string) (Fields, error) {
 		if name, rest, ok = parseScalar(rest); !ok || !name.Quoted {
 			return nil, errBodyMalformed
 		}
-		if !slices.Contains(allowed, name.Text) {
+		if !slices.Contains(shape.Fields, name.Text) {
 			return nil, refuse("field_unknown", "This route has no field %.40q. It takes %s.",
-				name.Text, strings.Join(allowed, ", "))
+				name.Text, strings.Join(shape.Fields, ", "))
 		}
 		if _, twice := found[name.Text]; twice {
 			return nil, refuse("field_duplicate", "The field %q is there twice.", name.Text)
@@ -74,8 +80,14 @@ func parseFields(body []byte, allowed ...string) (Fields, error) {
 		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte{':'}); !ok {
 			return nil, errBodyMalformed
 		}
-		if value, rest, ok = parseScalar(trimSpace(rest)); !ok {
-			return nil, refuse("body_malformed", "The field %q must be a string or a number.", name.Text)
+		parse, kind := parseScalar, "a string or a number"
+		if slices.Contains(shape.Flags, name.Text) {
+			parse, kind = parseFlag, "true or false"
+		} else if slices.Contains(shape.Objects, name.Text) {
+			parse, kind = parseObject, "an object"
+		}
+		if value, rest, ok = parse(trimSpace(rest)); !ok {
+			return nil, refuse("body_malformed", "The field %q must be %s.", name.Text, kind)
 		}
 		found[name.Text] = value
 		rest, more = bytes.CutPrefix(trimSpace(rest), []byte{','})
@@ -121,6 +133,56 @@ func parseScalar(text []byte) (f Field, rest []byte, ok bool) {
 		return f, nil, false
 	}
 	return Field{string(text[:end]), false}, text[end:], true
+}
+
+// parseFlag reads true or false off the front of text.
+func parseFlag(text []byte) (f Field, rest []byte, ok bool) {
+	for _, word := range []string{"true", "false"} {
+		if rest, ok = bytes.CutPrefix(text, []byte(word)); ok {
+			return Field{Text: word}, rest, true
+		}
+	}
+	return f, nil, false
+}
+
+// parseObject reads a JSON object off the front of text, whatever is in it.
+func parseObject(text []byte) (f Field, rest []byte, ok bool) {
+	if len(text) == 0 || text[0] != '{' {
+		return f, nil, false
+	}
+	d := json.NewDecoder(bytes.NewReader(text))
+	var raw json.RawMessage
+	if d.Decode(&raw) != nil {
+		return f, nil, false
+	}
+	return Field{Text: string(raw)}, text[d.InputOffset():], true
+}
+
+// ParseTexts reads an object of strings, such as a Shape's Objects, in the order of its members. It refuses
+// (ok is false) whatever else is in it, a name that is there twice, and what is not UTF-8: a text comes out as
+// it was sent or not at all.
+func ParseTexts(object string) (names []string, values map[string]string, ok bool) {
+	d := json.NewDecoder(strings.NewReader(object))
+	values = make(map[string]string)
+	if open, err := d.Token(); err != nil || open != json.Delim('{') || !utf8.ValidString(object) {
+		return nil, nil, false
+	}
+	for d.More() {
+		name, err := d.Token()
+		key, isText := name.(string)
+		if err != nil || !isText {
+			return nil, nil, false
+		}
+		value, err := d.Token()
+		text, isText := value.(string)
+		_, twice := values[key]
+		// A lone half of a surrogate pair has become this.
+		if err != nil || !isText || twice || strings.ContainsRune(key+text, utf8.RuneError) {
+			return nil, nil, false
+		}
+		names, values[key] = append(names, key), text
+	}
+	return names, values, true
 }
 
 // Key is a request's idempotency key, from the Idempotency-Key header or the body's idempotency_key; empty

@@ -1,0 +1,400 @@
+// Holds, reversals, references, metadata and states, over HTTP on two replicas.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+var when = regexp.MustCompile(`"(created_at|expires_at)":"[^"]*"`)
+
+// says compares an answer with what is expected of it, times left out.
+func says(t *testing.T, a answer, status int, want string) {
+	t.Helper()
+	got := strings.ReplaceAll(when.ReplaceAllString(a.body, ""), ",,", ",")
+	got = strings.ReplaceAll(got, ",}", "}")
+	if a.status != status || got != want {
+		t.Errorf("%d %s\nwant %d %s", a.status, got, status, want)
+	}
+}
+
+// refuses expects a problem of a code, with words in its detail.
+func refuses(t *testing.T, a answer, status int, code, words string) {
+	t.Helper()
+	if a.status != status || a.code() != code || !strings.Contains(a.body, words) {
+		t.Errorf("%s, want %d %s: ...%s...", a, status, code, words)
+	}
+}
+
+// two starts two replicas of one service.
+func two(t *testing.T, more ...string) (a, b *wallets) {
+	env := testEnv(t, more...)
+	return start(t, env), start(t, env)
+}
+
+// TestHolds: placed, seen, captured in parts and whole, voided; each answer again by its key, from the other
+// replica.
+func TestHolds(t *testing.T) {
+	w, v := two(t)
+	again := func(status int, path, body, want string) {
+		t.Helper()
+		first := w.post(path, body)
+		says(t, first, status, want)
+		second := v.post(path, body)
+		if second.status != status || second.body != first.body ||
+			second.header.Get("Idempotent-Replayed") != "true" {
+			t.Errorf("the same again: %s\nfirst: %s", second, first)
+		}
+	}
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	again(201, "/v1/wallets/1/holds", `{"amount":"40","to_id":7,"expires_in":"15m","idempotency_key":"h1"}`,
+		`{"hold_id":"1-2","wallet_id":1,"currency":"USD","amount":"40","remaining":"40","status":"open",`+
+			`"to_id":7,"balance":"100","held":"40","available":"60","seq":2}`)
+	says(t, v.get("/v1/holds/1-2"), 200, `{"hold_id":"1-2","wallet_id":1,"currency":"USD","amount":"40",`+
+		`"captured":"0","remaining":"40","status":"open","to_id":7}`)
+	for _, replica := range []*wallets{w, v} {
+		says(t, replica.get("/v1/wallets/1/balance"), 200,
+			`{"wallet_id":1,"currency":"USD","balance":"100","held":"40","available":"60","seq":2}`)
+	}
+	says(t, v.get("/v1/wallets/1"), 200,
+		`{"wallet_id":1,"currency":"USD","balance":"100","held":"40","available":"60","seq":2}`)
+
+	refuses(t, w.post("/v1/wallets/1/withdraw", `{"amount":"60.01","idempotency_key":"w"}`),
+		422, "insufficient_funds", "60 available")
+	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"61","idempotency_key":"h2"}`),
+		422, "insufficient_funds", "60 available")
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"amount":"40.01","idempotency_key":"c"}`),
+		422, "hold_exceeded", "remains 40")
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"to_id":8,"idempotency_key":"c"}`),
+		422, "payee_mismatch", "wallet 7")
+	refuses(t, w.post("/v1/holds/1-1/capture", `{"idempotency_key":"c"}`), 404, "hold_not_found", "1-1")
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"to_id":1,"idempotency_key":"c"}`), 400, "same_wallet", "")
+	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"1","to_id":1,"idempotency_key":"c"}`),
+		400, "same_wallet", "")
+
+	again(200, "/v1/holds/1-2/capture", `{"amount":"10","final":false,"idempotency_key":"c1"}`,
+		`{"transaction_id":"1-3","from_id":1,"to_id":7,"currency":"USD","amount":"10","from_balance":"90",`+
+			`"to_balance":"10","from_seq":3,"to_seq":1,"hold_id":"1-2","remaining":"30","held":"30"}`)
+	again(200, "/v1/holds/1-2/capture", `{"amount":"25","to_id":7,"idempotency_key":"c2"}`,
+		`{"transaction_id":"1-4","from_id":1,"to_id":7,"currency":"USD","amount":"25","from_balance":"65",`+
+			`"to_balance":"35","from_seq":4,"to_seq":2,"hold_id":"1-2","remaining":"0","held":"0"}`)
+	says(t, v.get("/v1/holds/1-2"), 200, `{"hold_id":"1-2","wallet_id":1,"currency":"USD","amount":"40",`+
+		`"captured":"35","remaining":"0","status":"captured","to_id":7}`)
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c3"}`), 409, "hold_closed", "captured")
+	refuses(t, w.post("/v1/holds/1-2/void", `{"idempotency_key":"c3"}`), 409, "hold_closed", "captured")
+	// Another request by a used key.
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"amount":"25","final":false,"idempotency_key":"c2"}`),
+		422, "idempotency_key_reused", "1-4")
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c2"}`), 422, "idempotency_key_reused", "")
+	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"40","to_id":7,"expires_in":"16m","idempotency_key":"h1"}`),
+		422, "idempotency_key_reused", "1-2")
+	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"40","expires_in":"15m","idempotency_key":"h1"}`),
+		422, "idempotency_key_reused", "1-2")
+
+	// Without a payee the money leaves, all that remains by default.
+	again(201, "/v1/wallets/1/holds", `{"amount":"5","idempotency_key":"h3"}`,
+		`{"hold_id":"1-5","wallet_id":1,"currency":"USD","amount":"5","remaining":"5","status":"open",`+
+			`"balance":"65","held":"5","available":"60","seq":5}`)
+	again(200, "/v1/holds/1-5/capture", `{"idempotency_key":"c4"}`,
+		`{"transaction_id":"1-6","wallet_id":1,"currency":"USD","amount":"5","balance":"60","seq":6,`+
+			`"hold_id":"1-5","remaining":"0","held":"0"}`)
+	// A payee may be named at the capture.
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"4","idempotency_key":"h4"}`)
+	again(200, "/v1/holds/1-7/capture", `{"to_id":9,"amount":"3","idempotency_key":"c5"}`,
+		`{"transaction_id":"1-8","from_id":1,"to_id":9,"currency":"USD","amount":"3","from_balance":"57",`+
+			`"to_balance":"3","from_seq":8,"to_seq":1,"hold_id":"1-7","remaining":"0","held":"0"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"7","idempotency_key":"h5"}`)
+	again(200, "/v1/holds/1-9/void", `{"idempotency_key":"v1"}`,
+		`{"hold_id":"1-9","wallet_id":1,"currency":"USD","released":"7","remaining":"0","status":"voided",`+
+			`"balance":"57","held":"0","available":"57","seq":10}`)
+
+	// One event each, with what it says besides.
+	want := []string{
+		`"kind":"deposit","currency":"USD","amount":"100","balance_before":"0","balance_after":"100",` +
+			`"idempotency_key":"d"`,
+		`"kind":"hold","currency":"USD","amount":"0","balance_before":"100","balance_after":"100",` +
+			`"held_before":"0","held_after":"40","remaining":"40","idempotency_key":"h1","to_id":7`,
+		`"kind":"transfer_out","currency":"USD","amount":"-10","balance_before":"100","balance_after":"90",` +
+			`"held_before":"40","held_after":"30","of_seq":2,"remaining":"30",` +
+			`"counterparty":{"wallet_id":7,"seq":1},"idempotency_key":"c1","partial":true`,
+		`"kind":"transfer_out","currency":"USD","amount":"-25","balance_before":"90","balance_after":"65",` +
+			`"held_before":"30","held_after":"0","of_seq":2,"remaining":"0",` +
+			`"counterparty":{"wallet_id":7,"seq":2},"idempotency_key":"c2"`,
+		`"kind":"hold","currency":"USD","amount":"0","balance_before":"65","balance_after":"65",` +
+			`"held_before":"0","held_after":"5","remaining":"5","idempotency_key":"h3"`,
+		`"kind":"withdrawal","currency":"USD","amount":"-5","balance_before":"65","balance_after":"60",` +
+			`"held_before":"5","held_after":"0","of_seq":5,"remaining":"0","idempotency_key":"c4","all":true`,
+	}
+	var history []json.RawMessage
+	if err := json.Unmarshal([]byte(v.get("/v1/wallets/1/history").body), &history); err != nil || len(history) != 10 {
+		t.Fatalf("%d entries, %v", len(history), err)
+	}
+	for i, members := range want {
+		got := strings.ReplaceAll(when.ReplaceAllString(string(history[i]), ""), ",,", ",")
+		if got != fmt.Sprintf(`{"wallet_id":1,"seq":%d,"transaction_id":"1-%d",%s,}`, i+1, i+1, members) {
+			t.Errorf("entry %d: %s\nwant ...%s", i+1, got, members)
+		}
+	}
+	last := string(history[9])
+	if !strings.Contains(last, `"kind":"release"`) || !strings.Contains(last, `"reason":"void"`) {
+		t.Error(last)
+	}
+
+	// A list of them, page by page.
+	page := v.get("/v1/wallets/1/holds?limit=3")
+	link := regexp.MustCompile(`<([^>]*)>`).FindStringSubmatch(page.header.Get("Link"))
+	if !strings.HasPrefix(page.body, `{"wallet_id":1,"currency":"USD","balance":"57","held":"0","available":"57",`+
+		`"seq":10,"holds":[{"hold_id":"1-2",`) || strings.Count(page.body, "hold_id") != 3 || link == nil {
+		t.Fatal(page, page.header)
+	}
+	if rest := v.get(link[1]); strings.Count(rest.body, "hold_id") != 1 || rest.header.Get("Link") != "" {
+		t.Error(rest)
+	}
+	if open := v.get("/v1/wallets/1/holds?status=open"); !strings.HasSuffix(open.body, `"holds":[]}`) {
+		t.Error(open)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestHoldsExpire: by the clock, not by the sweep; whoever lacks funds does not wait for it.
+func TestHoldsExpire(t *testing.T) {
+	w, v := two(t)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"90","expires_in":"1s","idempotency_key":"h1"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","expires_in":"1s","idempotency_key":"h2"}`)
+	refuses(t, v.post("/v1/wallets/1/withdraw", `{"amount":"50","idempotency_key":"w1"}`),
+		422, "insufficient_funds", "0 available")
+	eventually(t, 3*time.Second, "withdrawn", func() bool {
+		return v.post("/v1/wallets/1/withdraw", `{"amount":"50","idempotency_key":"w1"}`).status == 200
+	})
+	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
+	refuses(t, w.post("/v1/holds/1-3/void", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
+	eventually(t, 3*time.Second, "released", func() bool {
+		return strings.Contains(w.get("/v1/wallets/1/balance").body, `"balance":"50","seq":6`)
+	})
+	for _, id := range []string{"1-2", "1-3"} {
+		if h := v.get("/v1/holds/" + id).json(t); h["status"] != "expired" || h["remaining"] != "0" {
+			t.Errorf("hold %s: %v", id, h)
+		}
+	}
+	history := w.get("/v1/wallets/1/history").body
+	if strings.Count(history, `"kind":"release"`) != 2 || strings.Count(history, `"reason":"expiry"`) != 2 {
+		t.Error(history)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestReversals: the opposite movement, in parts up to the whole, and no further.
+func TestReversals(t *testing.T) {
+	w, v := two(t)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"to_id":2,"amount":"10","idempotency_key":"t"}`)
+	w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"20","idempotency_key":"w"}`)
+	says(t, w.post("/v1/transactions/1-2/reverse", `{"amount":"4","idempotency_key":"r1"}`), 200,
+		`{"transaction_id":"2-2","from_id":2,"to_id":1,"currency":"USD","amount":"4","from_balance":"6",`+
+			`"to_balance":"74","from_seq":2,"to_seq":4,"reverses":"1-2","reversible":"6"}`)
+	first := v.post("/v1/transactions/1-2/reverse", `{"amount":"4","idempotency_key":"r1"}`)
+	if first.status != 200 || first.header.Get("Idempotent-Replayed") != "true" ||
+		!strings.Contains(first.body, `"reverses":"1-2","reversible":"6"`) {
+		t.Error(first)
+	}
+	if tx := v.get("/v1/transactions/1-2").json(t); tx["reversed"] != "4" {
+		t.Error(tx)
+	}
+	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"amount":"6.01","idempotency_key":"r2"}`),
+		422, "reversal_exceeds", "6 left")
+	refuses(t, v.post("/v1/transactions/2-2/reverse", `{"idempotency_key":"r2"}`), 422, "not_reversible", "itself")
+	w.mustPost(t, 200, "/v1/wallets/2/withdraw", `{"amount":"1","idempotency_key":"w"}`)
+	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r2"}`),
+		422, "insufficient_funds", "5 available")
+	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"d"}`)
+	says(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r2"}`), 200,
+		`{"transaction_id":"2-5","from_id":2,"to_id":1,"currency":"USD","amount":"6","from_balance":"0",`+
+			`"to_balance":"80","from_seq":5,"to_seq":5,"reverses":"1-2","reversible":"0"}`)
+	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r3"}`), 422, "reversal_exceeds", "0 left")
+	says(t, w.post("/v1/transactions/1-3/reverse", `{"idempotency_key":"r3"}`), 200,
+		`{"transaction_id":"1-6","wallet_id":1,"currency":"USD","amount":"20","balance":"100","seq":6,`+
+			`"reverses":"1-3","reversible":"0"}`)
+	says(t, w.post("/v1/transactions/1-1/reverse", `{"amount":"99","idempotency_key":"r4"}`), 200,
+		`{"transaction_id":"1-7","wallet_id":1,"currency":"USD","amount":"99","balance":"1","seq":7,`+
+			`"reverses":"1-1","reversible":"1"}`)
+	// A capture can be undone, and revives no hold; a hold cannot.
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","to_id":2,"idempotency_key":"h"}`)
+	refuses(t, v.post("/v1/transactions/1-8/reverse", `{"idempotency_key":"r5"}`), 422, "not_reversible", "voided")
+	w.mustPost(t, 200, "/v1/holds/1-8/capture", `{"idempotency_key":"c"}`)
+	says(t, w.post("/v1/transactions/1-9/reverse", `{"idempotency_key":"r5"}`), 200,
+		`{"transaction_id":"2-7","from_id":2,"to_id":1,"currency":"USD","amount":"1","from_balance":"0",`+
+			`"to_balance":"1","from_seq":7,"to_seq":10,"reverses":"1-9","reversible":"0"}`)
+	if h := v.get("/v1/holds/1-8").json(t); h["status"] != "captured" {
+		t.Error(h)
+	}
+	refuses(t, w.post("/v1/transactions/7-1/reverse", `{"idempotency_key":"x"}`), 404, "transaction_not_found", "7-1")
+	refuses(t, w.post("/v1/transactions/7/reverse", `{"idempotency_key":"x"}`), 400, "transaction_id_malformed", "")
+	// Each leg says what it undoes of its own wallet.
+	if e := w.get("/v1/wallets/1/history").body; !strings.Contains(e, `"of_seq":2,"remaining":"6","counterparty":`+
+		`{"wallet_id":2,"seq":2},"idempotency_key":"r1"`) {
+		t.Error(e)
+	}
+	if e := w.get("/v1/wallets/2/history").body; !strings.Contains(e, `"of_seq":1,"remaining":"6","counterparty":`+
+		`{"wallet_id":1,"seq":4},"idempotency_key":"r1"`) {
+		t.Error(e)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestStates: what each state lets in and out, and that closed is the end.
+func TestStates(t *testing.T) {
+	w, v := two(t)
+	state := func(status int, state string) answer {
+		t.Helper()
+		return w.mustPost(t, status, "/v1/wallets/1/state",
+			fmt.Sprintf(`{"state":%q,"note":"court order 12","idempotency_key":"%s %d"}`, state, state,
+				time.Now().UnixNano()))
+	}
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","idempotency_key":"h1"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"20","idempotency_key":"h2"}`)
+	says(t, state(200, "no_out"), 200, `{"transaction_id":"1-4","wallet_id":1,"currency":"USD","state":"no_out",`+
+		`"note":"court order 12","balance":"100","held":"30","available":"70","seq":4}`)
+	if is := v.get("/v1/wallets/1").json(t); is["state"] != "no_out" {
+		t.Error(is)
+	}
+	in, out := `/v1/wallets/1/deposit`, `/v1/wallets/1/withdraw`
+	refuses(t, v.post(out, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "lets none out")
+	refuses(t, v.post("/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	refuses(t, v.post("/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	refuses(t, v.post("/v1/transactions/1-1/reverse", `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	v.mustPost(t, 200, in, `{"amount":"1","idempotency_key":"in"}`)
+	v.mustPost(t, 200, "/v1/holds/1-2/capture", `{"to_id":2,"amount":"5","final":false,"idempotency_key":"c1"}`)
+
+	state(200, "frozen")
+	refuses(t, v.post(in, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "nothing goes in or out")
+	refuses(t, v.post(out, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409, "wallet_frozen", "Wallet 1")
+	refuses(t, v.post("/v1/holds/1-2/capture", `{"to_id":2,"idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	// The first answer stays the answer; releases pass.
+	v.mustPost(t, 200, in, `{"amount":"1","idempotency_key":"in"}`)
+	v.mustPost(t, 200, "/v1/holds/1-3/void", `{"idempotency_key":"v1"}`)
+	v.mustPost(t, 200, "/v1/holds/1-2/void", `{"idempotency_key":"v2"}`)
+
+	state(200, "open")
+	refuses(t, state(409, "closed"), 409, "wallet_not_empty", "96")
+	says(t, v.post("/v1/wallets/1/transfer", `{"amount":"all","to_id":2,"idempotency_key":"all"}`), 200,
+		`{"transaction_id":"1-11","from_id":1,"to_id":2,"currency":"USD","amount":"96","from_balance":"0",`+
+			`"to_balance":"201","from_seq":11,"to_seq":3}`)
+	refuses(t, v.post(out, `{"amount":"all","idempotency_key":"all2"}`), 422, "insufficient_funds", "0 available")
+	refuses(t, v.post("/v1/wallets/1/transfer", `{"amount":"96","to_id":2,"idempotency_key":"all"}`),
+		422, "idempotency_key_reused", "")
+	state(200, "closed")
+	refuses(t, v.post(in, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_closed", "Wallet 1 is closed")
+	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409, "wallet_closed", "")
+	refuses(t, state(409, "open"), 409, "wallet_closed", "")
+	if e := w.get("/v1/wallets/1/history?order=desc&limit=1").body; !strings.Contains(e,
+		`"kind":"state","currency":"USD","amount":"0","balance_before":"0","balance_after":"0","idempotency_key":"closed`) ||
+		!strings.Contains(e, `"state":"closed","note":"court order 12","created_at"`) {
+		t.Error(e)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestReferenceAndMetadata: in answer, history and both legs' events; a part of what a key stands for; found
+// again.
+func TestReferenceAndMetadata(t *testing.T) {
+	w, v := two(t)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	body := `{"amount":"10","to_id":2,"reference":"invoice 7 é","metadata":{"b":"2\"","a":"<1>","c":"\u0000"},"idempotency_key":"t"}`
+	says(t, w.post("/v1/wallets/1/transfer", body), 200,
+		`{"transaction_id":"1-2","from_id":1,"to_id":2,"currency":"USD","amount":"10","from_balance":"90",`+
+			`"to_balance":"10","from_seq":2,"to_seq":1,"reference":"invoice 7 é","metadata":{"a":"<1>","b":"2\"","c":"\u0000"}}`)
+	same := `{"metadata":{"a":"<1>","c":"\u0000","b":"2\""},"amount":"10.0","to_id":2,"reference":"invoice 7 é","idempotency_key":"t"}`
+	if a := v.post("/v1/wallets/1/transfer", same); a.status != 200 || a.header.Get("Idempotent-Replayed") != "true" {
+		t.Error(a)
+	}
+	for _, other := range []string{strings.Replace(body, "<1>", "1", 1), strings.Replace(body, "7 é", "8", 1)} {
+		refuses(t, v.post("/v1/wallets/1/transfer", other), 422, "idempotency_key_reused", "1-2")
+	}
+	tail := `"idempotency_key":"t","reference":"invoice 7 é","metadata":{"a":"<1>","b":"2\"","c":"\u0000"},"created_at"`
+	for _, id := range []string{"1", "2"} {
+		if e := v.get("/v1/wallets/" + id + "/history").body; !strings.Contains(e, tail) {
+			t.Error(e)
+		}
+	}
+	w.mustPost(t, 200, "/v1/wallets/2/withdraw", `{"amount":"1","reference":"invoice 7 é","idempotency_key":"w"}`)
+	found := v.get("/v1/transactions?reference=invoice+7+%C3%A9&limit=1")
+	link := regexp.MustCompile(`<([^>]*)>`).FindStringSubmatch(found.header.Get("Link"))
+	if !strings.HasPrefix(found.body, `[{"transaction_id":"1-2"`) || link == nil {
+		t.Fatal(found, found.header)
+	}
+	if rest := v.get(link[1]); !strings.HasPrefix(rest.body, `[{"transaction_id":"2-2"`) || rest.header.Get("Link") != "" {
+		t.Error(rest)
+	}
+	if none := v.get("/v1/transactions?reference=none"); none.body != "[]" {
+		t.Error(none)
+	}
+	if landed := v.get("/v1/wallets/1/transactions?idempotency_key=t"); !strings.HasPrefix(landed.body, `[{"transaction_id":"1-2"`) {
+		t.Error(landed)
+	}
+	if none := v.get("/v1/wallets/9/transactions?idempotency_key=t"); none.status != 200 || none.body != "[]" {
+		t.Error(none)
+	}
+	many := make([]string, 17)
+	for i := range many {
+		many[i] = fmt.Sprintf(`"m%d":"x"`, i)
+	}
+	for metadata, words := range map[string]string{
+		`{"a":{"b":"c"}}`: "", `{"a":1}`: "", `{"a":null}`: "", `{"a":["b"]}`: "", `{"a":"1","a":"2"}`: "",
+		`{"":"x"}`: "", `{"a":"\ud800"}`: "", "{\"a\":\"\xff\"}": "", `{` + strings.Join(many, ",") + `}`: "16",
+		`{"a":"` + strings.Repeat("x", 2041) + `"}`:                             "2048",
+		`{"a":` + strings.Repeat(`{"a":`, 500) + `1` + strings.Repeat("}", 501): "",
+	} {
+		a := v.post("/v1/wallets/1/deposit", `{"amount":"1","metadata":`+metadata+`,"idempotency_key":"x"}`)
+		refuses(t, a, 400, "metadata_malformed", words)
+	}
+	v.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","metadata":{"a":"`+strings.Repeat("x", 2040)+`"},"idempotency_key":"big"}`)
+	for _, reference := range []string{`""`, `1`, `"a\u0000"`, `"` + strings.Repeat("x", 256) + `"`, "\"\xff\"", `"\u0007"`} {
+		a := v.post("/v1/wallets/1/deposit", `{"amount":"1","reference":`+reference+`,"idempotency_key":"x"}`)
+		refuses(t, a, 400, "reference_malformed", "255")
+	}
+	refuses(t, v.post("/v1/wallets/1/deposit", `{"amount":"1","metadata":"x","idempotency_key":"x"}`), 400, "body_malformed", "an object")
+	for _, in := range []string{`"0s"`, `"366d"`, `"1w"`, `15`, `"-1m"`, `"1.5h"`, `""`, `"9999999999999d"`, `"01m"`} {
+		a := v.post("/v1/wallets/1/holds", `{"amount":"1","expires_in":`+in+`,"idempotency_key":"x"}`)
+		refuses(t, a, 400, "expires_in_malformed", "365d")
+	}
+	refuses(t, v.post("/v1/holds/1-1/capture", `{"final":"no","idempotency_key":"x"}`), 400, "body_malformed", "true or false")
+	refuses(t, v.post("/v1/wallets/1/state", `{"state":"shut","idempotency_key":"x"}`), 400, "state_malformed", "no_out")
+	if list := v.get("/v1/wallets?limit=1"); !strings.HasPrefix(list.body, `[{"wallet_id":1,`) || list.header.Get("Link") == "" {
+		t.Error(list)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestClient: who did it is stored with the initiating entry, and is no part of what a key stands for.
+func TestClient(t *testing.T) {
+	keys := hashed("shop", "read+write", "a") + "," + hashed("till", "read+write", "b")
+	w := start(t, testEnv(t, "API_KEYS="+keys))
+	by := func(key string) []string { return []string{"Authorization", "Bearer " + key} }
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"d"}`, by("a")...)
+	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"5","to_id":2,"idempotency_key":"t"}`, by("b")...)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"d"}`, by("b")...)
+	history := w.get("/v1/wallets/1/history", by("a")...).body
+	if !strings.Contains(history, `"idempotency_key":"d","client":"shop","created_at"`) ||
+		!strings.Contains(history, `"idempotency_key":"t","client":"till","created_at"`) {
+		t.Error(history)
+	}
+	if payee := w.get("/v1/wallets/2/history", by("a")...).body; strings.Contains(payee, "client") {
+		t.Error(payee)
+	}
+	refuses(t, w.post("/v1/wallets/1/state", `{"state":"frozen","idempotency_key":"s"}`, by("a")...), 403, "forbidden", "")
+	var stored string
+	if err := connect(t, w.env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT note FROM entry WHERE wallet_id = 1 AND seq = 1`).Scan(&stored); err != nil || stored != `{"client":"shop"}` {
+		t.Error(stored, err)
+	}
+}
