@@ -51,6 +51,7 @@ import (
 
 	"wallet/internal/api"
 	"wallet/internal/env"
+	"wallet/internal/export"
 	"wallet/internal/gate"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
@@ -655,6 +656,10 @@ func (s *server) routes() []api.Route {
 			Doc: api.Doc{Summary: "Read a wallet's entries, a page at a time",
 				ID: "WalletID", Query: historyQuery, Answer: "History",
 				Refusals: "wallet_id_malformed wallet_not_found"}},
+		{Method: "GET", Path: "/v1/wallets/{id}/statement", Scope: gate.Read, Handle: s.getStatement,
+			Doc: api.Doc{Summary: "Read a statement: a span's entries, what was before and after, sums by kind",
+				ID: "WalletID", Query: statementQuery, Answer: "Statement",
+				Refusals: "wallet_id_malformed wallet_not_found not_acceptable"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/holds", Scope: gate.Read, Handle: s.getHolds,
 			Doc: api.Doc{Summary: "Read a wallet's holds, a page at a time",
 				ID: "WalletID", Query: holdsQuery, Answer: "Holds",
@@ -828,6 +833,7 @@ var (
 		Fields: []string{"id", "currency", "idempotency_key"}}
 	balanceQuery     = []string{"min_seq", "at", "seq"}
 	historyQuery     = []string{"limit", "since", "until", "order", "cursor"}
+	statementQuery   = []string{"since", "until"}
 	listQuery        = []string{"limit", "cursor"}
 	holdsQuery       = []string{"status", "limit", "cursor"}
 	byKeyQuery       = []string{"idempotency_key"}
@@ -855,6 +861,7 @@ var problems = map[string]api.Problem{
 	"wallet_not_found":         {Status: 404, Title: "No such wallet"},
 	"transaction_not_found":    {Status: 404, Title: "No such transaction"},
 	"hold_not_found":           {Status: 404, Title: "No such hold"},
+	"not_acceptable":           {Status: 406, Title: "A form that this does not come in"},
 	"wallet_exists":            {Status: 409, Title: "The wallet exists already"},
 	"wallet_frozen":            {Status: 409, Title: "The wallet's state does not allow this"},
 	"wallet_closed":            {Status: 409, Title: "The wallet is closed"},
@@ -1123,6 +1130,9 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
+	if query["at"] != "" || query["seq"] != "" {
+		return s.balanceAsItWas(r.Context(), id, query)
+	}
 	minSeq, err := query.Integer("min_seq", 0, 0, math.MaxInt64)
 	if err != nil {
 		return nil, err
@@ -1146,6 +1156,178 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	}
 	o.integer("seq", b.seq)
 	return &api.Reply{Body: append(o.dst, '}')}, nil
+}
+
+// balanceAsItWas is that at a time, what happened at that very time included, or after an entry.
+func (s *server) balanceAsItWas(ctx context.Context, id int64, query api.Query) (*api.Reply, error) {
+	if len(query) > 1 {
+		return nil, refuse("parameter_malformed", "Send one of at, seq and min_seq.")
+	}
+	at, err := query.Time("at", time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	seq, err := query.Integer("seq", -1, 0, math.MaxInt64)
+	if err != nil {
+		return nil, err
+	}
+	var m *moment
+	if seq >= 0 {
+		m, err = s.ledger.momentAfter(ctx, id, seq)
+	} else {
+		m, err = s.ledger.momentBefore(ctx, id, at.Truncate(time.Microsecond).Add(time.Microsecond), endOfTime)
+	}
+	if err != nil {
+		return nil, err
+	}
+	o := object{[]byte{'{'}}
+	o.integer("wallet_id", id)
+	o.text("currency", m.currency)
+	o.number("balance", m.balance)
+	o.number("held", m.held)
+	o.number("available", m.balance.Sub(m.held))
+	o.integer("seq", m.seq)
+	if seq < 0 {
+		o.time("at", at)
+	}
+	o.flag("final", m.final)
+	return &api.Reply{Body: append(o.dst, '}')}, nil
+}
+
+// statementColumns are those of a statement as CSV.
+var statementColumns = []string{"seq", "created_at", "transaction_id", "kind", "credit", "debit", "balance", "held",
+	"counterparty", "reference", "metadata", "idempotency_key"}
+
+// getStatement answers with a wallet's entries of a span, what was there before and after, and sums by kind.
+// It is as long as it is: entries go out a page at a time.
+func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
+	id, err := parseWalletID(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	query, err := api.ReadQuery(r, statementQuery...)
+	if err != nil {
+		return nil, err
+	}
+	since, err := query.Time("since", time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	until, err := query.Time("until", time.Now().Add(time.Hour)) // which is not final
+	if err != nil {
+		return nil, err
+	}
+	format, ok := export.Negotiate(strings.Join(r.Header.Values("Accept"), ","))
+	if !ok {
+		return nil, refuse("not_acceptable", "A statement comes as %s, %s or %s.", export.JSON, export.Lines,
+			export.CSV)
+	}
+	end, err := s.ledger.momentBefore(r.Context(), id, until, since)
+	if err != nil {
+		return nil, err
+	}
+	first := min(end.low, end.seq+1) // an empty span may end before it begins
+	begin, err := s.ledger.momentAfter(r.Context(), id, first-1)
+	if err != nil {
+		return nil, err
+	}
+	head := object{[]byte{'{'}}
+	head.integer("wallet_id", id)
+	head.text("currency", end.currency)
+	if query["since"] != "" {
+		head.time("since", since)
+	}
+	if query["until"] != "" {
+		head.time("until", until)
+	}
+	head.flag("final", end.final)
+	head.moment("opening", begin)
+	head.moment("closing", end)
+	if first <= end.seq {
+		head.integer("first_seq", first)
+		head.integer("last_seq", end.seq)
+	}
+	st := &statement{ledger: s.ledger, walletID: id, head: head.dst, begin: begin, end: end}
+	header := map[string]string{"Content-Type": format, "Trailer": "Statement-Sha256"}
+	if format == export.CSV {
+		header["Content-Disposition"] = fmt.Sprintf(`attachment; filename="wallet-%d.csv"`, id)
+	}
+	return &api.Reply{Header: header, Stream: func(ctx context.Context, w io.Writer) error {
+		return st.write(ctx, w, format)
+	}}, nil
+}
+
+// statement is one on its way to a client.
+type statement struct {
+	ledger     *ledger
+	walletID   int64
+	head       []byte // of the JSON object, without its closing brace
+	begin, end *moment
+}
+
+func (st *statement) write(ctx context.Context, w io.Writer, format string) error {
+	out, err := export.NewWriter(w, format, st.head, statementColumns)
+	if err != nil {
+		return err
+	}
+	edge := func(kind string, m *moment) error {
+		return out.Row([]string{strconv.FormatInt(m.seq, 10), "", "", kind, "", "", money.Text(m.balance),
+			money.Text(m.held), "", "", "", ""})
+	}
+	if err := edge("opening", st.begin); err != nil {
+		return err
+	}
+	type total struct {
+		count int64
+		sum   decimal.Decimal
+	}
+	totals := make(map[string]total)
+	var buf []byte
+	err = st.ledger.entriesBetween(ctx, st.walletID, st.begin.seq+1, st.end.seq, func(e *entry) error {
+		sum := totals[e.Kind]
+		totals[e.Kind] = total{sum.count + 1, sum.sum.Add(e.Amount)}
+		buf = appendEvent(buf[:0], e)
+		return out.Item(buf, func() []string { return statementRow(e) })
+	})
+	if err != nil {
+		return err
+	}
+	if err := edge("closing", st.end); err != nil {
+		return err
+	}
+	o := object{[]byte{'{'}}
+	o.name("totals")
+	o.dst = append(o.dst, '{')
+	for _, kind := range slices.Sorted(maps.Keys(totals)) {
+		o.name(kind)
+		inner := object{append(o.dst, '{')}
+		inner.integer("count", totals[kind].count)
+		inner.number("sum", totals[kind].sum)
+		o.dst = append(inner.dst, '}')
+	}
+	o.dst = append(o.dst, '}')
+	o.text("sha256", out.Sum())
+	if w, ok := w.(http.ResponseWriter); ok {
+		w.Header().Set("Statement-Sha256", out.Sum())
+	}
+	return out.Close("statement", st.head, o.dst[1:])
+}
+
+func statementRow(e *entry) []string {
+	credit, debit, counterparty := "", "", ""
+	switch {
+	case e.Amount.IsPositive():
+		credit = money.Text(e.Amount)
+	case e.Amount.IsNegative():
+		debit = money.Text(e.Amount.Neg())
+	}
+	if e.CounterpartyID != 0 {
+		counterparty = strconv.FormatInt(e.CounterpartyID, 10)
+	}
+	d := e.says()
+	return []string{strconv.FormatInt(e.Seq, 10), e.CreatedAt.UTC().Format(timeFormat),
+		string(e.appendTransactionID(nil)), e.Kind, credit, debit, money.Text(e.Balance), money.Text(d.Held),
+		counterparty, d.Note.Reference, d.Note.Metadata, e.Key}
 }
 
 const historyLimit, historyLimitMax = 50, 1000 // by default, and at most
@@ -1442,6 +1624,14 @@ func (o *object) name(name string) {
 		o.dst = append(o.dst, ',')
 	}
 	o.dst = append(append(append(o.dst, '"'), name...), `":`...)
+}
+func (o *object) flag(name string, v bool) { o.name(name); o.dst = strconv.AppendBool(o.dst, v) }
+func (o *object) moment(name string, m *moment) {
+	o.name(name)
+	inner := object{append(o.dst, '{')}
+	inner.number("balance", m.balance)
+	inner.number("held", m.held)
+	o.dst = append(inner.dst, '}')
 }
 func (o *object) text(name, v string) { o.name(name); o.dst = appendText(o.dst, v) }
 func (o *object) integer(name string, v int64) {

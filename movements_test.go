@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"regexp"
@@ -397,4 +398,125 @@ func TestClient(t *testing.T) {
 		`SELECT note FROM entry WHERE wallet_id = 1 AND seq = 1`).Scan(&stored); err != nil || stored != `{"client":"shop"}` {
 		t.Error(stored, err)
 	}
+}
+
+// TestBalanceAsItWas: at a time, and after an entry; final once nothing can come before it any more.
+func TestBalanceAsItWas(t *testing.T) {
+	w, v := two(t)
+	var times []string
+	for i := range 5 {
+		a := w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"10","idempotency_key":"d%d"}`, i))
+		times = append(times, a.json(t)["created_at"].(string))
+	}
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"7","idempotency_key":"h"}`)
+	says(t, v.get("/v1/wallets/1/balance?at="+times[2]), 200, `{"wallet_id":1,"currency":"USD","balance":"30",`+
+		`"held":"0","available":"30","seq":3,"at":"`+times[2]+`","final":true}`)
+	says(t, v.get("/v1/wallets/1/balance?seq=4"), 200, `{"wallet_id":1,"currency":"USD","balance":"40",`+
+		`"held":"0","available":"40","seq":4,"final":true}`)
+	says(t, v.get("/v1/wallets/1/balance?seq=0"), 200, `{"wallet_id":1,"currency":"USD","balance":"0",`+
+		`"held":"0","available":"0","seq":0,"final":true}`)
+	says(t, v.get("/v1/wallets/1/balance?at=1999-01-01T00:00:00Z"), 200, `{"wallet_id":1,"currency":"USD",`+
+		`"balance":"0","held":"0","available":"0","seq":0,"at":"1999-01-01T00:00:00.000000Z","final":true}`)
+	refuses(t, v.get("/v1/wallets/1/balance?seq=7"), 409, "seq_not_reached", "")
+	refuses(t, v.get("/v1/wallets/2/balance?seq=0"), 404, "wallet_not_found", "")
+	refuses(t, v.get("/v1/wallets/1/balance?seq=1&min_seq=1"), 400, "parameter_malformed", "one of")
+	future := time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
+	if now := v.get("/v1/wallets/1/balance?at=" + future).json(t); now["final"] != false || now["held"] != "7" {
+		t.Error(now)
+	}
+	// A batch that has begun may still commit what belongs before now.
+	conn := connect(t, w.env["DATABASE_URL"])
+	ctx := context.Background()
+	if _, err := conn.Exec(ctx, `SET application_name = 'wallet write'; BEGIN; SELECT pg_current_xact_id()`); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(10 * time.Millisecond)
+	now := time.Now().UTC().Format(time.RFC3339Nano)
+	time.Sleep(10 * time.Millisecond)
+	if is := v.get("/v1/wallets/1/balance?at=" + now).json(t); is["final"] != false {
+		t.Error(is)
+	}
+	if _, err := conn.Exec(ctx, `COMMIT`); err != nil {
+		t.Fatal(err)
+	}
+	if is := v.get("/v1/wallets/1/balance?at=" + now).json(t); is["final"] != true || is["held"] != "7" {
+		t.Error(is)
+	}
+}
+
+// TestStatement: its edges are those of the chain, its sums those of its entries, its hash that of the events;
+// in three forms.
+func TestStatement(t *testing.T) {
+	w, v := two(t)
+	var times []string
+	for i := range 2500 {
+		a := w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"=d%d"}`, i))
+		times = append(times, a.json(t)["created_at"].(string))
+	}
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"7","idempotency_key":"h"}`)
+	w.mustPost(t, 200, "/v1/holds/1-2501/capture", `{"amount":"5","to_id":2,"reference":"@r","idempotency_key":"c"}`)
+	type edge struct{ Balance, Held string }
+	var st struct {
+		Final            bool
+		Opening, Closing edge
+		FirstSeq         int `json:"first_seq"`
+		LastSeq          int `json:"last_seq"`
+		Entries          []json.RawMessage
+		Totals           map[string]struct {
+			Count int
+			Sum   string
+		}
+		SHA256 string
+	}
+	a := v.get("/v1/wallets/1/statement?since=" + times[99])
+	if err := json.Unmarshal([]byte(a.body), &st); err != nil || a.status != 200 {
+		t.Fatal(err, a.body[:200])
+	}
+	sum := sha256.New()
+	for _, e := range st.Entries {
+		fmt.Fprintf(sum, "%s\n", e)
+	}
+	hash := fmt.Sprintf("%x", sum.Sum(nil))
+	if st.Opening != (edge{"99", "0"}) || st.Closing != (edge{"2495", "0"}) || st.FirstSeq != 100 ||
+		st.LastSeq != 2502 || len(st.Entries) != 2403 || st.SHA256 != hash || st.Final ||
+		fmt.Sprint(st.Totals) != "map[deposit:{2401 2401} hold:{1 0} transfer_out:{1 -5}]" {
+		st.Entries = nil
+		t.Errorf("%+v, hash of its entries %s", st, hash)
+	}
+	until := "/v1/wallets/1/statement?since=" + times[99] + "&until=" + times[101]
+	says(t, v.get(until), 200, `{"wallet_id":1,"currency":"USD","since":"`+times[99]+`","until":"`+times[101]+
+		`","final":true,"opening":{"balance":"99","held":"0"},"closing":{"balance":"101","held":"0"},`+
+		`"first_seq":100,"last_seq":101,"entries":[`+string(untimed(st.Entries[0]))+`,`+string(untimed(st.Entries[1]))+
+		`],"totals":{"deposit":{"count":2,"sum":"2"}},"sha256":"`+hashOf(st.Entries[:2])+"\"}\n")
+	says(t, v.get("/v1/wallets/1/statement?since=2999-01-01T00:00:00Z&until=1999-01-01T00:00:00Z"), 200,
+		`{"wallet_id":1,"currency":"USD","since":"2999-01-01T00:00:00.000000Z","until":"1999-01-01T00:00:00.000000Z",`+
+			`"final":true,"opening":{"balance":"0","held":"0"},"closing":{"balance":"0","held":"0"},"entries":[],`+
+			`"totals":{},"sha256":"`+hashOf(nil)+"\"}\n")
+	lines := strings.Split(v.get(until, "Accept", "application/x-ndjson").body, "\n")
+	if len(lines) != 4 || lines[0] != string(st.Entries[0]) || !strings.HasPrefix(lines[2], `{"statement":{"wallet_id":1,`) {
+		t.Errorf("%q", lines)
+	}
+	table := v.get("/v1/wallets/1/statement?since="+times[2498], "Accept", "text/csv")
+	want := "seq,created_at,transaction_id,kind,credit,debit,balance,held,counterparty,reference,metadata,idempotency_key\n" +
+		"2498,,,opening,,,2498,0,,,,\n2499,T,1-2499,deposit,1,,2499,0,,,,'=d2498\n2500,T,1-2500,deposit,1,,2500,0,,,,'=d2499\n" +
+		"2501,T,1-2501,hold,,,2500,7,,,,h\n2502,T,1-2502,transfer_out,,5,2495,0,2,'@r,,c\n2502,,,closing,,,2495,0,,,,\n"
+	if got := regexp.MustCompile(`,20[^,]*Z,`).ReplaceAllString(table.body, ",T,"); got != want ||
+		table.header.Get("Content-Type") != "text/csv" {
+		t.Errorf("%s\nwant\n%s", got, want)
+	}
+	refuses(t, v.get(until, "Accept", "text/html"), 406, "not_acceptable", "text/csv")
+	refuses(t, v.get("/v1/wallets/3/statement"), 404, "wallet_not_found", "")
+}
+
+// untimed is a history item without its time, as says wants it.
+func untimed(raw json.RawMessage) []byte {
+	return []byte(strings.ReplaceAll(when.ReplaceAllString(string(raw), ""), ",}", "}"))
+}
+
+func hashOf(entries []json.RawMessage) string {
+	sum := sha256.New()
+	for _, e := range entries {
+		fmt.Fprintf(sum, "%s\n", e)
+	}
+	return fmt.Sprintf("%x", sum.Sum(nil))
 }

@@ -1746,8 +1746,7 @@ func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cac
 		return cachedBalance{}, err
 	}
 	if w.Seq < minSeq {
-		return cachedBalance{}, refuse("seq_not_reached",
-			"Wallet %d is at seq %d; no entry %d has been written.", id, w.Seq, minSeq)
+		return cachedBalance{}, errSeqNotReached(id, w.Seq, minSeq)
 	}
 	return w.cached(), nil
 }
@@ -1803,6 +1802,99 @@ SELECT `+walletColumns+` FROM wallet WHERE id > $1 ORDER BY id LIMIT $2`, after,
 	return slices.SortedFunc(maps.Values(found.wallets), func(a, b *wallet) int {
 		return cmp.Compare(a.ID, b.ID)
 	}), nil
+}
+
+// moment is a wallet's head as it was at a time, or after an entry.
+type moment struct {
+	currency      string
+	seq           int64 // of the last entry by then
+	balance, held decimal.Decimal
+	final         bool // nothing can be committed any more that belongs before
+	low           int64
+}
+
+const (
+	// The time before which nothing can be committed any more: every batch under way reads its clock after it
+	// began. (A clock that is set back breaks this, as it would for anybody.)
+	settledUntil = `
+SELECT least(clock_timestamp(), min(xact_start)) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'wallet write'`
+
+	// Entry number $2, or where that is negative the last one before $3; and the first one since $4.
+	selectMoment = `
+WITH s AS MATERIALIZED (
+    SELECT w.id, w.currency, w.balance, w.held, w.seq, seq_since(w.id, $4) AS low,
+           CASE WHEN $2::bigint >= 0 THEN $2::bigint ELSE seq_since(w.id, $3) - 1 END AS at
+    FROM wallet w WHERE w.id = $1
+)
+SELECT s.currency, s.balance, s.held, s.seq, s.at, s.low, coalesce(e.balance, 0), coalesce(e.held, 0)
+FROM s LEFT JOIN entry e ON e.wallet_id = s.id AND e.seq = s.at`
+)
+
+// momentAfter reads a wallet as it was after entry number seq.
+func (l *ledger) momentAfter(ctx context.Context, walletID, seq int64) (*moment, error) {
+	return l.moment(ctx, walletID, seq, time.Time{}, time.Time{})
+}
+
+// momentBefore reads a wallet as it was before a time, and which entry is the first since another.
+func (l *ledger) momentBefore(ctx context.Context, walletID int64, until, since time.Time) (*moment, error) {
+	return l.moment(ctx, walletID, -1, until, since)
+}
+
+func (l *ledger) moment(ctx context.Context, walletID, seq int64, until, since time.Time) (*moment, error) {
+	t := l.cache.ticket()
+	m, head := new(moment), wallet{ID: walletID}
+	var settled time.Time
+	var b pgx.Batch
+	// Two statements: what is committed between them is seen by the second, and was under way for the first.
+	b.Queue(settledUntil).QueryRow(func(row pgx.Row) error { return row.Scan(&settled) })
+	b.Queue(selectMoment, walletID, seq, until, since).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&head.Currency, &head.Balance, &head.Held, &head.Seq, &m.seq, &m.low, &m.balance, &m.held)
+	})
+	err := l.reads.SendBatch(ctx, &b).Close()
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, errNoWallet(walletID)
+	case err != nil:
+		return nil, fmt.Errorf("read balance as it was: %w", err)
+	}
+	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
+	if m.seq > head.Seq {
+		return nil, errSeqNotReached(walletID, head.Seq, m.seq)
+	}
+	m.currency = head.Currency
+	m.final = seq >= 0 || m.seq < head.Seq || !until.After(settled)
+	return m, nil
+}
+
+func errSeqNotReached(walletID, has, wants int64) *refusal {
+	return refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", walletID, has, wants)
+}
+
+// entriesBetween visits a wallet's entries from one to another, both included, a page at a time: entries never
+// change, so that no snapshot has to last. visit's entry is used again.
+func (l *ledger) entriesBetween(ctx context.Context, walletID, from, to int64, visit func(*entry) error) error {
+	const page = 1000
+	for ; from <= to; from += page {
+		ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
+		where := `WHERE w.id = $1 AND e.wallet_id = $1 AND e.seq BETWEEN $2 AND $3 ORDER BY e.seq`
+		args := []any{walletID, from, min(from+page-1, to)}
+		var read []entry // a connection is not to wait for a client
+		err := readEntries(ctx, l.reads, where, args, func(e *entry) error {
+			read = append(read, *e)
+			return nil
+		})
+		cancel()
+		if err != nil {
+			return err
+		}
+		for i := range read {
+			if err := visit(&read[i]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <=

@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -78,6 +79,9 @@ type Reply struct {
 	Body     []byte
 	Replayed bool // the same request was answered before
 	Header   map[string]string
+	// Stream, where it is set, writes the body instead: beyond the request's deadline, as long as the client
+	// keeps reading. An error breaks the connection off, so that no part is taken for the whole.
+	Stream func(ctx context.Context, w io.Writer) error
 }
 
 // Refusal is a clear no: a stable code, which Config.Problems has, and a sentence that says what to do.
@@ -268,9 +272,18 @@ func (s *Server) serve(route Route) http.Handler {
 				h.Set("Idempotent-Replayed", "true")
 			}
 		}
-		h.Set("Content-Length", strconv.Itoa(len(body)))
+		streams := err == nil && answer.Stream != nil
+		if !streams {
+			h.Set("Content-Length", strconv.Itoa(len(body)))
+		}
 		w.WriteHeader(status)
-		if r.Method != http.MethodHead {
+		switch {
+		case r.Method == http.MethodHead:
+		case streams:
+			if err = s.stream(context.WithValue(r.Context(), requestIDKey{}, id), w, answer); err != nil {
+				code = "broken_off"
+			}
+		default:
 			w.Write(body)
 		}
 		took := time.Since(started)
@@ -283,7 +296,42 @@ func (s *Server) serve(route Route) http.Handler {
 			slog.Int("status", status), slog.String("code", code), slog.String("client", client),
 			slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
 			slog.String("trace", Traceparent(r.Header)))
+		if code == "broken_off" {
+			panic(http.ErrAbortHandler) // which net/http knows: the client sees that the body has not ended
+		}
 	})
+}
+
+// stream writes a body of any length. It counts as a request as long as it takes.
+func (s *Server) stream(ctx context.Context, w http.ResponseWriter, answer *Reply) error {
+	s.requests.Add(1)
+	defer s.requests.Add(-1)
+	err := answer.Stream(ctx, &patientWriter{w, http.NewResponseController(w)})
+	if err != nil && ctx.Err() == nil {
+		slog.WarnContext(ctx, "answer broken off", "request_id", requestID(ctx), "error", err)
+	}
+	return err
+}
+
+// patientWriter gives a client streamPatience for each part of a body, however many there are.
+type patientWriter struct {
+	http.ResponseWriter
+	control *http.ResponseController
+}
+
+const streamPatience = 10 * time.Second
+
+func (w *patientWriter) Write(part []byte) (int, error) {
+	// A writer without deadlines, such as a test's, needs none.
+	if err := w.control.SetWriteDeadline(time.Now().Add(streamPatience)); err != nil &&
+		!errors.Is(err, http.ErrNotSupported) {
+		return 0, err
+	}
+	n, err := w.ResponseWriter.Write(part)
+	if err == nil {
+		_ = w.control.Flush()
+	}
+	return n, err
 }
 
 // Headers that all answers have alike; not to be changed in place.
