@@ -14,6 +14,7 @@ COPY go.mod go.sum ./
 RUN go mod download && go mod verify
 COPY *.go schema.sql ./
 COPY internal internal
+COPY docs/schemas.json docs/
 ARG VERSION=unknown
 RUN CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.stamp=$VERSION" -o /wallet .
 

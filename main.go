@@ -18,6 +18,7 @@ import (
 	"context"
 	"crypto/rand"
 	_ "embed"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -2056,73 +2057,22 @@ func readConfig(getenv func(string) string) (*config, error) {
 // The API's contract
 // -----------------------------------------------------------------------------------------------------------
 
+//go:embed docs/schemas.json
+var schemasJSON []byte
+
 // apiContract is what the names in the route table stand for.
-var apiContract = api.Contract{
-	Title: "wallet", Version: buildVersion(),
-	Description: "Deposits, withdrawals and transfers. Amounts are decimal strings in answers; errors are " +
-		"RFC 9457 problem documents with a stable code.",
-	Schemas: schemas, Fields: fieldSchemas, Parameters: parameterSchemas,
-}
+var apiContract = func() api.Contract {
+	c := api.Contract{
+		Title: "wallet", Version: buildVersion(),
+		Description: "Deposits, withdrawals, transfers, holds and reversals. Amounts are decimal strings; errors " +
+			"are RFC 9457 problem documents with a stable code.",
+	}
+	if err := json.Unmarshal(schemasJSON, &c); err != nil {
+		panic(fmt.Sprintf("docs/schemas.json: %v", err))
+	}
+	return c
+}()
 
 func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: s.document}, nil
-}
-
-type schema = api.Object
-
-var (
-	textSchema     = schema{"type": "string"}
-	amountSchema   = schema{"type": "string", "pattern": `^-?[0-9]{1,20}(\.[0-9]{1,18})?$`}
-	timeSchema     = schema{"type": "string", "format": "date-time"}
-	seqSchema      = schema{"type": "integer", "minimum": 0}
-	walletIDSchema = schema{"type": "integer", "minimum": 1, "maximum": math.MaxInt64}
-	currencySchema = schema{"type": "string", "pattern": "^[A-Z0-9]{3,10}$"}
-	keySchema      = schema{"type": "string", "pattern": "^[ -~]{1,255}$"}
-
-	// What clients send is read more widely than what they get is written.
-	walletIDInput = schema{"oneOf": []any{walletIDSchema,
-		schema{"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}}}
-	amountInput = schema{"oneOf": []any{
-		schema{"type": "string", "pattern": `^(0|[1-9][0-9]{0,19})(\.[0-9]{1,18})?$`},
-		schema{"type": "number", "exclusiveMinimum": 0}}}
-	fieldSchemas = schema{"id": walletIDInput, "to_id": walletIDInput, "amount": amountInput,
-		"currency": currencySchema, "idempotency_key": keySchema}
-	parameterSchemas = schema{"min_seq": seqSchema, "since": timeSchema, "until": timeSchema,
-		"cursor": textSchema, "order": schema{"enum": []string{"asc", "desc"}, "default": "asc"},
-		"limit": schema{"type": "integer", "minimum": 1, "maximum": historyLimitMax, "default": historyLimit}}
-
-	schemas = schema{
-		"WalletID":       walletIDSchema,
-		"TransactionID":  schema{"type": "string", "pattern": "^[1-9][0-9]{0,18}-[1-9][0-9]{0,18}$"},
-		"IdempotencyKey": keySchema,
-		"Wallet":         api.Record(with(balance, schema{"created_at": timeSchema})),
-		"Balance":        api.Record(balance),
-		"Receipt":        api.Record(receipt), "TransferReceipt": api.Record(transferReceipt),
-		"Transaction": schema{"oneOf": []any{api.Record(with(receipt, transactionExtra)),
-			api.Record(with(transferReceipt, transactionExtra))}},
-		"History":  schema{"type": "array", "items": with(api.Record(historyItem), counterparty)},
-		"Status":   api.Record(schema{"status": textSchema}),
-		"Document": schema{"type": "object"},
-	}
-	balance = schema{"wallet_id": walletIDSchema, "currency": currencySchema, "balance": amountSchema,
-		"seq": seqSchema}
-	receipt = schema{"transaction_id": textSchema, "wallet_id": walletIDSchema, "currency": currencySchema,
-		"amount": amountSchema, "balance": amountSchema, "seq": seqSchema, "created_at": timeSchema}
-	transferReceipt = schema{"transaction_id": textSchema, "from_id": walletIDSchema, "to_id": walletIDSchema,
-		"currency": currencySchema, "amount": amountSchema, "from_balance": amountSchema,
-		"to_balance": amountSchema, "from_seq": seqSchema, "to_seq": seqSchema, "created_at": timeSchema}
-	transactionExtra = schema{"kind": schema{"enum": []string{kindDeposit, kindWithdrawal, "transfer"}},
-		"idempotency_key": keySchema}
-	historyItem = schema{"wallet_id": walletIDSchema, "seq": seqSchema, "transaction_id": textSchema,
-		"kind":     schema{"enum": []string{kindDeposit, kindWithdrawal, kindTransferOut, kindTransferIn}},
-		"currency": currencySchema, "amount": amountSchema, "balance_before": amountSchema,
-		"balance_after": amountSchema, "idempotency_key": keySchema, "created_at": timeSchema}
-	counterparty = schema{ // of a transfer
-		"additionalProperties": api.Record(schema{"wallet_id": walletIDSchema, "seq": seqSchema})}
-)
-
-func with(a, b schema) schema {
-	both := maps.Clone(a)
-	maps.Copy(both, b)
-	return both
 }

@@ -20,12 +20,13 @@ type Object = map[string]any
 // Contract is what the routes' names stand for in the OpenAPI document. Where bodies have fields, Schemas has
 // the IdempotencyKey; Problem is added to them.
 type Contract struct {
-	Title, Version, Description string
-	Schemas, Fields, Parameters Object // by name: of answers, of a body's fields, of a query's parameters
+	Title, Version, Description string `json:"-"`
+	// By name: of answers, of a body's fields, of a query's parameters.
+	Schemas, Fields, Parameters Object
 }
 
-// Record is the schema of an object that has all of these members and no others.
-func Record(members Object) Object {
+// record is the schema of an object that has all of these members and no others.
+func record(members Object) Object {
 	names := slices.Sorted(maps.Keys(members))
 	return Object{"type": "object", "properties": members, "required": names, "additionalProperties": false}
 }
@@ -62,7 +63,7 @@ func (s *Server) OpenAPI(routes []Route, c Contract) []byte {
 
 var problemSchema = func() Object { // of a document
 	text := Object{"type": "string"}
-	schema := Record(Object{
+	schema := record(Object{
 		"type": text, "title": text, "status": Object{"type": "integer"}, "code": text, "detail": text,
 		"error": text, "request_id": text,
 	})
