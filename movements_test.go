@@ -6,11 +6,14 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 var when = regexp.MustCompile(`"(created_at|expires_at)":"[^"]*"`)
@@ -519,4 +522,95 @@ func hashOf(entries []json.RawMessage) string {
 		fmt.Fprintf(sum, "%s\n", e)
 	}
 	return fmt.Sprintf("%x", sum.Sum(nil))
+}
+
+// TestConstraintsStateTheRulesOfMovements: the database refuses by itself, by the rule's name.
+func TestConstraintsStateTheRulesOfMovements(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"40","idempotency_key":"h"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h2"}`)
+	w.mustPost(t, 200, "/v1/holds/1-3/void", `{"idempotency_key":"v"}`)
+	w.mustPost(t, 200, "/v1/transactions/1-1/reverse", `{"amount":"10","idempotency_key":"r"}`)
+	for _, id := range []string{"2", "3", "4"} { // wallets of other states, with entry 1 a deposit
+		w.mustPost(t, 200, "/v1/wallets/"+id+"/deposit", `{"amount":"5","idempotency_key":"d"}`)
+	}
+	w.mustPost(t, 200, "/v1/wallets/4/withdraw", `{"amount":"all","idempotency_key":"w"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
+	w.mustPost(t, 200, "/v1/wallets/3/state", `{"state":"frozen","idempotency_key":"s"}`)
+	w.mustPost(t, 200, "/v1/wallets/4/state", `{"state":"closed","idempotency_key":"s"}`)
+	conn := connect(t, w.env["DATABASE_URL"])
+	insert := func(values string) string {
+		return `INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key, of_seq,
+			held_change, held, remaining, note) VALUES (` + values + `)`
+	}
+	to := func(id, seq int, balance string) string {
+		return fmt.Sprintf(`UPDATE wallet SET seq = %d, balance = %s, entry_at = 'epoch' WHERE id = %d; `, seq, balance, id)
+	}
+	next := to(1, 6, "90")
+	for _, c := range []struct{ constraint, statement string }{
+		{"held_within_balance", `UPDATE wallet SET held = 90.01 WHERE id = 1`},
+		{"held_within_balance", `UPDATE wallet SET held = -1 WHERE id = 1`},
+		{"held_within_balance", `UPDATE wallet SET balance = 39 WHERE id = 1`}, // what an older program would spend
+		{"wallet_state_known", `UPDATE wallet SET state = 'shut', state_seq = 1 WHERE id = 1`},
+		{"wallet_state_known", `UPDATE wallet SET state = 'open' WHERE id = 1`},
+		{"closed_wallet_is_empty", `UPDATE wallet SET state = 'closed', state_seq = 1 WHERE id = 1`},
+		{"entry_held_within_balance", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 92, NULL, NULL`)},
+		{"entry_held_within_balance", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 0, NULL, NULL`)},
+		{"held_before_within_balance", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, 50, 40, 50, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, NULL, 40, NULL, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, 5, 45, 4, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'release', 0, 90, 'k', NULL, -40, NULL, 0, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'release', 0, 90, 'k', 2, -40, NULL, 1, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'withdrawal', -41, 49, 'k', 2, -40, NULL, 0, NULL`)},
+		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', 2, -40, NULL, 0, NULL`)},
+		{"amount_sign_fits_kind", insert(`1, 6, 'epoch', 'state', 1, 91, 'k', NULL, NULL, 40, NULL, NULL`)},
+		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 6, NULL, 40, 1, NULL`)},
+		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 1, NULL, 40, NULL, NULL`)},
+		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 1, NULL, 40, -1, NULL`)},
+		{"note_at_most_8_kib", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 40, NULL, repeat('x', 8193)`)},
+		// Another held than the wallet's: what an older program writes.
+		{"entry_fits_wallet", to(1, 6, "91") + insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"entry_fits_wallet", next + insert(`1, 6, 'epoch', 'state', 0, 90, 'k', NULL, NULL, 39, NULL, NULL`)},
+		// States.
+		{"state_allows_entry", to(2, 3, "4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"state_allows_entry", to(2, 3, "4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', 1, NULL, NULL, 4, NULL`)},
+		{"state_allows_entry", to(2, 3, "5") + `UPDATE wallet SET held = 1 WHERE id = 2; ` +
+			insert(`2, 3, 'epoch', 'hold', 0, 5, 'k', NULL, 1, 1, 1, NULL`)},
+		{"state_allows_entry", to(3, 3, "6") + insert(`3, 3, 'epoch', 'deposit', 1, 6, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"state_allows_entry", to(4, 4, "0") + insert(`4, 4, 'epoch', 'state', 0, 0, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		// Holds, reversals, references.
+		{"hold_captured_at_most_its_amount", `UPDATE hold SET captured = 1 WHERE seq = 2`},
+		{"open_hold_is_whole", `UPDATE hold SET remaining = 39 WHERE seq = 2`},
+		{"open_hold_is_whole", `UPDATE hold SET captured = 40, remaining = 0 WHERE seq = 2`},
+		{"ended_hold_holds_nothing", `UPDATE hold SET status = 'voided' WHERE seq = 2`},
+		{"hold_status_known", `UPDATE hold SET status = 'gone', remaining = 0 WHERE seq = 2`},
+		{"captured_not_negative", `UPDATE hold SET captured = -1, remaining = 41 WHERE seq = 2`},
+		{"hold_last_seq_not_before", `UPDATE hold SET last_seq = 1 WHERE seq = 2`},
+		{"hold_pkey", `INSERT INTO hold SELECT * FROM hold`},
+		{"reversed_at_most_its_amount", `UPDATE reversal SET reversed = 100.01`},
+		{"reversed_positive", `INSERT INTO reversal VALUES (1, 2, 1, 0)`},
+		{"reference_1_to_255", `INSERT INTO reference VALUES ('', 1, 1)`},
+	} {
+		var pgErr *pgconn.PgError
+		_, err := conn.Exec(context.Background(), c.statement)
+		if !errors.As(err, &pgErr) || pgErr.ConstraintName != c.constraint {
+			t.Errorf("%s: %v, want %s", c.statement, err, c.constraint)
+		}
+	}
+	for _, statement := range []string{ // by trigger
+		`UPDATE wallet SET state = 'open' WHERE id = 4`, `UPDATE hold SET status = 'expired' WHERE seq = 3`,
+		`UPDATE hold SET amount = 41 WHERE seq = 2`, `DELETE FROM hold`, `DELETE FROM reversal`,
+		`UPDATE reversal SET reversed = 9`,
+	} {
+		if _, err := conn.Exec(context.Background(), statement); sqlState(err) != "23001" {
+			t.Errorf("%s: %v", statement, err)
+		}
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+	var unvalidated int
+	if err := conn.QueryRow(context.Background(),
+		`SELECT count(*) FROM pg_constraint WHERE NOT convalidated`).Scan(&unvalidated); err != nil || unvalidated > 0 {
+		t.Errorf("%d constraints are not validated, %v", unvalidated, err)
+	}
 }

@@ -244,7 +244,7 @@ CREATE TABLE IF NOT EXISTS hold (
     seq        bigint      NOT NULL,
     amount     numeric     NOT NULL CONSTRAINT hold_amount_positive CHECK (amount > 0),
     captured   numeric     NOT NULL DEFAULT 0 CONSTRAINT captured_not_negative CHECK (captured >= 0),
-    remaining  numeric     NOT NULL CONSTRAINT hold_remaining_not_negative CHECK (remaining >= 0),
+    remaining  numeric     NOT NULL,
     status     text        NOT NULL,
     expires_at timestamptz NOT NULL,
     to_id      bigint,              -- who will be paid, where that was said
