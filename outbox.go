@@ -11,8 +11,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -201,6 +204,81 @@ func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 		ids[i], seqs[i], payloads[i], traceparents[i] = e.WalletID, e.Seq, string(buf), e.traceparent
 	}
 	return b.Queue(insertOutbox, ids, seqs, payloads, traceparents)
+}
+
+// outboxColumns tells where in a row the columns are that make an event.
+type outboxColumns struct {
+	walletID, seq, payload, traceparent int
+
+	room []byte // for copies
+}
+
+// copy copies a value into room that it shares with its neighbours: one allocation for many rows.
+func (c *outboxColumns) copy(value []byte) []byte {
+	if len(value) > cap(c.room)-len(c.room) {
+		c.room = make([]byte, 0, max(64<<10, len(value)))
+	}
+	start := len(c.room)
+	c.room = append(c.room, value...)
+	return c.room[start:len(c.room):len(c.room)]
+}
+
+// newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come
+// under the root's name.
+func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
+	at := func(name string) int {
+		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool {
+			return c.Name == name
+		})
+	}
+	c := &outboxColumns{walletID: at("aggregate_id"), seq: at("seq"), payload: at("payload"),
+		traceparent: at("traceparent")}
+	if m.RelationName != "outbox" || min(c.walletID, c.seq, c.payload, c.traceparent) < 0 {
+		return nil
+	}
+	return c
+}
+
+// decode reads a row's TupleData. It copies what it keeps: data is the connection's buffer.
+func (c *outboxColumns) decode(data []byte) (e event, err error) {
+	if len(data) < 2 {
+		return e, errors.New("outbox row ends early")
+	}
+	n := int(binary.BigEndian.Uint16(data))
+	data = data[2:]
+	for i := range n {
+		if len(data) < 1 {
+			return e, errors.New("outbox row ends early")
+		}
+		kind := data[0]
+		data = data[1:]
+		if kind != pglogrepl.TupleDataTypeText {
+			continue // null: traceparent alone may be
+		}
+		if len(data) < 4 || uint64(len(data)-4) < uint64(binary.BigEndian.Uint32(data)) {
+			return e, errors.New("outbox row ends early")
+		}
+		size := binary.BigEndian.Uint32(data)
+		value := data[4 : 4+size]
+		data = data[4+size:]
+		switch i {
+		case c.walletID:
+			e.walletID, err = strconv.ParseInt(string(value), 10, 64)
+		case c.seq:
+			e.seq, err = strconv.ParseInt(string(value), 10, 64)
+		case c.payload:
+			e.payload = c.copy(value)
+		case c.traceparent:
+			e.traceparent = string(value)
+		}
+		if err != nil {
+			return e, fmt.Errorf("outbox row: %w", err)
+		}
+	}
+	if e.walletID == 0 || e.seq == 0 || len(e.payload) == 0 {
+		return e, errors.New("outbox row without wallet, seq or payload")
+	}
+	return e, nil
 }
 
 // outboxAhead is how far ahead partitions exist: how long a broken keeper may go unnoticed.
