@@ -60,7 +60,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -73,6 +72,7 @@ import (
 	"wallet/internal/audit"
 	"wallet/internal/kafka"
 	"wallet/internal/metric"
+	"wallet/internal/wal"
 )
 
 const (
@@ -237,7 +237,7 @@ func (r *relay) enter(state string, args ...any) {
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
 	l := &leadership{relay: r,
-		mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
+		mail: make(chan *batch, 1), ready: make(chan wal.Position), ended: make(chan error, 1)}
 	open := func() (*kafka.Client, error) { return openKafka(r.cfg, l.waitKafka) }
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
@@ -259,7 +259,7 @@ func (r *relay) lead(ctx context.Context) error {
 		defer cancel()
 		conn.Close(ctx)
 	}()
-	id.database = slot.databaseOID
+	id.Database = slot.Database
 
 	// Before anything is changed, and without fencing: is this the topics' database?
 	look := func() (*checkpoint, error) { return lastCheckpoint(k, r.cfg.kafkaCheckpointTopic) }
@@ -270,28 +270,24 @@ func (r *relay) lead(ctx context.Context) error {
 	if err := r.fits(ctx, last, id, k); err != nil {
 		return err
 	}
-	if last != nil && (r.adopting || id.continues(last, math.MaxUint64)) {
+	if last != nil && (r.adopting || last.holdsOn(&id, math.MaxUint64)) {
 		if err := r.checkTail(ctx, k); err != nil {
 			return err
 		}
 	}
 
 	l.k, l.conn, l.id, l.slot = k, conn, id, slot
-	if !slot.exists || slot.lost || uint64(slot.confirmed) == r.gap.Load() || r.adopting {
+	if !slot.Exists || slot.Lost || uint64(slot.Confirmed) == r.gap.Load() || r.adopting {
 		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader
 		// comes here again.
 		if err := l.makeSlot(ctx); err != nil {
 			return err
 		}
 	}
-	options := pglogrepl.StartReplicationOptions{
-		PluginArgs: []string{"proto_version '1'", "publication_names '" + publication + "'"}}
-	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything
-	// without an error.
-	err = pglogrepl.StartReplication(ctx, conn, r.cfg.replicationSlot, 0, options)
+	err = wal.Start(ctx, conn, r.cfg.replicationSlot, publication)
 	if err != nil {
 		l.forgetPast()
-		if sqlState(err) == "55006" {
+		if errors.Is(err, wal.ErrTaken) {
 			return errSlotTaken
 		}
 		return fmt.Errorf("start replication: %w", err)
@@ -306,7 +302,7 @@ const wayOutOfThePast = "Bring back the newer data. If they are lost, run `walle
 	"to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
-func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.Client) error {
+func (r *relay) fits(ctx context.Context, c *checkpoint, id wal.Identity, k *kafka.Client) error {
 	switch {
 	case c == nil:
 		return nil
@@ -316,7 +312,7 @@ func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.C
 			"the whole ledger", r.cfg.kafkaTopic, k.Partitions(), c.Partitions)
 	case r.adopting:
 		return nil
-	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
+	case c.System == id.System && c.DatabaseOID == id.Database && c.Slot == r.cfg.replicationSlot:
 		var flushed string // read after the checkpoint, which it can only be ahead of
 		var behind bool
 		err := r.db.QueryRow(ctx, `
@@ -325,22 +321,22 @@ SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn
 		if err != nil {
 			return fmt.Errorf("end of the WAL: %w", err)
 		}
-		if behind && c.Timeline == id.timeline {
+		if behind && c.Timeline == id.Timeline {
 			return refusef("topic %s follows this database to %s, and its WAL ends at %s: its data are "+
 				"those of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, c.EndLSN, flushed)
 		}
-		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
+		if !id.Descends(c.Timeline) {
 			return refusef("topic %s follows timeline %d of this database, and this server is on timeline "+
 				"%d, which does not descend from it: connect to the server that was promoted, or run "+
 				"`wallet -adopt` if this one was restored in its place",
-				r.cfg.kafkaTopic, c.Timeline, id.timeline)
+				r.cfg.kafkaTopic, c.Timeline, id.Timeline)
 		}
 		return nil
 	}
 	return refusef("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the "+
 		"same ledger, restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and "+
 		"KAFKA_CHECKPOINT_TOPIC to topics of its own",
-		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot)
+		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.System, id.Database, r.cfg.replicationSlot)
 }
 
 // checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is
@@ -367,7 +363,7 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			// Postgres sends a commit that still waits for a synchronous standby, and shows it only
 			// afterwards.
 			timed, cancel := context.WithTimeout(ctx, kafkaPatience)
-			err = awaitTransactions(timed, r.db)
+			err = wal.AwaitTransactions(timed, r.db)
 			cancel()
 			if err == nil {
 				held, err = r.holdsEvent(ctx, walletID, seq, tail.Value)
@@ -409,40 +405,19 @@ func adopt(ctx context.Context, cfg *relayConfig) error {
 // Postgres: slot and replication connection
 // ---------------------------------------------------------------------------------------------------------
 
-// slotState is the slot as Postgres shows it to everybody.
-type slotState struct {
-	exists, active, lost bool
-	confirmed            pglogrepl.LSN
-	databaseOID          uint32
-	serverVersion        int // as server_version_num: 180004
-}
-
-const querySlot = `
-SELECT s.slot_name IS NOT NULL, coalesce(s.active, false), coalesce(s.wal_status = 'lost', false),
-       coalesce(s.confirmed_flush_lsn::text, '0/0'),
-       coalesce(s.datoid <> d.oid, false), d.oid, current_setting('server_version_num')::int
-FROM pg_database d LEFT JOIN pg_replication_slots s ON s.slot_name = $1
-WHERE d.datname = current_database()`
-
+// querier is a pool, a connection or a transaction.
 type querier interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
+func (r *relay) readSlot(ctx context.Context, db wal.Querier) (wal.Slot, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
-	var s slotState
-	var confirmed string
-	var elsewhere bool
-	err := db.QueryRow(ctx, querySlot, r.cfg.replicationSlot).Scan(&s.exists, &s.active, &s.lost, &confirmed,
-		&elsewhere, &s.databaseOID, &s.serverVersion)
-	if err == nil && elsewhere {
+	s, err := wal.ReadSlot(ctx, db, r.cfg.replicationSlot)
+	if errors.Is(err, wal.ErrElsewhere) {
 		err = refusef("replication slot %s belongs to another database of this Postgres cluster: "+
 			"set REPLICATION_SLOT to a name of its own", r.cfg.replicationSlot)
-	}
-	if err == nil {
-		s.confirmed, err = pglogrepl.ParseLSN(confirmed)
 	}
 	if err != nil {
 		return s, fmt.Errorf("look at slot %s: %w", r.cfg.replicationSlot, err)
@@ -452,10 +427,10 @@ func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
 
 // awaitSlot stands by until nobody holds the slot. It touches nothing: a standby that made a producer would
 // fence a healthy leader.
-func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
+func (r *relay) awaitSlot(ctx context.Context) (wal.Slot, error) {
 	for {
 		s, err := r.readSlot(ctx, r.db)
-		if err != nil || !s.active {
+		if err != nil || !s.Active {
 			return s, err
 		}
 		if r.adopting {
@@ -469,108 +444,23 @@ func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
 	}
 }
 
-// identity is which history of which database the WAL positions belong to.
-type identity struct {
-	system   string
-	database uint32
-	timeline int32
-	// history gives where each former timeline ended: empty on the first one.
-	history map[int32]pglogrepl.LSN
-}
-
-// continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a
-// descendant that split off no earlier.
-func (id *identity) continues(c *checkpoint, lsn pglogrepl.LSN) bool {
-	if c.System != id.system || c.DatabaseOID != id.database {
-		return false
-	}
-	end, ancestor := id.history[c.Timeline]
-	return c.Timeline == id.timeline || ancestor && lsn <= end
-}
-
 // connect opens the replication connection. From START_REPLICATION on one goroutine owns it.
-func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
+func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, wal.Identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
-	var id identity
-	cfg, err := pgconn.ParseConfig(r.cfg.replicationURL)
-	if err != nil {
-		return nil, id, err
-	}
-	cfg.RuntimeParams["replication"] = "database"
-	cfg.RuntimeParams["application_name"] = "wallet relay"
-	cfg.RuntimeParams["options"] = strings.TrimSpace(fmt.Sprintf("%s -c wal_sender_timeout=%dms",
-		cfg.RuntimeParams["options"], walSenderTimeout.Milliseconds()))
-	conn, err := pgconn.ConnectConfig(ctx, cfg)
-	if err != nil {
-		return nil, id, err
-	}
-	sys, err := pglogrepl.IdentifySystem(ctx, conn)
-	if err == nil && sys.Timeline > 1 {
-		var file pglogrepl.TimelineHistoryResult
-		if file, err = pglogrepl.TimelineHistory(ctx, conn, sys.Timeline); err == nil {
-			id.history, err = parseTimelineHistory(file.Content)
-		}
-	}
-	if err != nil {
-		conn.Close(ctx)
-		return nil, id, err
-	}
-	id.system, id.timeline = sys.SystemID, sys.Timeline
-	return conn, id, nil
-}
-
-// parseTimelineHistory reads a timeline history file: "<timeline>\t<LSN where it ended>\t<why>" per line.
-func parseTimelineHistory(file []byte) (map[int32]pglogrepl.LSN, error) {
-	history := make(map[int32]pglogrepl.LSN)
-	for line := range strings.Lines(string(file)) {
-		fields := strings.Fields(line)
-		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
-			continue
-		}
-		timeline, err := strconv.ParseInt(fields[0], 10, 32)
-		if err != nil || len(fields) < 2 {
-			return nil, fmt.Errorf("timeline history: %.100q", line)
-		}
-		end, err := pglogrepl.ParseLSN(fields[1])
-		if err != nil {
-			return nil, fmt.Errorf("timeline history: %w", err)
-		}
-		history[int32(timeline)] = end
-	}
-	return history, nil
+	return wal.Connect(ctx, r.cfg.replicationURL, "wallet relay", walSenderTimeout)
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Leading
 // ---------------------------------------------------------------------------------------------------------
 
-// position is how far the stream of outbox rows has got: all transactions that end at or before end and, if
-// commit is not zero, the first rows of the one that commits there. A transaction's end is exclusive: the
-// next COMMIT may start there.
-type position struct {
-	end    pglogrepl.LSN
-	commit pglogrepl.LSN
-	rows   int64
-}
-
-// covered tells how many rows of the transaction that commits at commit were published: -1 means all of them.
-func (p position) covered(commit pglogrepl.LSN) int64 {
-	switch {
-	case commit < p.end: // not <=: a transaction that starts where the last one ended is a new one
-		return -1
-	case commit == p.commit:
-		return p.rows
-	}
-	return 0
-}
-
 // batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One
 // without events moves only the checkpoint, one without a position only publishes.
 type batch struct {
 	events      []event
 	bytes       int
-	upTo        position
+	upTo        wal.Position
 	committedAt time.Time     // of the last commit, by Postgres' clock
 	since       time.Duration // since born: when its first commit was, or 0 without events
 }
@@ -581,23 +471,23 @@ type leadership struct {
 	*relay
 	k    *kafka.Client
 	conn *pgconn.PgConn
-	id   identity
-	slot slotState
+	id   wal.Identity
+	slot wal.Slot
 	past *pgx.Conn     // when the slot was made by us: the ledger as of at
 	at   pglogrepl.LSN // where such a slot begins
 
 	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka
 	// transactions grow under load and stay small when idle.
 	mail  chan *batch
-	ready chan position // publish's first word: where to go on from
-	ended chan error    // publish's last
+	ready chan wal.Position // publish's first word: where to go on from
+	ended chan error        // publish's last
 
 	published atomic.Uint64           // end LSN: committed in Kafka, checkpoint included
 	waiting   atomic.Int64            // since when publish has been waiting for Kafka: ns since born, or 0
 	horizon   atomic.Pointer[horizon] // a new one, for the next checkpoint
 
 	// run's own.
-	from       position // what was published before this stay
+	from       wal.Position // what was published before this stay
 	received   pglogrepl.LSN
 	handed     pglogrepl.LSN // end of the last whole transaction given to publish
 	confirmed  pglogrepl.LSN
@@ -638,8 +528,8 @@ func (l *leadership) run(ctx context.Context) error {
 	for started := false; !started; {
 		select {
 		case l.from = <-l.ready:
-			l.received = l.from.end
-			l.published.Store(uint64(l.from.end))
+			l.received = l.from.End
+			l.published.Store(uint64(l.from.End))
 			started = true
 		case err := <-l.ended:
 			return err
@@ -654,8 +544,8 @@ func (l *leadership) run(ctx context.Context) error {
 	if l.adopting {
 		return nil
 	}
-	l.handed, l.relations, l.building = l.from.end, make(map[uint32]*outboxColumns), new(batch)
-	l.enter("leader", "from", l.from.end, "timeline", l.id.timeline)
+	l.handed, l.relations, l.building = l.from.End, make(map[uint32]*outboxColumns), new(batch)
+	l.enter("leader", "from", l.from.End, "timeline", l.id.Timeline)
 	go l.keepOutbox(publishing)
 	go l.keepHorizon(publishing)
 
@@ -787,7 +677,7 @@ func (l *leadership) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
 		return
 	}
 	l.handed, l.handedAt = end, time.Now()
-	l.mail <- &batch{upTo: position{end: end}} // empty: all that was handed is published
+	l.mail <- &batch{upTo: wal.Position{End: end}} // empty: all that was handed is published
 }
 
 // decode handles one message of pgoutput, protocol version 1:
@@ -801,7 +691,7 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 		if err := m.Decode(data[1:]); err != nil {
 			return false, err
 		}
-		l.txBegun, l.txCommit, l.txRow, l.txCovered = true, m.FinalLSN, 0, l.from.covered(m.FinalLSN)
+		l.txBegun, l.txCommit, l.txRow, l.txCovered = true, m.FinalLSN, 0, l.from.Covered(m.FinalLSN)
 	case pglogrepl.MessageTypeCommit:
 		var m pglogrepl.CommitMessage
 		if err := m.Decode(data[1:]); err != nil {
@@ -815,7 +705,7 @@ func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker)
 		if l.txCovered < 0 {
 			return false, nil // the checkpoint is past it
 		}
-		l.building.upTo, l.building.committedAt = position{end: m.TransactionEndLSN}, m.CommitTime
+		l.building.upTo, l.building.committedAt = wal.Position{End: m.TransactionEndLSN}, m.CommitTime
 		if l.building.since == 0 { // both times are by Postgres' clock
 			l.building.since = max(1, l.age()-max(0, l.serverTime.Sub(m.CommitTime)))
 		}
@@ -861,7 +751,7 @@ func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker)
 	if len(b.events) < batchEventsMax && b.bytes < batchBytesMax {
 		return false, nil
 	}
-	b.upTo = position{end: l.handed, commit: l.txCommit, rows: l.txRow}
+	b.upTo = wal.Position{End: l.handed, Commit: l.txCommit, Rows: l.txRow}
 	return l.hand(ctx, tick)
 }
 
@@ -913,16 +803,7 @@ func (l *leadership) sendStatus() error {
 			l.confirmed, published, l.received))
 	}
 	l.confirmed = published // from here on Postgres may forget everything that ends before
-	ctx, cancel := context.WithTimeout(context.Background(), postgresPatience)
-	defer cancel()
-	_ = l.conn.Conn().SetWriteDeadline(time.Now().Add(postgresPatience))
-	// All three positions: pglogrepl copies the first into those that are zero.
-	status := pglogrepl.StandbyStatusUpdate{WALWritePosition: published, WALFlushPosition: published,
-		WALApplyPosition: published, ReplyRequested: true}
-	if err := pglogrepl.SendStandbyStatusUpdate(ctx, l.conn, status); err != nil {
-		return fmt.Errorf("confirm %v: %w", published, err)
-	}
-	return nil
+	return wal.Confirm(l.conn, published, postgresPatience)
 }
 
 // keepOutbox drops old partitions of the outbox while this replica leads, since it knows what was published.
@@ -957,12 +838,17 @@ type checkpoint struct {
 	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; nil is the beginning
 }
 
-func (c *checkpoint) position() (p position, err error) {
-	if p.end, err = pglogrepl.ParseLSN(c.EndLSN); err == nil && c.CommitLSN != "" {
-		p.commit, err = pglogrepl.ParseLSN(c.CommitLSN)
-		p.rows = c.Rows
+func (c *checkpoint) position() (p wal.Position, err error) {
+	if p.End, err = pglogrepl.ParseLSN(c.EndLSN); err == nil && c.CommitLSN != "" {
+		p.Commit, err = pglogrepl.ParseLSN(c.CommitLSN)
+		p.Rows = c.Rows
 	}
 	return p, err
+}
+
+// holdsOn says whether what the checkpoint said at lsn holds on that server as well.
+func (c *checkpoint) holdsOn(id *wal.Identity, lsn pglogrepl.LSN) bool {
+	return id.Continues(c.System, c.DatabaseOID, c.Timeline, lsn)
 }
 
 // publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a
@@ -1023,19 +909,19 @@ func (l *leadership) waitKafka(op func() error) error {
 // lost it would fence its successor.
 func (l *leadership) fence() error {
 	c, err := lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
-	if err == nil && c != nil && c.System != l.id.system { // adopting
+	if err == nil && c != nil && c.System != l.id.System { // adopting
 		if _, err := l.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
 			return fmt.Errorf("fence the former database's relay: %w", err)
 		}
 	}
-	if l.producer, err = l.k.NewProducer(transactionalID(l.id.system, l.cfg.replicationSlot)); err != nil {
+	if l.producer, err = l.k.NewProducer(transactionalID(l.id.System, l.cfg.replicationSlot)); err != nil {
 		return fmt.Errorf("producer: %w", err)
 	}
 	return nil
 }
 
 // settle reads the checkpoint, which is final now, and finds where to go on from; a gap is filled first.
-func (l *leadership) settle(ctx context.Context) (from position, err error) {
+func (l *leadership) settle(ctx context.Context) (from wal.Position, err error) {
 	var found *checkpoint
 	err = l.waitKafka(func() (err error) {
 		found, err = lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
@@ -1056,25 +942,25 @@ func (l *leadership) settle(ctx context.Context) (from position, err error) {
 			l.last.Horizon = nil
 		}
 	}
-	l.last.System, l.last.DatabaseOID = l.id.system, l.id.database
+	l.last.System, l.last.DatabaseOID = l.id.System, l.id.Database
 	l.last.Slot, l.last.Partitions = l.cfg.replicationSlot, l.k.Partitions()
 	if l.past != nil {
 		err := l.recover(ctx)
 		l.forgetPast() // its snapshot keeps vacuum from cleaning up
-		return position{end: l.at}, err
+		return wal.Position{End: l.at}, err
 	}
-	if end, changed := l.id.history[l.last.Timeline]; changed && l.last.Timeline != l.id.timeline {
+	if end, changed := l.id.History[l.last.Timeline]; changed && l.last.Timeline != l.id.Timeline {
 		from = switchTimeline(from, end)
 	}
-	l.last.Timeline = l.id.timeline
+	l.last.Timeline = l.id.Timeline
 	// The checkpoint is always at or past what was confirmed, since it moves first.
 	slot, err := l.readSlot(ctx, l.db)
 	if err != nil {
 		return from, err
 	}
-	if from.end < slot.confirmed {
-		l.gap.Store(uint64(slot.confirmed))
-		return from, fmt.Errorf("%w (checkpoint %v, slot %v)", errGap, from.end, slot.confirmed)
+	if from.End < slot.Confirmed {
+		l.gap.Store(uint64(slot.Confirmed))
+		return from, fmt.Errorf("%w (checkpoint %v, slot %v)", errGap, from.End, slot.Confirmed)
 	}
 	return from, nil
 }
@@ -1085,19 +971,19 @@ func (l *leadership) holds(c *checkpoint) bool {
 		return false
 	}
 	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
-	return err == nil && l.id.continues(c, lsn)
+	return err == nil && c.holdsOn(&l.id, lsn)
 }
 
 // switchTimeline is where to go on from after a promotion: what was published beyond the point where the
 // timelines part was never committed on this one.
-func switchTimeline(from position, end pglogrepl.LSN) position {
-	if from.end <= end && from.commit < end {
-		return from
+func switchTimeline(from wal.Position, end pglogrepl.LSN) wal.Position {
+	held, whole := from.Until(end)
+	if !whole {
+		slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; "+
+			"set synchronized_standby_slots (Postgres 17 and later) to rule this out",
+			"published", max(from.End, from.Commit), "timeline_ended", end)
 	}
-	slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; "+
-		"set synchronized_standby_slots (Postgres 17 and later) to rule this out",
-		"published", max(from.end, from.commit), "timeline_ended", end)
-	return position{end: min(from.end, end)}
+	return held
 }
 
 // commit publishes one batch in one Kafka transaction, with the checkpoint that covers it.
@@ -1110,12 +996,12 @@ func (l *leadership) commit(b *batch) error {
 		next.CommittedAt = b.committedAt.UTC()
 	}
 	l.pendingSince.Store(int64(b.since))
-	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.end.String(), "", b.upTo.rows
-	if b.upTo.commit != 0 {
-		next.CommitLSN = b.upTo.commit.String()
+	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.End.String(), "", b.upTo.Rows
+	if b.upTo.Commit != 0 {
+		next.CommitLSN = b.upTo.Commit.String()
 	}
 	var record []byte
-	if b.upTo != (position{}) {
+	if b.upTo != (wal.Position{}) {
 		if h := l.horizon.Swap(nil); h != nil {
 			next.Horizon = h
 		}
@@ -1143,7 +1029,7 @@ func (l *leadership) commit(b *batch) error {
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
 	l.last = next
 	if record != nil {
-		l.published.Store(uint64(b.upTo.end))
+		l.published.Store(uint64(b.upTo.End))
 		l.checkpointAt.Store(time.Now().UnixNano())
 	}
 	l.pendingSince.Store(0)
@@ -1151,7 +1037,7 @@ func (l *leadership) commit(b *batch) error {
 	l.events.Add(int64(len(b.events)))
 	l.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",
-		"events", len(b.events), "end", b.upTo.end, "seconds", time.Since(began).Seconds())
+		"events", len(b.events), "end", b.upTo.End, "seconds", time.Since(began).Seconds())
 	l.refreshCache(b.events)
 	return nil
 }
@@ -1227,69 +1113,25 @@ func (l *leadership) makeSlot(ctx context.Context) (err error) {
 	if !locked || now != l.slot {
 		return errSlotTaken
 	}
-	if now.exists {
+	if now.Exists {
 		var atOnce pglogrepl.DropReplicationSlotOptions
 		err := pglogrepl.DropReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, atOnce)
 		if err != nil {
 			return fmt.Errorf("drop the slot: %w", err)
 		}
 	}
-	options := "(SNAPSHOT 'export')"
-	if now.serverVersion >= 170000 {
-		options = "(SNAPSHOT 'export', FAILOVER true)" // so that a standby keeps a copy of it
-	}
-	slog.Info("relay makes its slot", "slot", l.cfg.replicationSlot, "existed", now.exists, "lost", now.lost)
-	// This waits for the transactions that are under way.
-	made, err := pglogrepl.CreateReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, "pgoutput",
-		pglogrepl.CreateReplicationSlotOptions{Mode: pglogrepl.LogicalReplication, SnapshotAction: options})
+	slog.Info("relay makes its slot", "slot", l.cfg.replicationSlot, "existed", now.Exists, "lost", now.Lost)
+	var snapshot string
+	l.at, snapshot, err = wal.Make(ctx, l.conn, l.cfg.replicationSlot, now.ServerVersion)
 	if err != nil {
 		return fmt.Errorf("make the slot: %w", err)
 	}
-	if l.at, err = pglogrepl.ParseLSN(made.ConsistentPoint); err != nil {
-		return err
-	}
-	if err := awaitTransactions(ctx, l.past); err != nil {
-		return err
-	}
-	// The snapshot lives until the replication connection's next command.
-	_, err = l.past.Exec(ctx, `
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET TRANSACTION SNAPSHOT '`+made.SnapshotName+`';
-SET LOCAL statement_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0`, pgx.QueryExecModeSimpleProtocol)
-	if err != nil {
-		return fmt.Errorf("import the slot's snapshot: %w", err)
-	}
-	return nil
+	return wal.Import(ctx, l.past, snapshot)
 }
 
 func (l *leadership) forgetPast() {
 	if l.past != nil {
 		l.past.Close(context.Background())
-	}
-}
-
-// awaitTransactions waits until every transaction that has begun to write by now has ended.
-//
-// No exported snapshot may be used before that. It takes for ended whatever has its commit in the WAL, but
-// a backend marks its transaction in pg_xact a moment after. A reader in between takes the transaction for
-// aborted and leaves that behind in the rows' hint bits, for all to see: an old version of a row comes back
-// to life beside the new one. The loop that kills has met it, on Postgres 18.6 and a busy machine: a wallet
-// whose last update was lost for good while its entry was there.
-func awaitTransactions(ctx context.Context, db querier) error {
-	// A number of one's own is above all that were given out; a snapshot's xmax would not be.
-	var end, oldest int64
-	if err := db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint`).Scan(&end); err != nil {
-		return err
-	}
-	for {
-		err := db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).Scan(&oldest)
-		if err != nil || oldest >= end {
-			return err
-		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
-			return err
-		}
 	}
 }
 
@@ -1461,8 +1303,8 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		}
 		lo = hi
 	}
-	l.last.Timeline = l.id.timeline
-	b.upTo = position{end: l.at}
+	l.last.Timeline = l.id.Timeline
+	b.upTo = wal.Position{End: l.at}
 	if err := l.commit(b); err != nil {
 		return err
 	}

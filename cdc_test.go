@@ -33,48 +33,6 @@ import (
 	"wallet/internal/metric"
 )
 
-// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the checkpoint's end.
-func TestCheckpointCoversWholeTransactions(t *testing.T) {
-	for _, c := range []struct {
-		name   string
-		p      position
-		commit pglogrepl.LSN
-		want   int64
-	}{
-		{"before", position{end: 100}, 99, -1},
-		{"begins exactly where the checkpoint ends", position{end: 100}, 100, 0},
-		{"after", position{end: 100}, 101, 0},
-		{"published in part", position{end: 100, commit: 140, rows: 7}, 140, 7},
-		{"before one published in part", position{end: 100, commit: 140, rows: 7}, 99, -1},
-		{"after one published in part", position{end: 100, commit: 140, rows: 7}, 141, 0},
-	} {
-		if got := c.p.covered(c.commit); got != c.want {
-			t.Errorf("%s: %d, want %d", c.name, got, c.want)
-		}
-	}
-}
-
-func TestTimelineSwitch(t *testing.T) {
-	history, err := parseTimelineHistory([]byte("1\t0/3000060\tno recovery target specified\n\n2\t1/A0\tbefore 2026-01-02\n"))
-	if err != nil || len(history) != 2 || history[1] != 0x3000060 || history[2] != 0x1000000A0 {
-		t.Fatalf("%v, %v", history, err)
-	}
-	if _, err := parseTimelineHistory([]byte("1\tnonsense\n")); err == nil {
-		t.Error("nonsense was read as a timeline history")
-	}
-	for _, c := range []struct{ from, want position }{
-		{position{end: 90}, position{end: 90}},
-		{position{end: 100}, position{end: 100}},
-		{position{end: 110}, position{end: 100}},
-		{position{end: 90, commit: 95, rows: 3}, position{end: 90, commit: 95, rows: 3}},
-		{position{end: 90, commit: 100, rows: 3}, position{end: 90}}, // that commit is on the other timeline
-	} {
-		if got := switchTimeline(c.from, 100); got != c.want {
-			t.Errorf("%v: %v, want %v", c.from, got, c.want)
-		}
-	}
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // On servers
 // ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +255,7 @@ func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s.confirmed
+	return s.Confirmed
 }
 
 // onFreeSlot runs sql with the slot's name once Postgres has let go of it.
@@ -305,7 +263,7 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 	t.Helper()
 	eventually(t, 10*time.Second, "slot free", func() bool {
 		s, err := (&relay{cfg: &b.cfg.relayConfig}).readSlot(context.Background(), b.conn)
-		return err == nil && !s.active
+		return err == nil && !s.Active
 	})
 	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
@@ -332,7 +290,7 @@ func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.end
+	return p.End
 }
 
 // TestRelayPublishesEachEntryOnceInOrder: also what was written before the relay was ever switched on.
@@ -571,7 +529,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of slots.
+// TestExportedSnapshotHarmsNoRow: see wal.AwaitTransactions. Without it this finds rows twice within some tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
 	b := newBench(t)
@@ -612,7 +570,7 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 			if l.slot, err = r.readSlot(ctx, db); err != nil {
 				return true
 			}
-			if l.slot.active {
+			if l.slot.Active {
 				return false
 			}
 			err = l.makeSlot(ctx)
@@ -1240,7 +1198,7 @@ func TestUnreachableKafka(t *testing.T) {
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.Exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()
