@@ -405,12 +405,6 @@ func adopt(ctx context.Context, cfg *relayConfig) error {
 // Postgres: slot and replication connection
 // ---------------------------------------------------------------------------------------------------------
 
-// querier is a pool, a connection or a transaction.
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-}
-
 func (r *relay) readSlot(ctx context.Context, db wal.Querier) (wal.Slot, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
@@ -1249,10 +1243,14 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 	if err != nil {
 		return err
 	}
+	from, xid := "the beginning", int64(0)
+	if h != nil {
+		from, xid = h.LSN, h.XID
+	}
 	b := &batch{}
 	wallets, published, beyond := 0, 0, 0
 	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, l.past, lo, h, recoveryWalletsMax)
+		seqs, hi, err := readWalletSeqs(ctx, l.past, lo, xid, recoveryWalletsMax)
 		if err != nil {
 			return err
 		}
@@ -1280,7 +1278,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 			}
 		}
 		var buf []byte
-		err = readChains(ctx, l.past, lo, hi, h, func(e *entry) error {
+		err = readChains(ctx, l.past, lo, hi, xid, func(e *entry) error {
 			if e.Seq < next[e.WalletID] {
 				return nil
 			}
@@ -1312,82 +1310,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
 			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
 	}
-	from := "the beginning"
-	if h != nil {
-		from = h.LSN
-	}
 	slog.Info("relay recovered", "events", published, "wallets", wallets, "from", from, "checkpoint", l.at)
-	return nil
-}
-
-// The conditions on wallets and entries that lie beyond a horizon: written by a transaction that is not
-// below it. $4 is its number.
-const (
-	walletBeyond = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entryBeyond  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
-
-func beyond(h *horizon, condition string, args ...any) (string, []any) {
-	if h == nil {
-		return "", args
-	}
-	return condition, append(args, strconv.FormatInt(h.XID, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that lie beyond the horizon, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n int) (
-	seqs map[int64]int64, hi int64, err error) {
-	where, args := beyond(h, walletBeyond, lo, n, 0)
-	rows, err := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
-	}
-	seqs = make(map[int64]int64)
-	var seq int64
-	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
-	}
-	return seqs, hi, nil
-}
-
-// readChains streams the entries of the wallets after lo and up to hi that lie beyond the horizon, wallet
-// by wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, h *horizon, visit func(*entry) error) error {
-	// Where a chain crosses the horizon is found by steps back from its end, each twice as long as the one
-	// before, up to an entry that lies below.
-	where, args := beyond(h, walletBeyond+` AND `+entryBeyond+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entryBeyond+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
-	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
-}
-
-const queryEntries = `
-SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
-       e.kind::text, e.amount, e.balance, e.idempotency_key, w.currency
-FROM wallet w JOIN entry e ON e.wallet_id = w.id
-`
-
-// readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
-	rows, err := db.Query(ctx, queryEntries+where, args...)
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
-	}
-	var e entry
-	columns := []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind,
-		&e.Amount, &e.Balance, &e.Key, &e.Currency}
-	_, err = pgx.ForEachRow(rows, columns, func() error { return visit(&e) })
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
-	}
 	return nil
 }
 
@@ -1529,111 +1452,6 @@ func auditedTopic(k *kafka.Client, topic string) audit.Topic {
 			})
 		},
 	}
-}
-
-// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
-type auditedLedger struct {
-	past   *pgx.Conn // a snapshot
-	now    *pgxpool.Pool
-	report *audit.Report
-
-	seqs    map[int64]int64 // of the wallets that heads gave last
-	entries int64
-}
-
-// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
-func (a *auditedLedger) legs(ctx context.Context) error {
-	rows, err := a.past.Query(ctx, `
-SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
-LEFT JOIN wallet v ON v.id = o.wallet_id
-WHERE e.counterparty_id IS NOT NULL
-  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
-  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
-	if err != nil {
-		return err
-	}
-	var id, seq int64
-	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
-			entryID(id, seq))
-		return nil
-	})
-	return err
-}
-
-func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
-	var last int64
-	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, nil, n)
-	return a.seqs, last, err
-}
-
-func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
-	rows, err := a.now.Query(ctx, `
-SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
-	if err != nil {
-		return err
-	}
-	var id, seq int64
-	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		visit(id, seq)
-		return nil
-	})
-	return err
-}
-
-// events makes the events of the entries again, and checks each wallet's chain of entries.
-func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
-	var former entry // of the same wallet
-	var buf []byte
-	finish := func() {
-		if seq := a.seqs[former.WalletID]; former.Seq != seq {
-			a.report.Find("wallet %d has seq %d, but its last entry is number %d",
-				former.WalletID, seq, former.Seq)
-		}
-	}
-	err := readChains(ctx, a.past, after, last, nil, func(e *entry) error {
-		a.entries++
-		if a.entries%50_000 == 0 {
-			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
-		}
-		if e.WalletID != former.WalletID {
-			finish()
-			former = entry{WalletID: e.WalletID}
-		}
-		if e.Seq != former.Seq+1 {
-			a.report.Find("entry %s follows number %d", entryID(e.WalletID, e.Seq), former.Seq)
-		}
-		if !e.Balance.Equal(former.Balance.Add(e.Amount)) {
-			a.report.Find("entry %s: its balance is not the former one plus its amount",
-				entryID(e.WalletID, e.Seq))
-		}
-		if e.CreatedAt.Before(former.CreatedAt) {
-			a.report.Find("entry %s is older than the one before it", entryID(e.WalletID, e.Seq))
-		}
-		former = *e
-		buf = appendEvent(buf[:0], e)
-		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
-	})
-	if err != nil {
-		return err
-	}
-	finish()
-	// Heads of chains that do not stand on their last entry.
-	rows, err := a.past.Query(ctx, `
-SELECT w.id FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.balance, w.entry_at) IS DISTINCT FROM (coalesce(e.balance, 0), e.created_at)`, after, last)
-	if err != nil {
-		return err
-	}
-	var id int64
-	_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
-		a.report.Find("wallet %d: its balance or time is not its last entry's", id)
-		return nil
-	})
-	return err
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/audit"
 	"wallet/internal/metric"
 )
 
@@ -1209,4 +1210,174 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())},
 			metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
 	}
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Audit and recovery: the ledger, read whole
+// ---------------------------------------------------------------------------------------------------------
+
+// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
+type auditedLedger struct {
+	past   *pgx.Conn // a snapshot
+	now    *pgxpool.Pool
+	report *audit.Report
+
+	seqs    map[int64]int64 // of the wallets that heads gave last
+	entries int64
+}
+
+// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
+func (a *auditedLedger) legs(ctx context.Context) error {
+	rows, _ := a.past.Query(ctx, `
+SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
+LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
+LEFT JOIN wallet v ON v.id = o.wallet_id
+WHERE e.counterparty_id IS NOT NULL
+  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
+  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
+			entryID(id, seq))
+		return nil
+	})
+	return err
+}
+
+func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
+	var last int64
+	var err error
+	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
+	return a.seqs, last, err
+}
+
+func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
+	rows, _ := a.now.Query(ctx, `
+SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		visit(id, seq)
+		return nil
+	})
+	return err
+}
+
+// events makes the events of the entries again, and checks each wallet's chain of entries.
+func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
+	var former entry // of the same wallet
+	var buf []byte
+	finish := func() {
+		if seq := a.seqs[former.WalletID]; former.Seq != seq {
+			a.report.Find("wallet %d has seq %d, but its last entry is number %d",
+				former.WalletID, seq, former.Seq)
+		}
+	}
+	err := readChains(ctx, a.past, after, last, 0, func(e *entry) error {
+		a.entries++
+		if a.entries%50_000 == 0 {
+			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
+		}
+		if e.WalletID != former.WalletID {
+			finish()
+			former = entry{WalletID: e.WalletID}
+		}
+		if e.Seq != former.Seq+1 {
+			a.report.Find("entry %s follows number %d", entryID(e.WalletID, e.Seq), former.Seq)
+		}
+		if !e.Balance.Equal(former.Balance.Add(e.Amount)) {
+			a.report.Find("entry %s: its balance is not the former one plus its amount",
+				entryID(e.WalletID, e.Seq))
+		}
+		if e.CreatedAt.Before(former.CreatedAt) {
+			a.report.Find("entry %s is older than the one before it", entryID(e.WalletID, e.Seq))
+		}
+		former = *e
+		buf = appendEvent(buf[:0], e)
+		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
+	})
+	if err != nil {
+		return err
+	}
+	finish()
+	// Heads of chains that do not stand on their last entry.
+	rows, _ := a.past.Query(ctx, `
+SELECT w.id FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+WHERE w.id > $1 AND w.id <= $2
+  AND (w.balance, w.entry_at) IS DISTINCT FROM (coalesce(e.balance, 0), e.created_at)`, after, last)
+	var id int64
+	_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
+		a.report.Find("wallet %d: its balance or time is not its last entry's", id)
+		return nil
+	})
+	return err
+}
+
+// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
+// above.
+const (
+	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+)
+
+// writtenSince adds a condition and its argument; from 0 on, everything was written.
+func writtenSince(xid int64, condition string, args ...any) (string, []any) {
+	if xid == 0 {
+		return "", args
+	}
+	return condition, append(args, strconv.FormatInt(xid, 10))
+}
+
+// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
+// seq of each one's last entry; hi is the last one's id.
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
+	seqs map[int64]int64, hi int64, err error) {
+	where, args := writtenSince(xid, walletSince, lo, n, 0)
+	rows, _ := db.Query(ctx, `
+SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
+	seqs = make(map[int64]int64)
+	var seq int64
+	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
+	if err != nil {
+		return nil, 0, fmt.Errorf("read wallets: %w", err)
+	}
+	return seqs, hi, nil
+}
+
+// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
+// wallet, in order. visit's entry is used again.
+func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*entry) error) error {
+	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
+	// to an entry that was written earlier.
+	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
+    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
+    WHERE 1::bigint << k < w.seq AND EXISTS (
+        SELECT FROM entry e
+        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
+    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
+	return readEntries(ctx, db, `
+WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
+ORDER BY e.wallet_id, e.seq`, args, visit)
+}
+
+const queryEntries = `
+SELECT e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.created_at,
+       e.kind::text, e.amount, e.balance, e.idempotency_key, w.currency
+FROM wallet w JOIN entry e ON e.wallet_id = w.id
+`
+
+// querier is a pool, a connection or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+// readEntries streams entries. visit's entry is used again.
+func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
+	rows, _ := db.Query(ctx, queryEntries+where, args...)
+	var e entry
+	columns := []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind,
+		&e.Amount, &e.Balance, &e.Key, &e.Currency}
+	if _, err := pgx.ForEachRow(rows, columns, func() error { return visit(&e) }); err != nil {
+		return fmt.Errorf("read entries: %w", err)
+	}
+	return nil
 }
