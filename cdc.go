@@ -236,9 +236,9 @@ func (r *relay) enter(state string, args ...any) {
 // lead waits for the slot, then publishes until something fails or ctx ends.
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
-	l := &leadership{relay: r,
+	s := &stay{relay: r,
 		mail: make(chan *batch, 1), ready: make(chan wal.Position), ended: make(chan error, 1)}
-	open := func() (*kafka.Client, error) { return openKafka(r.cfg, l.waitKafka) }
+	open := func() (*kafka.Client, error) { return openKafka(r.cfg, s.waitKafka) }
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
@@ -276,24 +276,26 @@ func (r *relay) lead(ctx context.Context) error {
 		}
 	}
 
-	l.k, l.conn, l.id, l.slot = k, conn, id, slot
+	s.k, s.id = k, id
+	var past *pastLedger
 	if !slot.Exists || slot.Lost || uint64(slot.Confirmed) == r.gap.Load() || r.adopting {
 		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader
 		// comes here again.
-		if err := l.makeSlot(ctx); err != nil {
+		if past, err = r.makeSlot(ctx, conn, slot); err != nil {
 			return err
 		}
 	}
 	err = wal.Start(ctx, conn, r.cfg.replicationSlot, publication)
 	if err != nil {
-		l.forgetPast()
+		past.forget()
 		if errors.Is(err, wal.ErrTaken) {
 			return errSlotTaken
 		}
 		return fmt.Errorf("start replication: %w", err)
 	}
 	r.takeovers.Add(1)
-	return l.run(ctx) // the slot is held: this replica leads
+	// The slot is held: this replica leads.
+	return newReceiver(s, conn).run(ctx, &publisher{stay: s, past: past})
 }
 
 // wayOutOfThePast is what to do when the topic knows more of the ledger than the ledger does.
@@ -459,93 +461,95 @@ type batch struct {
 	since       time.Duration // since born: when its first commit was, or 0 without events
 }
 
-// leadership is one stay in office. Two goroutines: run owns the replication connection, publish the
-// producer. They share the mail and published; nothing of it outlives the stay.
-type leadership struct {
+// stay is one stay in office, as far as its two goroutines share it: the receiver, which keeps the slot, and
+// the publisher, which keeps the producer. Nothing of it outlives the stay.
+type stay struct {
 	*relay
-	k    *kafka.Client
-	conn *pgconn.PgConn
-	id   wal.Identity
-	slot wal.Slot
-	past *pgx.Conn     // when the slot was made by us: the ledger as of at
-	at   pglogrepl.LSN // where such a slot begins
+	k  *kafka.Client // both may use it at once
+	id wal.Identity  // neither changes it
 
-	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka
+	// mail holds at most one batch. The receiver takes an unread one back to add to it: that is how Kafka
 	// transactions grow under load and stay small when idle.
 	mail  chan *batch
-	ready chan wal.Position // publish's first word: where to go on from
-	ended chan error        // publish's last
+	ready chan wal.Position // the publisher's first word: where to go on from
+	ended chan error        // its last
 
 	published atomic.Uint64           // end LSN: committed in Kafka, checkpoint included
-	waiting   atomic.Int64            // since when publish has been waiting for Kafka: ns since born, or 0
+	waiting   atomic.Int64            // since when the publisher waits for Kafka: ns since born, or 0
 	horizon   atomic.Pointer[horizon] // a new one, for the next checkpoint
+}
 
-	// run's own.
-	from       wal.Position // what was published before this stay
+// receiver is the goroutine that owns the replication connection: it receives, decodes, hands batches over
+// and confirms what was published.
+type receiver struct {
+	*stay
+	conn *pgconn.PgConn
+	tick *time.Ticker // for a status while it waits for the publisher
+
 	received   pglogrepl.LSN
-	handed     pglogrepl.LSN // end of the last whole transaction given to publish
 	confirmed  pglogrepl.LSN
-	serverTime time.Time // Postgres', when it sent the last message
-	txBegun    bool      // between BEGIN and COMMIT
-	txCommit   pglogrepl.LSN
-	txCovered  int64 // rows of it that were published before: -1 all
-	txRow      int64
-	building   *batch
-	relations  map[uint32]*outboxColumns
-	handedAt   time.Time
+	heard      time.Time // when the last message came, by our clock
+	serverTime time.Time // when Postgres sent it, by its own
 
-	// publish's own.
-	producer *kafka.Producer
-	records  []eventRecord // of the transaction under way
-	messages []*kafka.Message
-	last     checkpoint // as last committed, or as found
-	ticket   ticket     // for the cache
+	from      wal.Position // what was published before this stay
+	relations map[uint32]*outboxColumns
+	txBegun   bool // between BEGIN and COMMIT
+	txCommit  pglogrepl.LSN
+	txCovered int64 // rows of it that were published before: -1 all
+	txRow     int64
+
+	building *batch
+	handed   pglogrepl.LSN // end of the last whole transaction given to the publisher
+	handedAt time.Time
+}
+
+func newReceiver(s *stay, conn *pgconn.PgConn) *receiver {
+	return &receiver{stay: s, conn: conn, tick: time.NewTicker(statusInterval),
+		relations: make(map[uint32]*outboxColumns), building: new(batch)}
 }
 
 // run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when
-// either side is silent.
-func (l *leadership) run(ctx context.Context) error {
-	// publish is to finish its transaction when ctx ends, and to stop when we leave.
+// either side is silent. Meanwhile p publishes.
+func (r *receiver) run(ctx context.Context, p *publisher) error {
+	defer r.tick.Stop()
+	// The publisher is to finish its transaction when ctx ends, and to stop when we leave.
 	publishing, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	receiving, wake := context.WithCancel(ctx)
 	defer wake()
 	go func() {
-		err := l.publish(publishing)
-		l.ended <- err
+		err := p.run(publishing)
+		r.ended <- err
 		wake()
 	}()
 
-	l.received = l.at
-	tick := time.NewTicker(statusInterval)
-	defer tick.Stop()
 	for started := false; !started; {
 		select {
-		case l.from = <-l.ready:
-			l.received = l.from.End
-			l.published.Store(uint64(l.from.End))
+		case r.from = <-r.ready:
+			r.received = r.from.End
+			r.published.Store(uint64(r.from.End))
 			started = true
-		case err := <-l.ended:
+		case err := <-r.ended:
 			return err
-		case <-tick.C:
-			if err := l.sendStatus(); err != nil {
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
 				return err
 			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	if l.adopting {
+	if r.adopting {
 		return nil
 	}
-	l.handed, l.relations, l.building = l.from.End, make(map[uint32]*outboxColumns), new(batch)
-	l.enter("leader", "from", l.from.End, "timeline", l.id.Timeline)
-	go l.keepOutbox(publishing)
-	go l.keepHorizon(publishing)
+	r.handed = r.from.End
+	r.enter("leader", "from", r.from.End, "timeline", r.id.Timeline)
+	go r.keepOutbox(publishing)
+	go r.keepHorizon(publishing)
 
-	err := l.receive(receiving, tick)
+	err := r.receive(receiving)
 	select {
-	case err = <-l.ended:
+	case err = <-r.ended:
 		return err
 	default:
 		if ctx.Err() == nil {
@@ -553,18 +557,18 @@ func (l *leadership) run(ctx context.Context) error {
 		}
 	}
 	// Shutdown: publish what was handed over, confirm it, go.
-	close(l.mail)
+	close(r.mail)
 	deadline := time.After(drainPatience)
 	for {
 		select {
-		case err := <-l.ended:
+		case err := <-r.ended:
 			if err == nil {
-				err = l.sendStatus()
+				err = r.sendStatus()
 			}
-			slog.Info("relay drained", "confirmed", l.confirmed, "error", err)
+			slog.Info("relay drained", "confirmed", r.confirmed, "error", err)
 			return err
-		case <-tick.C:
-			if err := l.sendStatus(); err != nil {
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
 				return err
 			}
 		case <-deadline:
@@ -573,87 +577,83 @@ func (l *leadership) run(ctx context.Context) error {
 	}
 }
 
-// receive reads from the slot and hands batches to publish, until ctx ends or something fails.
-func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
+// receive reads from the slot and hands batches to the publisher, until ctx ends or something fails.
+func (r *receiver) receive(ctx context.Context) error {
 	// One deadline for all messages until the next status, rather than a context that pgx would have to
 	// watch for each.
-	socket := l.conn.Conn()
+	socket := r.conn.Conn()
 	defer context.AfterFunc(ctx, func() { _ = socket.SetReadDeadline(time.Unix(1, 0)) })()
-	for heard := time.Now(); ; {
+	r.heard = time.Now()
+	for {
 		_ = socket.SetReadDeadline(time.Now().Add(statusInterval))
 		for ctx.Err() == nil {
-			msg, err := l.conn.ReceiveMessage(context.Background())
+			msg, err := r.conn.ReceiveMessage(context.Background())
 			if pgconn.Timeout(err) {
 				break
 			}
 			if err != nil {
 				return fmt.Errorf("replication connection: %w", err)
 			}
-			heard = time.Now()
-			blocked, err := l.take(ctx, msg, tick)
-			if blocked {
-				heard = time.Now()
-			}
-			if err != nil {
+			r.heard = time.Now()
+			if err := r.take(ctx, msg); err != nil {
 				return err
 			}
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if time.Since(heard) > postgresPatience {
+		if time.Since(r.heard) > postgresPatience {
 			return errPostgresSilent
 		}
-		if err := l.sendStatus(); err != nil {
+		if err := r.sendStatus(); err != nil {
 			return err
 		}
 	}
 }
 
 // take handles one message of the replication stream.
-func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick *time.Ticker) (
-	blocked bool, err error) {
+func (r *receiver) take(ctx context.Context, msg pgproto3.BackendMessage) error {
 	data, ok := msg.(*pgproto3.CopyData)
 	if !ok {
 		if e, isError := msg.(*pgproto3.ErrorResponse); isError {
-			return false, fmt.Errorf("replication stream: %w", pgconn.ErrorResponseToPgError(e))
+			return fmt.Errorf("replication stream: %w", pgconn.ErrorResponseToPgError(e))
 		}
-		return false, nil
+		return nil
 	}
 	switch data.Data[0] {
 	case pglogrepl.PrimaryKeepaliveMessageByteID:
 		alive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data.Data[1:])
 		if err != nil {
-			return false, err
+			return err
 		}
-		l.received = max(l.received, alive.ServerWALEnd)
-		if err := l.hear(alive.ServerTime); err != nil {
-			return false, err
+		r.received = max(r.received, alive.ServerWALEnd)
+		if err := r.hear(alive.ServerTime); err != nil {
+			return err
 		}
-		l.idle(alive)
-		return false, nil
+		r.idle(alive)
+		return nil
 	case pglogrepl.XLogDataByteID:
 		x, err := pglogrepl.ParseXLogData(data.Data[1:])
 		if err != nil {
-			return false, err
+			return err
 		}
-		l.received = max(l.received, x.WALStart)
-		if err := l.hear(x.ServerTime); err != nil {
-			return false, err
+		r.received = max(r.received, x.WALStart)
+		if err := r.hear(x.ServerTime); err != nil {
+			return err
 		}
-		return l.decode(ctx, x.WALData, tick)
+		return r.decode(ctx, x.WALData)
 	}
-	return false, nil
+	return nil
 }
 
 // hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would
 // wait for as long as the step before it took the slot from a leader that has gone silent. On a new
 // connection it counts anew.
-func (l *leadership) hear(serverTime time.Time) error {
-	if serverTime.Before(l.serverTime.Add(-statusInterval)) {
+func (r *receiver) hear(serverTime time.Time) error {
+	if serverTime.Before(r.serverTime.Add(-statusInterval)) {
 		return errClockBack
 	}
-	l.serverTime = serverTime
+	r.serverTime = serverTime
 	return nil
 }
 
@@ -661,102 +661,102 @@ func (l *leadership) hear(serverTime time.Time) error {
 // not keep it for ever. The WAL's end may be passed only while nothing received is unpublished; and the
 // checkpoint goes first, Postgres hears of it after. At once if Postgres asks, which it does when it cannot
 // shut down before it is confirmed.
-func (l *leadership) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
-	end := max(alive.ServerWALEnd, l.handed)
-	if end == l.handed && l.horizon.Load() == nil {
+func (r *receiver) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
+	end := max(alive.ServerWALEnd, r.handed)
+	if end == r.handed && r.horizon.Load() == nil {
 		return // nothing new
 	}
-	due := time.Since(l.handedAt) >= idleInterval || alive.ReplyRequested
-	if l.txBegun || l.published.Load() != uint64(l.handed) || !due {
+	due := time.Since(r.handedAt) >= idleInterval || alive.ReplyRequested
+	if r.txBegun || r.published.Load() != uint64(r.handed) || !due {
 		return
 	}
-	l.handed, l.handedAt = end, time.Now()
-	l.mail <- &batch{upTo: wal.Position{End: end}} // empty: all that was handed is published
+	r.handed, r.handedAt = end, time.Now()
+	r.mail <- &batch{upTo: wal.Position{End: end}} // empty: all that was handed is published
 }
 
 // decode handles one message of pgoutput, protocol version 1:
 // https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
-func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker) (blocked bool, err error) {
+func (r *receiver) decode(ctx context.Context, data []byte) error {
 	switch pglogrepl.MessageType(data[0]) {
 	case pglogrepl.MessageTypeInsert:
-		return l.insert(ctx, data[1:], tick)
+		return r.insert(ctx, data[1:])
 	case pglogrepl.MessageTypeBegin:
 		var m pglogrepl.BeginMessage
 		if err := m.Decode(data[1:]); err != nil {
-			return false, err
+			return err
 		}
-		l.txBegun, l.txCommit, l.txRow, l.txCovered = true, m.FinalLSN, 0, l.from.Covered(m.FinalLSN)
+		r.txBegun, r.txCommit, r.txRow, r.txCovered = true, m.FinalLSN, 0, r.from.Covered(m.FinalLSN)
 	case pglogrepl.MessageTypeCommit:
 		var m pglogrepl.CommitMessage
 		if err := m.Decode(data[1:]); err != nil {
-			return false, err
+			return err
 		}
-		if m.CommitLSN != l.txCommit {
-			return false, fmt.Errorf("transaction began with commit LSN %v and ended with %v",
-				l.txCommit, m.CommitLSN)
+		if m.CommitLSN != r.txCommit {
+			return fmt.Errorf("transaction began with commit LSN %v and ended with %v",
+				r.txCommit, m.CommitLSN)
 		}
-		l.txBegun = false
-		if l.txCovered < 0 {
-			return false, nil // the checkpoint is past it
+		r.txBegun = false
+		if r.txCovered < 0 {
+			return nil // the checkpoint is past it
 		}
-		l.building.upTo, l.building.committedAt = wal.Position{End: m.TransactionEndLSN}, m.CommitTime
-		if l.building.since == 0 { // both times are by Postgres' clock
-			l.building.since = max(1, l.age()-max(0, l.serverTime.Sub(m.CommitTime)))
+		r.building.upTo, r.building.committedAt = wal.Position{End: m.TransactionEndLSN}, m.CommitTime
+		if r.building.since == 0 { // both times are by Postgres' clock
+			r.building.since = max(1, r.age()-max(0, r.serverTime.Sub(m.CommitTime)))
 		}
-		l.handed = m.TransactionEndLSN
-		l.received = max(l.received, l.handed)
-		return l.hand(ctx, tick)
+		r.handed = m.TransactionEndLSN
+		r.received = max(r.received, r.handed)
+		return r.hand(ctx)
 	case pglogrepl.MessageTypeRelation:
 		var m pglogrepl.RelationMessage
 		if err := m.Decode(data[1:]); err != nil {
-			return false, err
+			return err
 		}
-		l.relations[m.RelationID] = newOutboxColumns(&m)
+		r.relations[m.RelationID] = newOutboxColumns(&m)
 	}
-	return false, nil
+	return nil
 }
 
 // insert adds an outbox row to the batch. A transaction of any size passes through in pieces of
 // batchEventsMax rows.
-func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker) (blocked bool, err error) {
-	if !l.txBegun {
-		return false, errors.New("outbox row outside a transaction")
+func (r *receiver) insert(ctx context.Context, data []byte) error {
+	if !r.txBegun {
+		return errors.New("outbox row outside a transaction")
 	}
-	l.txRow++
-	if l.txCovered < 0 || l.txRow <= l.txCovered {
-		l.skipped.Add(1)
-		return false, nil
+	r.txRow++
+	if r.txCovered < 0 || r.txRow <= r.txCovered {
+		r.skipped.Add(1)
+		return nil
 	}
 	if len(data) < 7 || data[4] != 'N' {
-		return false, fmt.Errorf("malformed insert of %d bytes", len(data))
+		return fmt.Errorf("malformed insert of %d bytes", len(data))
 	}
-	columns := l.relations[binary.BigEndian.Uint32(data)]
+	columns := r.relations[binary.BigEndian.Uint32(data)]
 	if columns == nil {
-		return false, refusef("publication %s holds more than the outbox: remove the other tables from it",
+		return refusef("publication %s holds more than the outbox: remove the other tables from it",
 			publication)
 	}
 	e, err := columns.decode(data[5:])
 	if err != nil {
-		return false, err
+		return err
 	}
-	e.commitLSN = l.txCommit
-	b := l.building
+	e.commitLSN = r.txCommit
+	b := r.building
 	b.events, b.bytes = append(b.events, e), b.bytes+len(e.payload)
 	if len(b.events) < batchEventsMax && b.bytes < batchBytesMax {
-		return false, nil
+		return nil
 	}
-	b.upTo = wal.Position{End: l.handed, Commit: l.txCommit, Rows: l.txRow}
-	return l.hand(ctx, tick)
+	b.upTo = wal.Position{End: r.handed, Commit: r.txCommit, Rows: r.txRow}
+	return r.hand(ctx)
 }
 
-// hand gives the batch to publish, together with one that still waits there. It blocks while publish has a
-// full batch waiting, and goes on sending status meanwhile: a slow Kafka must not cost the slot.
-func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool, err error) {
-	b := l.building
-	l.building = new(batch)
-	l.handedAt = time.Now()
+// hand gives the batch to the publisher, together with one that still waits there. It blocks while a full
+// batch waits, and goes on sending status meanwhile: a slow Kafka must not cost the slot.
+func (r *receiver) hand(ctx context.Context) error {
+	b := r.building
+	r.building = new(batch)
+	r.handedAt = time.Now()
 	select {
-	case waiting := <-l.mail:
+	case waiting := <-r.mail:
 		if len(waiting.events)+len(b.events) <= batchEventsMax && waiting.bytes+b.bytes <= batchBytesMax {
 			waiting.events, waiting.bytes = append(waiting.events, b.events...), waiting.bytes+b.bytes
 			waiting.upTo, waiting.since = b.upTo, cmp.Or(waiting.since, b.since)
@@ -765,47 +765,47 @@ func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool,
 			}
 			b = waiting
 		} else {
-			l.mail <- waiting
+			r.mail <- waiting
 		}
 	default:
 	}
 	for {
 		select {
-		case l.mail <- b:
-			return blocked, nil
-		case <-tick.C:
-			blocked = true
-			if err := l.sendStatus(); err != nil {
-				return blocked, err
+		case r.mail <- b:
+			return nil
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
+				return err
 			}
+			r.heard = time.Now() // it is not Postgres that is silent: nobody listens
 		case <-ctx.Done():
-			return blocked, ctx.Err()
+			return ctx.Err()
 		}
 	}
 }
 
-// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when publish has
-// waited too long.
-func (l *leadership) sendStatus() error {
-	if since := l.waiting.Load(); since != 0 && l.age()-time.Duration(since) > kafkaPatience {
+// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when the
+// publisher has waited too long.
+func (r *receiver) sendStatus() error {
+	if since := r.waiting.Load(); since != 0 && r.age()-time.Duration(since) > kafkaPatience {
 		return errKafkaSilent
 	}
 	// Before the start is settled this is 0, which confirms nothing.
-	published := pglogrepl.LSN(l.published.Load())
-	if published < l.confirmed || published > l.received {
+	published := pglogrepl.LSN(r.published.Load())
+	if published < r.confirmed || published > r.received {
 		panic(fmt.Sprintf("confirmed %v <= published %v <= received %v does not hold",
-			l.confirmed, published, l.received))
+			r.confirmed, published, r.received))
 	}
-	l.confirmed = published // from here on Postgres may forget everything that ends before
-	return wal.Confirm(l.conn, published, postgresPatience)
+	r.confirmed = published // from here on Postgres may forget everything that ends before
+	return wal.Confirm(r.conn, published, postgresPatience)
 }
 
 // keepOutbox drops old partitions of the outbox while this replica leads, since it knows what was published.
-func (l *leadership) keepOutbox(ctx context.Context) {
+func (s *stay) keepOutbox(ctx context.Context) {
 	closed := make(map[string]pglogrepl.LSN)
 	for sleep(ctx, time.Minute) == nil {
-		published := pglogrepl.LSN(l.published.Load())
-		err := dropOutboxPartitions(ctx, l.db, l.cfg.outboxRetention, closed, published)
+		published := pglogrepl.LSN(s.published.Load())
+		err := dropOutboxPartitions(ctx, s.db, s.cfg.outboxRetention, closed, published)
 		if err != nil && ctx.Err() == nil {
 			slog.Warn("outbox partitions not dropped, will try again", "error", err)
 		}
@@ -845,38 +845,51 @@ func (c *checkpoint) holdsOn(id *wal.Identity, lsn pglogrepl.LSN) bool {
 	return id.Continues(c.System, c.DatabaseOID, c.Timeline, lsn)
 }
 
-// publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a
+// publisher is the goroutine that owns the producer: it recovers what is missing, then publishes what the
+// receiver hands over, in Kafka transactions that carry the checkpoint.
+type publisher struct {
+	*stay
+	past *pastLedger // when the slot was made by this replica, until it has recovered
+
+	producer *kafka.Producer
+	records  []eventRecord // of the transaction under way
+	messages []*kafka.Message
+	last     checkpoint // as last committed, or as found
+	ticket   ticket     // for the cache
+}
+
+// run settles where to go on from, then publishes what the receiver hands over. Any error ends the stay: a
 // transaction whose outcome is unknown must not be repeated, aborted or followed, only looked up by the
 // next start.
-func (l *leadership) publish(ctx context.Context) error {
-	defer l.forgetPast()
-	if err := l.waitKafka(l.fence); err != nil {
+func (p *publisher) run(ctx context.Context) error {
+	defer p.past.forget()
+	if err := p.waitKafka(p.fence); err != nil {
 		return err
 	}
-	from, err := l.settle(ctx)
+	from, err := p.settle(ctx)
 	if err != nil {
 		return err
 	}
 	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the
 	// events.
-	if err := l.db.Ping(ctx); err != nil {
+	if err := p.db.Ping(ctx); err != nil {
 		return err
 	}
-	l.ticket = l.cache.ticket()
-	l.ticket.early = true
+	p.ticket = p.cache.ticket()
+	p.ticket.early = true
 	select {
-	case l.ready <- from:
+	case p.ready <- from:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	for {
 		select {
-		case b, more := <-l.mail:
+		case b, more := <-p.mail:
 			if !more {
 				return nil
 			}
 			began := time.Now()
-			if err := l.commit(b); err != nil {
+			if err := p.commit(b); err != nil {
 				return err
 			}
 			if len(b.events) < batchEventsMax/2 {
@@ -888,84 +901,84 @@ func (l *leadership) publish(ctx context.Context) error {
 	}
 }
 
-// waitKafka marks the time that op takes as waiting for Kafka, which run limits. Within another wait it is
-// part of that one.
-func (l *leadership) waitKafka(op func() error) error {
-	if !l.waiting.CompareAndSwap(0, max(1, int64(l.age()))) {
+// waitKafka marks the time that op takes as waiting for Kafka, which the receiver limits. Within another wait
+// it is part of that one.
+func (s *stay) waitKafka(op func() error) error {
+	if !s.waiting.CompareAndSwap(0, max(1, int64(s.age()))) {
 		return op()
 	}
-	defer l.waiting.Store(0)
+	defer s.waiting.Store(0)
 	return op()
 }
 
 // fence makes the producer: from here on no former leader can publish, and what it last tried is committed
 // or aborted. It is called here only, after the slot was taken: one made "to be safe" by a leader that had
 // lost it would fence its successor.
-func (l *leadership) fence() error {
-	c, err := lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
-	if err == nil && c != nil && c.System != l.id.System { // adopting
-		if _, err := l.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
+func (p *publisher) fence() error {
+	c, err := lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+	if err == nil && c != nil && c.System != p.id.System { // adopting
+		if _, err := p.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
 			return fmt.Errorf("fence the former database's relay: %w", err)
 		}
 	}
-	if l.producer, err = l.k.NewProducer(transactionalID(l.id.System, l.cfg.replicationSlot)); err != nil {
+	if p.producer, err = p.k.NewProducer(transactionalID(p.id.System, p.cfg.replicationSlot)); err != nil {
 		return fmt.Errorf("producer: %w", err)
 	}
 	return nil
 }
 
 // settle reads the checkpoint, which is final now, and finds where to go on from; a gap is filled first.
-func (l *leadership) settle(ctx context.Context) (from wal.Position, err error) {
+func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	var found *checkpoint
-	err = l.waitKafka(func() (err error) {
-		found, err = lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
+	err = p.waitKafka(func() (err error) {
+		found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
 		return err
 	})
 	if err != nil {
 		return from, fmt.Errorf("read checkpoint: %w", err)
 	}
-	if err := l.fits(ctx, found, l.id, l.k); err != nil {
+	if err := p.fits(ctx, found, p.id, p.k); err != nil {
 		return from, err
 	}
 	if found != nil {
-		l.last = *found
+		p.last = *found
 		if from, err = found.position(); err != nil {
 			return from, fmt.Errorf("checkpoint: %w", err)
 		}
-		if !l.holds(found) {
-			l.last.Horizon = nil
+		if !p.holds(found) {
+			p.last.Horizon = nil
 		}
 	}
-	l.last.System, l.last.DatabaseOID = l.id.System, l.id.Database
-	l.last.Slot, l.last.Partitions = l.cfg.replicationSlot, l.k.Partitions()
-	if l.past != nil {
-		err := l.recover(ctx)
-		l.forgetPast() // its snapshot keeps vacuum from cleaning up
-		return wal.Position{End: l.at}, err
+	p.last.System, p.last.DatabaseOID = p.id.System, p.id.Database
+	p.last.Slot, p.last.Partitions = p.cfg.replicationSlot, p.k.Partitions()
+	if p.past != nil {
+		err := p.recover(ctx)
+		p.past.forget() // its snapshot keeps vacuum from cleaning up
+		return wal.Position{End: p.past.at}, err
 	}
-	if end, changed := l.id.History[l.last.Timeline]; changed && l.last.Timeline != l.id.Timeline {
+	if end, changed := p.id.History[p.last.Timeline]; changed && p.last.Timeline != p.id.Timeline {
 		from = switchTimeline(from, end)
 	}
-	l.last.Timeline = l.id.Timeline
+	p.last.Timeline = p.id.Timeline
 	// The checkpoint is always at or past what was confirmed, since it moves first.
-	slot, err := l.readSlot(ctx, l.db)
+	slot, err := p.readSlot(ctx, p.db)
 	if err != nil {
 		return from, err
 	}
 	if from.End < slot.Confirmed {
-		l.gap.Store(uint64(slot.Confirmed))
+		p.gap.Store(uint64(slot.Confirmed))
 		return from, fmt.Errorf("%w (checkpoint %v, slot %v)", errGap, from.End, slot.Confirmed)
 	}
 	return from, nil
 }
 
 // holds says whether a checkpoint's horizon holds here.
-func (l *leadership) holds(c *checkpoint) bool {
-	if c.Horizon == nil || l.adopting || len(c.Horizon.Offsets) != int(l.k.Partitions()) {
+func (p *publisher) holds(c *checkpoint) bool {
+	if c.Horizon == nil || p.adopting || len(c.Horizon.Offsets) != int(p.k.Partitions()) {
 		return false
 	}
 	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
-	return err == nil && c.holdsOn(&l.id, lsn)
+	return err == nil && c.holdsOn(&p.id, lsn)
 }
 
 // switchTimeline is where to go on from after a promotion: what was published beyond the point where the
@@ -981,22 +994,22 @@ func switchTimeline(from wal.Position, end pglogrepl.LSN) wal.Position {
 }
 
 // commit publishes one batch in one Kafka transaction, with the checkpoint that covers it.
-func (l *leadership) commit(b *batch) error {
+func (p *publisher) commit(b *batch) error {
 	began := time.Now()
-	next := l.last
+	next := p.last
 	next.Events += int64(len(b.events))
 	next.WrittenAt = began.UTC()
 	if !b.committedAt.IsZero() {
 		next.CommittedAt = b.committedAt.UTC()
 	}
-	l.pendingSince.Store(int64(b.since))
+	p.pendingSince.Store(int64(b.since))
 	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.End.String(), "", b.upTo.Rows
 	if b.upTo.Commit != 0 {
 		next.CommitLSN = b.upTo.Commit.String()
 	}
 	var record []byte
 	if b.upTo != (wal.Position{}) {
-		if h := l.horizon.Swap(nil); h != nil {
+		if h := p.horizon.Swap(nil); h != nil {
 			next.Horizon = h
 		}
 		var err error
@@ -1004,15 +1017,15 @@ func (l *leadership) commit(b *batch) error {
 			return err
 		}
 	}
-	messages, err := l.messagesOf(b.events)
+	messages, err := p.messagesOf(b.events)
 	if err != nil {
 		return fmt.Errorf("publish: %w", err)
 	}
-	err = l.waitKafka(func() error {
-		if err := l.producer.Send(messages, record); err != nil {
+	err = p.waitKafka(func() error {
+		if err := p.producer.Send(messages, record); err != nil {
 			return fmt.Errorf("publish: %w", explainFencing(err))
 		}
-		if err := l.producer.Commit(); err != nil {
+		if err := p.producer.Commit(); err != nil {
 			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
 		}
 		return nil
@@ -1021,32 +1034,32 @@ func (l *leadership) commit(b *batch) error {
 		return err
 	}
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
-	l.last = next
+	p.last = next
 	if record != nil {
-		l.published.Store(uint64(b.upTo.End))
-		l.checkpointAt.Store(time.Now().UnixNano())
+		p.published.Store(uint64(b.upTo.End))
+		p.checkpointAt.Store(time.Now().UnixNano())
 	}
-	l.pendingSince.Store(0)
-	l.batches.Add(1)
-	l.events.Add(int64(len(b.events)))
-	l.lastBatch.Store(int64(time.Since(began)))
+	p.pendingSince.Store(0)
+	p.batches.Add(1)
+	p.events.Add(int64(len(b.events)))
+	p.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",
 		"events", len(b.events), "end", b.upTo.End, "seconds", time.Since(began).Seconds())
-	l.refreshCache(b.events)
+	p.refreshCache(b.events)
 	return nil
 }
 
 // messagesOf makes the events' messages, in memory that the next transaction's will use again.
-func (l *leadership) messagesOf(events []event) ([]*kafka.Message, error) {
-	l.records = slices.Grow(l.records[:0], len(events))[:len(events)]
-	l.messages = slices.Grow(l.messages[:0], len(events))[:len(events)]
+func (p *publisher) messagesOf(events []event) ([]*kafka.Message, error) {
+	p.records = slices.Grow(p.records[:0], len(events))[:len(events)]
+	p.messages = slices.Grow(p.messages[:0], len(events))[:len(events)]
 	for i := range events {
-		if err := l.records[i].set(&events[i]); err != nil {
+		if err := p.records[i].set(&events[i]); err != nil {
 			return nil, err
 		}
-		l.messages[i] = &l.records[i].Message
+		p.messages[i] = &p.records[i].Message
 	}
-	return l.messages, nil
+	return p.messages, nil
 }
 
 func explainFencing(err error) error {
@@ -1058,8 +1071,8 @@ func explainFencing(err error) error {
 
 // refreshCache puts the wallets' newest balances, which a writer that died after its commit may have left
 // out.
-func (l *leadership) refreshCache(events []event) {
-	if l.cache == nil {
+func (p *publisher) refreshCache(events []event) {
+	if p.cache == nil {
 		return
 	}
 	newest := make(map[int64]*event)
@@ -1076,57 +1089,67 @@ func (l *leadership) refreshCache(events []event) {
 		}
 		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
 	}
-	l.cache.put(l.ticket, balances)
+	p.cache.put(p.ticket, balances)
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Recovery: what a slot that was lost, dropped, made anew or never made did not deliver
 // ---------------------------------------------------------------------------------------------------------
 
-// makeSlot replaces the slot by one that begins now, at l.at, and opens the ledger as of exactly then, in
-// l.past.
-func (l *leadership) makeSlot(ctx context.Context) (err error) {
-	if l.past, err = pgx.ConnectConfig(ctx, l.db.Config().ConnConfig.Copy()); err != nil {
-		return fmt.Errorf("recovery connection: %w", err)
+// pastLedger is the ledger as of exactly where a slot begins that this replica made.
+type pastLedger struct {
+	*pgx.Conn // in a transaction that only reads
+	at        pglogrepl.LSN
+}
+
+// forget may be called on nil, and again.
+func (p *pastLedger) forget() {
+	if p != nil {
+		p.Close(context.Background())
+	}
+}
+
+// makeSlot replaces the slot, found as it is now, by one that begins now. conn is the replication connection.
+func (r *relay) makeSlot(ctx context.Context, conn *pgconn.PgConn, found wal.Slot) (
+	past *pastLedger, err error) {
+	db, err := pgx.ConnectConfig(ctx, r.db.Config().ConnConfig.Copy())
+	if err != nil {
+		return nil, fmt.Errorf("recovery connection: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			l.past.Close(context.Background())
+			db.Close(context.Background())
 		}
 	}()
 	// One recovery at a time. The lock ends with the connection.
 	var locked bool
 	lock := `SELECT pg_try_advisory_lock(hashtext('wallet.relay_recovery'))`
-	if err := l.past.QueryRow(ctx, lock).Scan(&locked); err != nil {
-		return err
+	if err := db.QueryRow(ctx, lock).Scan(&locked); err != nil {
+		return nil, err
 	}
-	now, err := l.readSlot(ctx, l.past)
+	now, err := r.readSlot(ctx, db)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if !locked || now != l.slot {
-		return errSlotTaken
+	if !locked || now != found {
+		return nil, errSlotTaken
 	}
 	if now.Exists {
 		var atOnce pglogrepl.DropReplicationSlotOptions
-		err := pglogrepl.DropReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, atOnce)
+		err := pglogrepl.DropReplicationSlot(ctx, conn, r.cfg.replicationSlot, atOnce)
 		if err != nil {
-			return fmt.Errorf("drop the slot: %w", err)
+			return nil, fmt.Errorf("drop the slot: %w", err)
 		}
 	}
-	slog.Info("relay makes its slot", "slot", l.cfg.replicationSlot, "existed", now.Exists, "lost", now.Lost)
-	var snapshot string
-	l.at, snapshot, err = wal.Make(ctx, l.conn, l.cfg.replicationSlot, now.ServerVersion)
+	slog.Info("relay makes its slot", "slot", r.cfg.replicationSlot, "existed", now.Exists, "lost", now.Lost)
+	at, snapshot, err := wal.Make(ctx, conn, r.cfg.replicationSlot, now.ServerVersion)
 	if err != nil {
-		return fmt.Errorf("make the slot: %w", err)
+		return nil, fmt.Errorf("make the slot: %w", err)
 	}
-	return wal.Import(ctx, l.past, snapshot)
-}
-
-func (l *leadership) forgetPast() {
-	if l.past != nil {
-		l.past.Close(context.Background())
+	if err := wal.Import(ctx, db, snapshot); err != nil {
+		return nil, err
 	}
+	return &pastLedger{db, at}, nil
 }
 
 // horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has
@@ -1146,38 +1169,38 @@ type horizon struct {
 }
 
 // keepHorizon makes a new horizon every horizonInterval while events are published.
-func (l *leadership) keepHorizon(ctx context.Context) {
+func (s *stay) keepHorizon(ctx context.Context) {
 	for made := int64(-1); sleep(ctx, horizonInterval) == nil; {
-		events := l.events.Load()
+		events := s.events.Load()
 		if events == made {
 			continue
 		}
-		h, err := l.makeHorizon(ctx)
+		h, err := s.makeHorizon(ctx)
 		if err != nil {
 			if ctx.Err() == nil {
 				slog.Warn("no new horizon for a recovery, will try again", "error", err)
 			}
 			continue
 		}
-		l.horizon.Store(h)
+		s.horizon.Store(h)
 		made = events
 	}
 }
 
-func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
-	ends, err := l.k.Ends()
+func (s *stay) makeHorizon(ctx context.Context) (*horizon, error) {
+	ends, err := s.k.Ends()
 	if err != nil {
 		return nil, err
 	}
 	h := &horizon{Offsets: ends}
 	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
-	err = l.db.QueryRow(ctx, query).Scan(&h.XID, &h.At)
+	err = s.db.QueryRow(ctx, query).Scan(&h.XID, &h.At)
 	if err != nil {
 		return nil, fmt.Errorf("number of a transaction: %w", err)
 	}
 	for oldest := int64(0); oldest < h.XID; {
 		// The snapshot is taken before the position is read.
-		err := l.db.QueryRow(ctx, `
+		err := s.db.QueryRow(ctx, `
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
 			&oldest, &h.LSN)
 		if err == nil && oldest < h.XID {
@@ -1191,7 +1214,7 @@ SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_ins
 	if err != nil {
 		return nil, err
 	}
-	for l.published.Load() < uint64(end) {
+	for s.published.Load() < uint64(end) {
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
 			return nil, err
 		}
@@ -1212,24 +1235,24 @@ const horizonDoubt = 24 * time.Hour
 // recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's
 // in order; the last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot
 // still begins after the checkpoint, so the next leader recovers again, with less to do.
-func (l *leadership) recover(ctx context.Context) error {
-	l.enter("recovering", "slot_begins", l.at, "checkpoint", l.last.EndLSN)
-	l.recoveries.Add(1)
-	h := l.last.Horizon
+func (p *publisher) recover(ctx context.Context) error {
+	p.enter("recovering", "slot_begins", p.past.at, "checkpoint", p.last.EndLSN)
+	p.recoveries.Add(1)
+	h := p.last.Horizon
 	if h != nil {
 		var distance int64
 		query := `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`
-		if err := l.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
+		if err := p.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
 			return fmt.Errorf("distance of the horizon: %w", err)
 		}
 		if distance < 0 || distance > 1<<30 { // age() would turn negative at 1<<31
 			h = nil
 		}
 	}
-	err := l.recoverSince(ctx, h)
+	err := p.recoverSince(ctx, h)
 	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
-		err = l.recoverSince(ctx, nil)
+		err = p.recoverSince(ctx, nil)
 	}
 	return err
 }
@@ -1238,8 +1261,8 @@ func (l *leadership) recover(ctx context.Context) error {
 // topic in order, so what it lacks is what follows the last one there. Where the topic holds none beyond
 // the horizon, it lacks all entries that are not below: those that are not published are the end of the
 // wallet's chain.
-func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
-	spans, err := l.spansSince(h)
+func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
+	spans, err := p.spansSince(h)
 	if err != nil {
 		return err
 	}
@@ -1250,7 +1273,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 	b := &batch{}
 	wallets, published, beyond := 0, 0, 0
 	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, l.past, lo, xid, recoveryWalletsMax)
+		seqs, hi, err := readWalletSeqs(ctx, p.past.Conn, lo, xid, recoveryWalletsMax)
 		if err != nil {
 			return err
 		}
@@ -1261,7 +1284,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		wallets += len(seqs)
 		next := make(map[int64]int64, len(seqs)) // the seq that the topic lacks first
 		for _, s := range spans {
-			err := l.k.Scan(ctx, s, func(r *kafka.Committed) error {
+			err := p.k.Scan(ctx, s, func(r *kafka.Committed) error {
 				id, seq, err := eventIDOf(r)
 				if _, known := seqs[id]; known && err == nil {
 					next[id] = max(next[id], seq+1)
@@ -1278,7 +1301,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 			}
 		}
 		var buf []byte
-		err = readChains(ctx, l.past, lo, hi, xid, func(e *entry) error {
+		err = readChains(ctx, p.past.Conn, lo, hi, xid, func(e *entry) error {
 			if e.Seq < next[e.WalletID] {
 				return nil
 			}
@@ -1287,30 +1310,31 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 			}
 			buf = appendEvent(buf[:0], e)
 			b.events = append(b.events,
-				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
+				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: p.past.at})
 			published++
 			if len(b.events) < batchEventsMax {
 				return nil
 			}
 			full := b
 			b = &batch{}
-			return l.commit(full)
+			return p.commit(full)
 		})
 		if err != nil {
 			return err
 		}
 		lo = hi
 	}
-	l.last.Timeline = l.id.Timeline
-	b.upTo = wal.Position{End: l.at}
-	if err := l.commit(b); err != nil {
+	p.last.Timeline = p.id.Timeline
+	b.upTo = wal.Position{End: p.past.at}
+	if err := p.commit(b); err != nil {
 		return err
 	}
 	if beyond > 0 {
 		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
 			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
 	}
-	slog.Info("relay recovered", "events", published, "wallets", wallets, "from", from, "checkpoint", l.at)
+	slog.Info("relay recovered",
+		"events", published, "wallets", wallets, "from", from, "checkpoint", p.past.at)
 	return nil
 }
 
@@ -1364,12 +1388,12 @@ func lastCheckpoint(k *kafka.Client, topic string) (*checkpoint, error) {
 
 // spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie;
 // nil is the beginning. It refuses where some of them have been deleted.
-func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
+func (p *publisher) spansSince(h *horizon) ([]kafka.Span, error) {
 	var offsets []int64
 	if h != nil {
 		offsets = h.Offsets
 	}
-	spans, err := l.k.Since(offsets)
+	spans, err := p.k.Since(offsets)
 	var outside *kafka.OffsetError
 	if !errors.As(err, &outside) {
 		return spans, err
@@ -1381,7 +1405,7 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 	return nil, refusef("the slot has a gap that cannot be filled exactly, since partition %d of topic %s "+
 		"was truncated to offset %d, within the span in question: set KAFKA_TOPIC and "+
 		"KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger",
-		outside.Partition, l.cfg.kafkaTopic, outside.Start)
+		outside.Partition, p.cfg.kafkaTopic, outside.Start)
 }
 
 // ---------------------------------------------------------------------------------------------------------

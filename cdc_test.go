@@ -31,6 +31,7 @@ import (
 	"wallet/internal/kafka"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
+	"wallet/internal/wal"
 )
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -563,26 +564,30 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := &leadership{relay: r, conn: conn}
+		var past *pastLedger
 		// The last turn's backends let go of slot and lock a moment after their connections closed; makeSlot
 		// takes them for another relay until then. As run, but trying often: the more slots the better.
 		eventually(t, 30*time.Second, "slot and lock are free", func() bool {
-			if l.slot, err = r.readSlot(ctx, db); err != nil {
+			var slot wal.Slot
+			if slot, err = r.readSlot(ctx, db); err != nil {
 				return true
 			}
-			if l.slot.Active {
+			if slot.Active {
 				return false
 			}
-			err = l.makeSlot(ctx)
+			past, err = r.makeSlot(ctx, conn, slot)
 			return !errors.Is(err, errSlotTaken)
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.past.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol); err != nil {
+		_, err = past.Exec(ctx, `
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;
+SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol)
+		if err != nil {
 			t.Fatal(err)
 		}
-		l.forgetPast()
+		past.forget()
 		conn.Close(ctx)
 		var twice int
 		if err := b.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
