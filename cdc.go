@@ -50,7 +50,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -58,7 +57,6 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -66,7 +64,6 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wallet/internal/audit"
@@ -233,12 +230,21 @@ func (r *relay) enter(state string, args ...any) {
 	}
 }
 
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // lead waits for the slot, then publishes until something fails or ctx ends.
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
 	s := &stay{relay: r,
 		mail: make(chan *batch, 1), ready: make(chan wal.Position), ended: make(chan error, 1)}
-	open := func() (*kafka.Client, error) { return openKafka(r.cfg, s.waitKafka) }
+	open := func() (*kafka.Client, error) { return kafka.Open(kafkaConfig(r.cfg, s.waitKafka)) }
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
@@ -270,7 +276,7 @@ func (r *relay) lead(ctx context.Context) error {
 	if err := r.fits(ctx, last, id, k); err != nil {
 		return err
 	}
-	if last != nil && (r.adopting || last.holdsOn(&id, math.MaxUint64)) {
+	if last != nil && (r.adopting || id.Continues(&last.Mark, math.MaxUint64)) {
 		if err := r.checkTail(ctx, k); err != nil {
 			return err
 		}
@@ -360,7 +366,7 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			return refusef("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC "+
 				"to a topic of its own", r.cfg.kafkaTopic, err)
 		}
-		held, err := r.holdsEvent(ctx, walletID, seq, tail.Value)
+		held, err := holdsEvent(ctx, r.db, walletID, seq, tail.Value)
 		if err == nil && !held {
 			// Postgres sends a commit that still waits for a synchronous standby, and shows it only
 			// afterwards.
@@ -368,7 +374,7 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			err = wal.AwaitTransactions(timed, r.db)
 			cancel()
 			if err == nil {
-				held, err = r.holdsEvent(ctx, walletID, seq, tail.Value)
+				held, err = holdsEvent(ctx, r.db, walletID, seq, tail.Value)
 			}
 		}
 		if err != nil {
@@ -380,15 +386,6 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 		}
 	}
 	return nil
-}
-
-func (r *relay) holdsEvent(ctx context.Context, walletID, seq int64, payload []byte) (held bool, err error) {
-	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
-	err = readEntries(ctx, r.db, where, []any{walletID, seq}, func(e *entry) error {
-		held = bytes.Equal(appendEvent(nil, e), payload)
-		return nil
-	})
-	return held, err
 }
 
 // adopt is `wallet -adopt`: it makes this database the topics', by the recovery that a lost slot gets.
@@ -491,12 +488,8 @@ type receiver struct {
 	heard      time.Time // when the last message came, by our clock
 	serverTime time.Time // when Postgres sent it, by its own
 
-	from      wal.Position // what was published before this stay
-	relations map[uint32]*outboxColumns
-	txBegun   bool // between BEGIN and COMMIT
-	txCommit  pglogrepl.LSN
-	txCovered int64 // rows of it that were published before: -1 all
-	txRow     int64
+	relations outboxRelations
+	tx        wal.Transactions
 
 	building *batch
 	handed   pglogrepl.LSN // end of the last whole transaction given to the publisher
@@ -505,7 +498,7 @@ type receiver struct {
 
 func newReceiver(s *stay, conn *pgconn.PgConn) *receiver {
 	return &receiver{stay: s, conn: conn, tick: time.NewTicker(statusInterval),
-		relations: make(map[uint32]*outboxColumns), building: new(batch)}
+		relations: make(outboxRelations), building: new(batch)}
 }
 
 // run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when
@@ -523,11 +516,12 @@ func (r *receiver) run(ctx context.Context, p *publisher) error {
 		wake()
 	}()
 
+	var from wal.Position // what was published before this stay
 	for started := false; !started; {
 		select {
-		case r.from = <-r.ready:
-			r.received = r.from.End
-			r.published.Store(uint64(r.from.End))
+		case from = <-r.ready:
+			r.received = from.End
+			r.published.Store(uint64(from.End))
 			started = true
 		case err := <-r.ended:
 			return err
@@ -542,8 +536,8 @@ func (r *receiver) run(ctx context.Context, p *publisher) error {
 	if r.adopting {
 		return nil
 	}
-	r.handed = r.from.End
-	r.enter("leader", "from", r.from.End, "timeline", r.id.Timeline)
+	r.handed, r.tx = from.End, wal.TransactionsFrom(from)
+	r.enter("leader", "from", from.End, "timeline", r.id.Timeline)
 	go r.keepOutbox(publishing)
 	go r.keepHorizon(publishing)
 
@@ -587,15 +581,15 @@ func (r *receiver) receive(ctx context.Context) error {
 	for {
 		_ = socket.SetReadDeadline(time.Now().Add(statusInterval))
 		for ctx.Err() == nil {
-			msg, err := r.conn.ReceiveMessage(context.Background())
+			m, err := wal.Next(r.conn)
 			if pgconn.Timeout(err) {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("replication connection: %w", err)
+				return err
 			}
 			r.heard = time.Now()
-			if err := r.take(ctx, msg); err != nil {
+			if err := r.take(ctx, m); err != nil {
 				return err
 			}
 		}
@@ -612,62 +606,32 @@ func (r *receiver) receive(ctx context.Context) error {
 }
 
 // take handles one message of the replication stream.
-func (r *receiver) take(ctx context.Context, msg pgproto3.BackendMessage) error {
-	data, ok := msg.(*pgproto3.CopyData)
-	if !ok {
-		if e, isError := msg.(*pgproto3.ErrorResponse); isError {
-			return fmt.Errorf("replication stream: %w", pgconn.ErrorResponseToPgError(e))
-		}
-		return nil
-	}
-	switch data.Data[0] {
-	case pglogrepl.PrimaryKeepaliveMessageByteID:
-		alive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data.Data[1:])
-		if err != nil {
-			return err
-		}
-		r.received = max(r.received, alive.ServerWALEnd)
-		if err := r.hear(alive.ServerTime); err != nil {
-			return err
-		}
-		r.idle(alive)
-		return nil
-	case pglogrepl.XLogDataByteID:
-		x, err := pglogrepl.ParseXLogData(data.Data[1:])
-		if err != nil {
-			return err
-		}
-		r.received = max(r.received, x.WALStart)
-		if err := r.hear(x.ServerTime); err != nil {
-			return err
-		}
-		return r.decode(ctx, x.WALData)
-	}
-	return nil
-}
-
-// hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would
-// wait for as long as the step before it took the slot from a leader that has gone silent. On a new
-// connection it counts anew.
-func (r *receiver) hear(serverTime time.Time) error {
-	if serverTime.Before(r.serverTime.Add(-statusInterval)) {
+func (r *receiver) take(ctx context.Context, m wal.Message) error {
+	r.received = max(r.received, m.LSN)
+	// Postgres counts wal_sender_timeout by its clock: after a step back it would wait for as long as the
+	// step before it took the slot from a leader that has gone silent. On a new connection it counts anew.
+	if m.ServerTime.Before(r.serverTime.Add(-statusInterval)) {
 		return errClockBack
 	}
-	r.serverTime = serverTime
-	return nil
+	r.serverTime = m.ServerTime
+	if m.Keepalive {
+		r.idle(m)
+		return nil
+	}
+	return r.decode(ctx, m.Data)
 }
 
 // idle moves the checkpoint over WAL that holds no event, so that a quiet outbox in a busy database does
 // not keep it for ever. The WAL's end may be passed only while nothing received is unpublished; and the
 // checkpoint goes first, Postgres hears of it after. At once if Postgres asks, which it does when it cannot
 // shut down before it is confirmed.
-func (r *receiver) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
-	end := max(alive.ServerWALEnd, r.handed)
+func (r *receiver) idle(alive wal.Message) {
+	end := max(alive.LSN, r.handed)
 	if end == r.handed && r.horizon.Load() == nil {
 		return // nothing new
 	}
 	due := time.Since(r.handedAt) >= idleInterval || alive.ReplyRequested
-	if r.txBegun || r.published.Load() != uint64(r.handed) || !due {
+	if r.tx.Open() || r.published.Load() != uint64(r.handed) || !due {
 		return
 	}
 	r.handed, r.handedAt = end, time.Now()
@@ -681,23 +645,11 @@ func (r *receiver) decode(ctx context.Context, data []byte) error {
 	case pglogrepl.MessageTypeInsert:
 		return r.insert(ctx, data[1:])
 	case pglogrepl.MessageTypeBegin:
-		var m pglogrepl.BeginMessage
-		if err := m.Decode(data[1:]); err != nil {
-			return err
-		}
-		r.txBegun, r.txCommit, r.txRow, r.txCovered = true, m.FinalLSN, 0, r.from.Covered(m.FinalLSN)
+		return r.tx.Begin(data[1:])
 	case pglogrepl.MessageTypeCommit:
-		var m pglogrepl.CommitMessage
-		if err := m.Decode(data[1:]); err != nil {
+		m, before, err := r.tx.Commit(data[1:])
+		if err != nil || before {
 			return err
-		}
-		if m.CommitLSN != r.txCommit {
-			return fmt.Errorf("transaction began with commit LSN %v and ended with %v",
-				r.txCommit, m.CommitLSN)
-		}
-		r.txBegun = false
-		if r.txCovered < 0 {
-			return nil // the checkpoint is past it
 		}
 		r.building.upTo, r.building.committedAt = wal.Position{End: m.TransactionEndLSN}, m.CommitTime
 		if r.building.since == 0 { // both times are by Postgres' clock
@@ -707,11 +659,7 @@ func (r *receiver) decode(ctx context.Context, data []byte) error {
 		r.received = max(r.received, r.handed)
 		return r.hand(ctx)
 	case pglogrepl.MessageTypeRelation:
-		var m pglogrepl.RelationMessage
-		if err := m.Decode(data[1:]); err != nil {
-			return err
-		}
-		r.relations[m.RelationID] = newOutboxColumns(&m)
+		return r.relations.add(data[1:])
 	}
 	return nil
 }
@@ -719,33 +667,28 @@ func (r *receiver) decode(ctx context.Context, data []byte) error {
 // insert adds an outbox row to the batch. A transaction of any size passes through in pieces of
 // batchEventsMax rows.
 func (r *receiver) insert(ctx context.Context, data []byte) error {
-	if !r.txBegun {
+	if !r.tx.Open() {
 		return errors.New("outbox row outside a transaction")
 	}
-	r.txRow++
-	if r.txCovered < 0 || r.txRow <= r.txCovered {
+	if before := r.tx.Row(); before {
 		r.skipped.Add(1)
 		return nil
 	}
-	if len(data) < 7 || data[4] != 'N' {
-		return fmt.Errorf("malformed insert of %d bytes", len(data))
-	}
-	columns := r.relations[binary.BigEndian.Uint32(data)]
-	if columns == nil {
+	e, err := r.relations.decode(data)
+	if errors.Is(err, errNotOutbox) {
 		return refusef("publication %s holds more than the outbox: remove the other tables from it",
 			publication)
 	}
-	e, err := columns.decode(data[5:])
 	if err != nil {
 		return err
 	}
-	e.commitLSN = r.txCommit
+	e.commitLSN = r.tx.CommitLSN()
 	b := r.building
 	b.events, b.bytes = append(b.events, e), b.bytes+len(e.payload)
 	if len(b.events) < batchEventsMax && b.bytes < batchBytesMax {
 		return nil
 	}
-	b.upTo = wal.Position{End: r.handed, Commit: r.txCommit, Rows: r.txRow}
+	b.upTo = r.tx.Inside(r.handed)
 	return r.hand(ctx)
 }
 
@@ -818,31 +761,12 @@ func (s *stay) keepOutbox(ctx context.Context) {
 
 // checkpoint is the last record of its topic, written in the same Kafka transaction as the events it covers.
 type checkpoint struct {
-	System      string    `json:"system_identifier"`
-	DatabaseOID uint32    `json:"database_oid"`
-	Timeline    int32     `json:"timeline"`
-	Slot        string    `json:"slot"`
-	EndLSN      string    `json:"end_lsn"`
-	CommitLSN   string    `json:"commit_lsn,omitempty"` // of a transaction that is published in part
-	Rows        int64     `json:"rows,omitempty"`       // published of it
-	Partitions  int32     `json:"partitions"`           // of the events topic
-	Events      int64     `json:"events"`               // published in all
-	CommittedAt time.Time `json:"committed_at"`         // of the last published commit, by Postgres' clock
-	WrittenAt   time.Time `json:"written_at"`           // by the relay's
-	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; nil is the beginning
-}
-
-func (c *checkpoint) position() (p wal.Position, err error) {
-	if p.End, err = pglogrepl.ParseLSN(c.EndLSN); err == nil && c.CommitLSN != "" {
-		p.Commit, err = pglogrepl.ParseLSN(c.CommitLSN)
-		p.Rows = c.Rows
-	}
-	return p, err
-}
-
-// holdsOn says whether what the checkpoint said at lsn holds on that server as well.
-func (c *checkpoint) holdsOn(id *wal.Identity, lsn pglogrepl.LSN) bool {
-	return id.Continues(c.System, c.DatabaseOID, c.Timeline, lsn)
+	wal.Mark              // how far the events were published
+	Partitions  int32     `json:"partitions"`        // of the events topic
+	Events      int64     `json:"events"`            // published in all
+	CommittedAt time.Time `json:"committed_at"`      // of the last published commit, by Postgres' clock
+	WrittenAt   time.Time `json:"written_at"`        // by the relay's
+	Horizon     *horizon  `json:"horizon,omitempty"` // where a recovery may begin; nil is the beginning
 }
 
 // publisher is the goroutine that owns the producer: it recovers what is missing, then publishes what the
@@ -852,10 +776,9 @@ type publisher struct {
 	past *pastLedger // when the slot was made by this replica, until it has recovered
 
 	producer *kafka.Producer
-	records  []eventRecord // of the transaction under way
-	messages []*kafka.Message
-	last     checkpoint // as last committed, or as found
-	ticket   ticket     // for the cache
+	records  eventRecords // of the transaction under way
+	last     checkpoint   // as last committed, or as found
+	ticket   ticket       // for the cache
 }
 
 // run settles where to go on from, then publishes what the receiver hands over. Any error ends the stay: a
@@ -942,7 +865,7 @@ func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	}
 	if found != nil {
 		p.last = *found
-		if from, err = found.position(); err != nil {
+		if from, err = found.Position(); err != nil {
 			return from, fmt.Errorf("checkpoint: %w", err)
 		}
 		if !p.holds(found) {
@@ -978,7 +901,7 @@ func (p *publisher) holds(c *checkpoint) bool {
 		return false
 	}
 	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
-	return err == nil && c.holdsOn(&p.id, lsn)
+	return err == nil && p.id.Continues(&c.Mark, lsn)
 }
 
 // switchTimeline is where to go on from after a promotion: what was published beyond the point where the
@@ -1003,10 +926,7 @@ func (p *publisher) commit(b *batch) error {
 		next.CommittedAt = b.committedAt.UTC()
 	}
 	p.pendingSince.Store(int64(b.since))
-	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.End.String(), "", b.upTo.Rows
-	if b.upTo.Commit != 0 {
-		next.CommitLSN = b.upTo.Commit.String()
-	}
+	next.Move(b.upTo)
 	var record []byte
 	if b.upTo != (wal.Position{}) {
 		if h := p.horizon.Swap(nil); h != nil {
@@ -1017,7 +937,7 @@ func (p *publisher) commit(b *batch) error {
 			return err
 		}
 	}
-	messages, err := p.messagesOf(b.events)
+	messages, err := p.records.of(b.events)
 	if err != nil {
 		return fmt.Errorf("publish: %w", err)
 	}
@@ -1045,21 +965,11 @@ func (p *publisher) commit(b *batch) error {
 	p.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",
 		"events", len(b.events), "end", b.upTo.End, "seconds", time.Since(began).Seconds())
-	p.refreshCache(b.events)
-	return nil
-}
-
-// messagesOf makes the events' messages, in memory that the next transaction's will use again.
-func (p *publisher) messagesOf(events []event) ([]*kafka.Message, error) {
-	p.records = slices.Grow(p.records[:0], len(events))[:len(events)]
-	p.messages = slices.Grow(p.messages[:0], len(events))[:len(events)]
-	for i := range events {
-		if err := p.records[i].set(&events[i]); err != nil {
-			return nil, err
-		}
-		p.messages[i] = &p.records[i].Message
+	if p.cache != nil {
+		// A writer that died after its commit may have left them out.
+		p.cache.put(p.ticket, newestBalances(b.events))
 	}
-	return p.messages, nil
+	return nil
 }
 
 func explainFencing(err error) error {
@@ -1067,29 +977,6 @@ func explainFencing(err error) error {
 		return fmt.Errorf("fenced, another relay leads: %w", err)
 	}
 	return err
-}
-
-// refreshCache puts the wallets' newest balances, which a writer that died after its commit may have left
-// out.
-func (p *publisher) refreshCache(events []event) {
-	if p.cache == nil {
-		return
-	}
-	newest := make(map[int64]*event)
-	for i := range events {
-		newest[events[i].walletID] = &events[i]
-	}
-	balances := make(map[int64]cachedBalance, len(newest))
-	for id, e := range newest {
-		currency, err := eventText(e.payload, "currency")
-		balance, err2 := eventText(e.payload, "balance_after")
-		if err := errors.Join(err, err2); err != nil {
-			slog.Warn("balance not cached", "event", entryID(id, e.seq), "error", err)
-			continue
-		}
-		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
-	}
-	p.cache.put(p.ticket, balances)
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1193,22 +1080,8 @@ func (s *stay) makeHorizon(ctx context.Context) (*horizon, error) {
 		return nil, err
 	}
 	h := &horizon{Offsets: ends}
-	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
-	err = s.db.QueryRow(ctx, query).Scan(&h.XID, &h.At)
-	if err != nil {
-		return nil, fmt.Errorf("number of a transaction: %w", err)
-	}
-	for oldest := int64(0); oldest < h.XID; {
-		// The snapshot is taken before the position is read.
-		err := s.db.QueryRow(ctx, `
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
-			&oldest, &h.LSN)
-		if err == nil && oldest < h.XID {
-			err = sleep(ctx, 200*time.Millisecond)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("wait for the transactions below %d: %w", h.XID, err)
-		}
+	if h.XID, h.LSN, h.At, err = wal.Boundary(ctx, s.db); err != nil {
+		return nil, err
 	}
 	end, err := pglogrepl.ParseLSN(h.LSN)
 	if err != nil {
@@ -1342,11 +1215,7 @@ func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
 // Kafka
 // ---------------------------------------------------------------------------------------------------------
 
-// openKafka connects to the brokers and makes or checks the topics. busy may be nil: see kafka.Config.
-func openKafka(cfg *relayConfig, busy func(func() error) error) (*kafka.Client, error) {
-	return kafka.Open(kafkaConfig(cfg, busy))
-}
-
+// kafkaConfig is for kafka.Open. busy may be nil.
 func kafkaConfig(cfg *relayConfig, busy func(func() error) error) kafka.Config {
 	return kafka.Config{
 		Brokers:            cfg.kafkaBrokers,
@@ -1437,7 +1306,7 @@ SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return 0, fmt.Errorf("begin: %w", err)
 	}
-	k, err := openKafka(cfg, nil)
+	k, err := kafka.Open(kafkaConfig(cfg, nil))
 	if err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
@@ -1482,27 +1351,12 @@ func auditedTopic(k *kafka.Client, topic string) audit.Topic {
 // Metrics
 // ---------------------------------------------------------------------------------------------------------
 
-const queryRetained = `
-SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8,
-       (SELECT count(*) FROM outbox_partition), (SELECT coalesce(sum(bytes), 0)::float8 FROM outbox_partition)
-FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`
-
 func (r *relay) writeMetrics(w *metric.Writer) {
 	seconds := func(unixNano int64) float64 { return float64(unixNano) / 1e9 }
 
-	current := r.state.Load().(string)
-	var states []metric.Sample
-	for _, state := range []string{"starting", "standby", "recovering", "leader", "refused", "stopped"} {
-		is := 0.0
-		if state == current {
-			is = 1
-		}
-		states = append(states, metric.Sample{Labels: `state="` + state + `"`, Value: is})
-	}
-	w.Gauges("wallet_relay_state",
-		"1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
+	w.States("wallet_relay_state",
+		"1 for what this replica's relay is; refused needs an operator, and the log says why.",
+		r.state.Load().(string), "starting", "standby", "recovering", "leader", "refused", "stopped")
 	lag := 0.0
 	if since := r.pendingSince.Load(); since != 0 {
 		lag = (r.age() - time.Duration(since)).Seconds()
@@ -1526,35 +1380,18 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	var status string
-	var active int
-	var retained, lagBytes, outboxBytes float64
-	var partitions int64
-	err := r.db.QueryRow(ctx, queryRetained, r.cfg.replicationSlot).Scan(
-		&status, &active, &retained, &lagBytes, &partitions, &outboxBytes)
-	if err != nil {
+	kept, err := wal.ReadRetained(ctx, r.db, r.cfg.replicationSlot)
+	partitions, size, err2 := outboxSize(ctx, r.db)
+	if err != nil || err2 != nil {
 		return // what cannot be known is left out
 	}
 	w.Gauges("wallet_relay_slot",
 		"1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.",
-		metric.Sample{Labels: `status="` + status + `"`, Value: 1})
-	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", float64(active))
-	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", retained)
-	w.Gauge("wallet_relay_lag_bytes", "WAL between the last confirmed position and the end.", lagBytes)
-	w.Gauge("wallet_outbox_partitions",
-		"Partitions of the outbox, those made ahead included.", float64(partitions))
-	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", outboxBytes)
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Helpers
-// ---------------------------------------------------------------------------------------------------------
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+		metric.Sample{Labels: `status="` + kept.Status + `"`, Value: 1})
+	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", kept.Active)
+	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", kept.Bytes)
+	w.Gauge("wallet_relay_lag_bytes",
+		"WAL between the last confirmed position and the end.", kept.Unconfirmed)
+	w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead included.", partitions)
+	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", size)
 }

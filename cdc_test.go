@@ -273,7 +273,7 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 
 func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 	t.Helper()
-	k, err := openKafka(&cfg.relayConfig, nil)
+	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -287,7 +287,7 @@ func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 
 func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	t.Helper()
-	p, err := c.position()
+	p, err := c.Position()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,5 @@
-// The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay.
+// The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay,
+// as written and as the replication stream shows them.
 //
 // Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry;
 // outbox partitions.
@@ -156,6 +157,44 @@ func (r *eventRecord) set(e *event) error {
 	return nil
 }
 
+// eventRecords makes the records of many events, each time in the same memory.
+type eventRecords struct {
+	records  []eventRecord
+	messages []*kafka.Message
+}
+
+// of makes the events' messages, which hold until the next call.
+func (r *eventRecords) of(events []event) ([]*kafka.Message, error) {
+	r.records = slices.Grow(r.records[:0], len(events))[:len(events)]
+	r.messages = slices.Grow(r.messages[:0], len(events))[:len(events)]
+	for i := range events {
+		if err := r.records[i].set(&events[i]); err != nil {
+			return nil, err
+		}
+		r.messages[i] = &r.records[i].Message
+	}
+	return r.messages, nil
+}
+
+// newestBalances are the balances of the events' wallets after the last event of each.
+func newestBalances(events []event) map[int64]cachedBalance {
+	newest := make(map[int64]*event)
+	for i := range events {
+		newest[events[i].walletID] = &events[i]
+	}
+	balances := make(map[int64]cachedBalance, len(newest))
+	for id, e := range newest {
+		currency, err := eventText(e.payload, "currency")
+		balance, err2 := eventText(e.payload, "balance_after")
+		if err := errors.Join(err, err2); err != nil {
+			slog.Warn("balance not cached", "event", entryID(id, e.seq), "error", err)
+			continue
+		}
+		balances[id] = cachedBalance{walletID: id, seq: e.seq, currency: currency, balance: balance}
+	}
+	return balances
+}
+
 // eventIDOf reads a record's event id, which must fit its key.
 func eventIDOf(r *kafka.Committed) (walletID, seq int64, err error) {
 	for _, h := range r.Headers {
@@ -204,6 +243,34 @@ func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
 		ids[i], seqs[i], payloads[i], traceparents[i] = e.WalletID, e.Seq, string(buf), e.traceparent
 	}
 	return b.Queue(insertOutbox, ids, seqs, payloads, traceparents)
+}
+
+// outboxRelations are the tables that a replication stream has described, by their OID; nil if it is not the
+// outbox.
+type outboxRelations map[uint32]*outboxColumns
+
+var errNotOutbox = errors.New("a row of another table than the outbox")
+
+// add notes what pgoutput's Relation message says.
+func (r outboxRelations) add(relation []byte) error {
+	var m pglogrepl.RelationMessage
+	if err := m.Decode(relation); err != nil {
+		return err
+	}
+	r[m.RelationID] = newOutboxColumns(&m)
+	return nil
+}
+
+// decode reads pgoutput's Insert message.
+func (r outboxRelations) decode(insert []byte) (event, error) {
+	if len(insert) < 7 || insert[4] != 'N' {
+		return event{}, fmt.Errorf("malformed insert of %d bytes", len(insert))
+	}
+	columns := r[binary.BigEndian.Uint32(insert)]
+	if columns == nil {
+		return event{}, errNotOutbox
+	}
+	return columns.decode(insert[5:])
 }
 
 // outboxColumns tells where in a row the columns are that make an event.
@@ -352,4 +419,11 @@ func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.
 		slog.InfoContext(ctx, "outbox partition dropped", "partition", p.Name, "bytes", p.Bytes)
 	}
 	return nil
+}
+
+// outboxSize is for the metrics. Partitions that were made ahead count.
+func outboxSize(ctx context.Context, db *pgxpool.Pool) (partitions, bytes float64, err error) {
+	err = db.QueryRow(ctx, `
+SELECT count(*)::float8, coalesce(sum(bytes), 0)::float8 FROM outbox_partition`).Scan(&partitions, &bytes)
+	return partitions, bytes, err
 }

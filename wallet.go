@@ -12,6 +12,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/base64"
@@ -1380,4 +1381,14 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 		return fmt.Errorf("read entries: %w", err)
 	}
 	return nil
+}
+
+// holdsEvent says whether there is such an entry, and its event is this one, byte for byte.
+func holdsEvent(ctx context.Context, db querier, walletID, seq int64, payload []byte) (held bool, err error) {
+	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
+	err = readEntries(ctx, db, where, []any{walletID, seq}, func(e *entry) error {
+		held = bytes.Equal(appendEvent(nil, e), payload)
+		return nil
+	})
+	return held, err
 }

@@ -1,10 +1,10 @@
-// Package wal is what a consumer of a Postgres logical replication slot needs to know of server and slot,
-// whatever it consumes: whose slot it is and who holds it, which history its positions belong to, how far
-// one has got in it, and how to make a slot together with a view of the data as of its begin.
+// Package wal is what a consumer of a Postgres logical replication slot needs, whatever it consumes: whose
+// slot it is, who holds it and what it costs; a new one with a view of the data as of its begin; the stream
+// and its transactions; which history a position belongs to, and how far one has got.
 //
-// It touches the replication connection, which it opens and which its caller owns, and reads the server's
-// state by SQL. Slots are made only when asked. It promises that a position is never taken for one of
-// another history: WAL positions mean nothing without their Identity.
+// It touches the replication connection, which it opens and its caller owns, and reads the server's state by
+// SQL; it makes a slot only when asked. It promises that a position is never taken for one of another
+// history, and that a row is told to be consumed before if and only if the position to go on from covers it.
 package wal
 
 import (
@@ -18,6 +18,7 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
 )
 
 var (
@@ -65,6 +66,24 @@ func ReadSlot(ctx context.Context, db Querier, name string) (Slot, error) {
 		s.Confirmed, err = pglogrepl.ParseLSN(confirmed)
 	}
 	return s, err
+}
+
+// Retained is what a slot costs its server, in numbers for a gauge.
+type Retained struct {
+	Status             string  // Postgres' wal_status, or missing
+	Active             float64 // 1 while somebody holds it
+	Bytes, Unconfirmed float64 // of WAL that is kept for it; between the last confirmation and the end
+}
+
+// ReadRetained looks at a slot, which need not exist.
+func ReadRetained(ctx context.Context, db Querier, name string) (r Retained, err error) {
+	err = db.QueryRow(ctx, `
+SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int::float8,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8
+FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`, name).Scan(
+		&r.Status, &r.Active, &r.Bytes, &r.Unconfirmed)
+	return r, err
 }
 
 // Make makes a slot for pgoutput, which must not exist, and exports a snapshot of the data as of exactly its
@@ -120,11 +139,41 @@ func AwaitTransactions(ctx context.Context, db Querier) error {
 		if err != nil || oldest >= end {
 			return err
 		}
-		select {
-		case <-time.After(5 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return err
 		}
+	}
+}
+
+// Boundary takes the number of a transaction, xid, which is above all that were given out, and waits until
+// all below have ended: they committed before the position lsn, or never. at is when it took the number, by
+// Postgres' clock. Numbers come with their epoch: they never wrap.
+func Boundary(ctx context.Context, db Querier) (xid int64, lsn string, at time.Time, err error) {
+	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
+	if err := db.QueryRow(ctx, query).Scan(&xid, &at); err != nil {
+		return 0, "", at, fmt.Errorf("number of a transaction: %w", err)
+	}
+	for oldest := int64(0); oldest < xid; {
+		// The snapshot is taken before the position is read.
+		err := db.QueryRow(ctx, `
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
+			&oldest, &lsn)
+		if err == nil && oldest < xid {
+			err = sleep(ctx, 200*time.Millisecond)
+		}
+		if err != nil {
+			return 0, "", at, fmt.Errorf("wait for the transactions below %d: %w", xid, err)
+		}
+	}
+	return xid, lsn, at, nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -178,6 +227,40 @@ func Start(ctx context.Context, conn *pgconn.PgConn, slot, publication string) e
 	return err
 }
 
+// Message is one of a stream.
+type Message struct {
+	Data       []byte        // pgoutput's, lent until the next message; none in a keepalive
+	LSN        pglogrepl.LSN // where Data stands, or how far a keepalive's sender has got
+	ServerTime time.Time     // when it was sent, by Postgres' clock
+
+	Keepalive      bool
+	ReplyRequested bool // Postgres waits for a confirmation
+}
+
+// Next waits for the next message, until the connection's read deadline. pgconn.Timeout knows that error.
+func Next(conn *pgconn.PgConn) (Message, error) {
+	for {
+		msg, err := conn.ReceiveMessage(context.Background())
+		if err != nil {
+			return Message{}, fmt.Errorf("replication connection: %w", err)
+		}
+		switch msg := msg.(type) {
+		case *pgproto3.ErrorResponse:
+			return Message{}, fmt.Errorf("replication stream: %w", pgconn.ErrorResponseToPgError(msg))
+		case *pgproto3.CopyData:
+			switch msg.Data[0] {
+			case pglogrepl.PrimaryKeepaliveMessageByteID:
+				alive, err := pglogrepl.ParsePrimaryKeepaliveMessage(msg.Data[1:])
+				return Message{LSN: alive.ServerWALEnd, ServerTime: alive.ServerTime,
+					Keepalive: true, ReplyRequested: alive.ReplyRequested}, err
+			case pglogrepl.XLogDataByteID:
+				x, err := pglogrepl.ParseXLogData(msg.Data[1:])
+				return Message{Data: x.WALData, LSN: x.WALStart, ServerTime: x.ServerTime}, err
+			}
+		}
+	}
+}
+
 // Confirm allows Postgres to forget everything that ends before lsn, and asks for an answer. It takes no
 // longer than patience.
 func Confirm(conn *pgconn.PgConn, lsn pglogrepl.LSN, patience time.Duration) error {
@@ -212,14 +295,14 @@ func (id *Identity) Descends(timeline int32) bool {
 	return ancestor || timeline == id.Timeline
 }
 
-// Continues says whether what was true at lsn of that database, on that timeline, is so here as well: this
-// is its server, or a descendant that split off no earlier.
-func (id *Identity) Continues(system string, database uint32, timeline int32, lsn pglogrepl.LSN) bool {
-	if system != id.System || database != id.Database {
+// Continues says whether what was true at lsn where the mark was made is so here as well: this is its
+// server, or a descendant that split off no earlier.
+func (id *Identity) Continues(m *Mark, lsn pglogrepl.LSN) bool {
+	if m.System != id.System || m.DatabaseOID != id.Database {
 		return false
 	}
-	end, ancestor := id.History[timeline]
-	return timeline == id.Timeline || ancestor && lsn <= end
+	end, ancestor := id.History[m.Timeline]
+	return m.Timeline == id.Timeline || ancestor && lsn <= end
 }
 
 // parseTimelineHistory reads a timeline history file: "<timeline>\t<LSN where it ended>\t<why>" per line.
@@ -270,4 +353,86 @@ func (p Position) Until(end pglogrepl.LSN) (held Position, whole bool) {
 		return p, true
 	}
 	return Position{End: min(p.End, end)}, false
+}
+
+// Mark is a position and whose it is, as JSON: what a consumer keeps together with what it made of the
+// stream, and goes on from when it starts again.
+type Mark struct {
+	System      string `json:"system_identifier"`
+	DatabaseOID uint32 `json:"database_oid"`
+	Timeline    int32  `json:"timeline"`
+	Slot        string `json:"slot"`
+	EndLSN      string `json:"end_lsn"`
+	CommitLSN   string `json:"commit_lsn,omitempty"` // of a transaction that was consumed in part
+	Rows        int64  `json:"rows,omitempty"`       // consumed of it
+}
+
+// Position is where the mark stands.
+func (m *Mark) Position() (p Position, err error) {
+	if p.End, err = pglogrepl.ParseLSN(m.EndLSN); err == nil && m.CommitLSN != "" {
+		p.Commit, err = pglogrepl.ParseLSN(m.CommitLSN)
+		p.Rows = m.Rows
+	}
+	return p, err
+}
+
+// Move sets the mark's position.
+func (m *Mark) Move(p Position) {
+	m.EndLSN, m.CommitLSN, m.Rows = p.End.String(), "", p.Rows
+	if p.Commit != 0 {
+		m.CommitLSN = p.Commit.String()
+	}
+}
+
+// Transactions follows the transactions of a stream, and tells what of them was consumed before.
+type Transactions struct {
+	from    Position
+	open    bool          // between BEGIN and COMMIT
+	commit  pglogrepl.LSN // of the last that began
+	covered int64         // rows of it that were consumed before: -1 means all
+	row     int64
+}
+
+// TransactionsFrom follows a stream that is consumed from a position on. It may begin earlier.
+func TransactionsFrom(p Position) Transactions { return Transactions{from: p} }
+
+// Open says whether one has begun and not ended.
+func (t *Transactions) Open() bool { return t.open }
+
+// CommitLSN is the last one's that began.
+func (t *Transactions) CommitLSN() pglogrepl.LSN { return t.commit }
+
+// Begin reads pgoutput's Begin message.
+func (t *Transactions) Begin(data []byte) error {
+	var m pglogrepl.BeginMessage
+	if err := m.Decode(data); err != nil {
+		return err
+	}
+	t.open, t.commit, t.row, t.covered = true, m.FinalLSN, 0, t.from.Covered(m.FinalLSN)
+	return nil
+}
+
+// Row counts a row of the open transaction, and says whether it was consumed before.
+func (t *Transactions) Row() (before bool) {
+	t.row++
+	return t.covered < 0 || t.row <= t.covered
+}
+
+// Inside is the position within the open transaction after its last row, when end is where the one before
+// ended.
+func (t *Transactions) Inside(end pglogrepl.LSN) Position {
+	return Position{End: end, Commit: t.commit, Rows: t.row}
+}
+
+// Commit reads pgoutput's Commit message, and says whether the whole transaction was consumed before.
+func (t *Transactions) Commit(data []byte) (m pglogrepl.CommitMessage, before bool, err error) {
+	if err := m.Decode(data); err != nil {
+		return m, false, err
+	}
+	if m.CommitLSN != t.commit {
+		return m, false, fmt.Errorf("transaction began with commit LSN %v and ended with %v",
+			t.commit, m.CommitLSN)
+	}
+	t.open = false
+	return m, t.covered < 0, nil
 }
