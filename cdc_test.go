@@ -34,6 +34,24 @@ import (
 	"wallet/internal/wal"
 )
 
+// TestKafkaRefusalsNameSettings: internal/kafka does not know how its fields are set here.
+func TestKafkaRefusalsNameSettings(t *testing.T) {
+	for want, cfg := range map[string]relayConfig{
+		"set KAFKA_TLS_CA to a file that can be read: ": {kafkaTLS: true, kafkaTLSCA: "absent"},
+		"set KAFKA_TLS_CERT and KAFKA_TLS_KEY to a certificate and its key: ": {
+			kafkaTLS: true, kafkaTLSCert: "absent", kafkaTLSKey: "absent"},
+	} {
+		_, err := kafka.Open(kafkaConfig(&cfg, nil))
+		if refusal, found := refusalIn(err); !found || !strings.HasPrefix(string(refusal), want) {
+			t.Errorf("%v, want %s", err, want)
+		}
+	}
+	names := kafkaConfig(&relayConfig{}, nil).Settings
+	if names.Checkpoints != "KAFKA_CHECKPOINT_TOPIC" || names.Retention != "KAFKA_RETENTION" {
+		t.Errorf("%+v", names)
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // On servers
 // ---------------------------------------------------------------------------------------------------------------------
