@@ -50,7 +50,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -58,21 +57,19 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wallet/internal/audit"
 	"wallet/internal/kafka"
 	"wallet/internal/metric"
+	"wallet/internal/wal"
 )
 
 const (
@@ -233,12 +230,21 @@ func (r *relay) enter(state string, args ...any) {
 	}
 }
 
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // lead waits for the slot, then publishes until something fails or ctx ends.
 func (r *relay) lead(ctx context.Context) error {
 	// Kafka first: a replica that cannot reach it must not hold the slot.
-	l := &leadership{relay: r,
-		mail: make(chan *batch, 1), ready: make(chan position), ended: make(chan error, 1)}
-	open := func() (*kafka.Client, error) { return openKafka(r.cfg, l.waitKafka) }
+	s := &stay{relay: r,
+		mail: make(chan *batch, 1), ready: make(chan wal.Position), ended: make(chan error, 1)}
+	open := func() (*kafka.Client, error) { return kafka.Open(kafkaConfig(r.cfg, s.waitKafka)) }
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
@@ -259,7 +265,7 @@ func (r *relay) lead(ctx context.Context) error {
 		defer cancel()
 		conn.Close(ctx)
 	}()
-	id.database = slot.databaseOID
+	id.Database = slot.Database
 
 	// Before anything is changed, and without fencing: is this the topics' database?
 	look := func() (*checkpoint, error) { return lastCheckpoint(k, r.cfg.kafkaCheckpointTopic) }
@@ -270,34 +276,32 @@ func (r *relay) lead(ctx context.Context) error {
 	if err := r.fits(ctx, last, id, k); err != nil {
 		return err
 	}
-	if last != nil && (r.adopting || id.continues(last, math.MaxUint64)) {
+	if last != nil && (r.adopting || id.Continues(&last.Mark, math.MaxUint64)) {
 		if err := r.checkTail(ctx, k); err != nil {
 			return err
 		}
 	}
 
-	l.k, l.conn, l.id, l.slot = k, conn, id, slot
-	if !slot.exists || slot.lost || uint64(slot.confirmed) == r.gap.Load() || r.adopting {
+	s.k, s.id = k, id
+	var past *pastLedger
+	if !slot.Exists || slot.Lost || uint64(slot.Confirmed) == r.gap.Load() || r.adopting {
 		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader
 		// comes here again.
-		if err := l.makeSlot(ctx); err != nil {
+		if past, err = r.makeSlot(ctx, conn, slot); err != nil {
 			return err
 		}
 	}
-	options := pglogrepl.StartReplicationOptions{
-		PluginArgs: []string{"proto_version '1'", "publication_names '" + publication + "'"}}
-	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything
-	// without an error.
-	err = pglogrepl.StartReplication(ctx, conn, r.cfg.replicationSlot, 0, options)
+	err = wal.Start(ctx, conn, r.cfg.replicationSlot, publication)
 	if err != nil {
-		l.forgetPast()
-		if sqlState(err) == "55006" {
+		past.forget()
+		if errors.Is(err, wal.ErrTaken) {
 			return errSlotTaken
 		}
 		return fmt.Errorf("start replication: %w", err)
 	}
 	r.takeovers.Add(1)
-	return l.run(ctx) // the slot is held: this replica leads
+	// The slot is held: this replica leads.
+	return newReceiver(s, conn).run(ctx, &publisher{stay: s, past: past})
 }
 
 // wayOutOfThePast is what to do when the topic knows more of the ledger than the ledger does.
@@ -306,7 +310,7 @@ const wayOutOfThePast = "Bring back the newer data. If they are lost, run `walle
 	"to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
-func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.Client) error {
+func (r *relay) fits(ctx context.Context, c *checkpoint, id wal.Identity, k *kafka.Client) error {
 	switch {
 	case c == nil:
 		return nil
@@ -316,7 +320,7 @@ func (r *relay) fits(ctx context.Context, c *checkpoint, id identity, k *kafka.C
 			"the whole ledger", r.cfg.kafkaTopic, k.Partitions(), c.Partitions)
 	case r.adopting:
 		return nil
-	case c.System == id.system && c.DatabaseOID == id.database && c.Slot == r.cfg.replicationSlot:
+	case c.System == id.System && c.DatabaseOID == id.Database && c.Slot == r.cfg.replicationSlot:
 		var flushed string // read after the checkpoint, which it can only be ahead of
 		var behind bool
 		err := r.db.QueryRow(ctx, `
@@ -325,22 +329,22 @@ SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn
 		if err != nil {
 			return fmt.Errorf("end of the WAL: %w", err)
 		}
-		if behind && c.Timeline == id.timeline {
+		if behind && c.Timeline == id.Timeline {
 			return refusef("topic %s follows this database to %s, and its WAL ends at %s: its data are "+
 				"those of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, c.EndLSN, flushed)
 		}
-		if _, ancestor := id.history[c.Timeline]; !ancestor && c.Timeline != id.timeline {
+		if !id.Descends(c.Timeline) {
 			return refusef("topic %s follows timeline %d of this database, and this server is on timeline "+
 				"%d, which does not descend from it: connect to the server that was promoted, or run "+
 				"`wallet -adopt` if this one was restored in its place",
-				r.cfg.kafkaTopic, c.Timeline, id.timeline)
+				r.cfg.kafkaTopic, c.Timeline, id.Timeline)
 		}
 		return nil
 	}
 	return refusef("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the "+
 		"same ledger, restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and "+
 		"KAFKA_CHECKPOINT_TOPIC to topics of its own",
-		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.system, id.database, r.cfg.replicationSlot)
+		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.System, id.Database, r.cfg.replicationSlot)
 }
 
 // checkTail checks that the ledger holds the last event of each partition, byte for byte. An event is
@@ -362,15 +366,15 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			return refusef("topic %s holds something else than this service's events (%v): set KAFKA_TOPIC "+
 				"to a topic of its own", r.cfg.kafkaTopic, err)
 		}
-		held, err := r.holdsEvent(ctx, walletID, seq, tail.Value)
+		held, err := holdsEvent(ctx, r.db, walletID, seq, tail.Value)
 		if err == nil && !held {
 			// Postgres sends a commit that still waits for a synchronous standby, and shows it only
 			// afterwards.
 			timed, cancel := context.WithTimeout(ctx, kafkaPatience)
-			err = awaitTransactions(timed, r.db)
+			err = wal.AwaitTransactions(timed, r.db)
 			cancel()
 			if err == nil {
-				held, err = r.holdsEvent(ctx, walletID, seq, tail.Value)
+				held, err = holdsEvent(ctx, r.db, walletID, seq, tail.Value)
 			}
 		}
 		if err != nil {
@@ -382,15 +386,6 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 		}
 	}
 	return nil
-}
-
-func (r *relay) holdsEvent(ctx context.Context, walletID, seq int64, payload []byte) (held bool, err error) {
-	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
-	err = readEntries(ctx, r.db, where, []any{walletID, seq}, func(e *entry) error {
-		held = bytes.Equal(appendEvent(nil, e), payload)
-		return nil
-	})
-	return held, err
 }
 
 // adopt is `wallet -adopt`: it makes this database the topics', by the recovery that a lost slot gets.
@@ -409,40 +404,13 @@ func adopt(ctx context.Context, cfg *relayConfig) error {
 // Postgres: slot and replication connection
 // ---------------------------------------------------------------------------------------------------------
 
-// slotState is the slot as Postgres shows it to everybody.
-type slotState struct {
-	exists, active, lost bool
-	confirmed            pglogrepl.LSN
-	databaseOID          uint32
-	serverVersion        int // as server_version_num: 180004
-}
-
-const querySlot = `
-SELECT s.slot_name IS NOT NULL, coalesce(s.active, false), coalesce(s.wal_status = 'lost', false),
-       coalesce(s.confirmed_flush_lsn::text, '0/0'),
-       coalesce(s.datoid <> d.oid, false), d.oid, current_setting('server_version_num')::int
-FROM pg_database d LEFT JOIN pg_replication_slots s ON s.slot_name = $1
-WHERE d.datname = current_database()`
-
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-}
-
-func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
+func (r *relay) readSlot(ctx context.Context, db wal.Querier) (wal.Slot, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
-	var s slotState
-	var confirmed string
-	var elsewhere bool
-	err := db.QueryRow(ctx, querySlot, r.cfg.replicationSlot).Scan(&s.exists, &s.active, &s.lost, &confirmed,
-		&elsewhere, &s.databaseOID, &s.serverVersion)
-	if err == nil && elsewhere {
+	s, err := wal.ReadSlot(ctx, db, r.cfg.replicationSlot)
+	if errors.Is(err, wal.ErrElsewhere) {
 		err = refusef("replication slot %s belongs to another database of this Postgres cluster: "+
 			"set REPLICATION_SLOT to a name of its own", r.cfg.replicationSlot)
-	}
-	if err == nil {
-		s.confirmed, err = pglogrepl.ParseLSN(confirmed)
 	}
 	if err != nil {
 		return s, fmt.Errorf("look at slot %s: %w", r.cfg.replicationSlot, err)
@@ -452,10 +420,10 @@ func (r *relay) readSlot(ctx context.Context, db querier) (slotState, error) {
 
 // awaitSlot stands by until nobody holds the slot. It touches nothing: a standby that made a producer would
 // fence a healthy leader.
-func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
+func (r *relay) awaitSlot(ctx context.Context) (wal.Slot, error) {
 	for {
 		s, err := r.readSlot(ctx, r.db)
-		if err != nil || !s.active {
+		if err != nil || !s.Active {
 			return s, err
 		}
 		if r.adopting {
@@ -469,199 +437,113 @@ func (r *relay) awaitSlot(ctx context.Context) (slotState, error) {
 	}
 }
 
-// identity is which history of which database the WAL positions belong to.
-type identity struct {
-	system   string
-	database uint32
-	timeline int32
-	// history gives where each former timeline ended: empty on the first one.
-	history map[int32]pglogrepl.LSN
-}
-
-// continues says whether what a checkpoint said at lsn holds here as well: this is its server, or a
-// descendant that split off no earlier.
-func (id *identity) continues(c *checkpoint, lsn pglogrepl.LSN) bool {
-	if c.System != id.system || c.DatabaseOID != id.database {
-		return false
-	}
-	end, ancestor := id.history[c.Timeline]
-	return c.Timeline == id.timeline || ancestor && lsn <= end
-}
-
 // connect opens the replication connection. From START_REPLICATION on one goroutine owns it.
-func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, identity, error) {
+func (r *relay) connect(ctx context.Context) (*pgconn.PgConn, wal.Identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, walSenderTimeout)
 	defer cancel()
-	var id identity
-	cfg, err := pgconn.ParseConfig(r.cfg.replicationURL)
-	if err != nil {
-		return nil, id, err
-	}
-	cfg.RuntimeParams["replication"] = "database"
-	cfg.RuntimeParams["application_name"] = "wallet relay"
-	cfg.RuntimeParams["options"] = strings.TrimSpace(fmt.Sprintf("%s -c wal_sender_timeout=%dms",
-		cfg.RuntimeParams["options"], walSenderTimeout.Milliseconds()))
-	conn, err := pgconn.ConnectConfig(ctx, cfg)
-	if err != nil {
-		return nil, id, err
-	}
-	sys, err := pglogrepl.IdentifySystem(ctx, conn)
-	if err == nil && sys.Timeline > 1 {
-		var file pglogrepl.TimelineHistoryResult
-		if file, err = pglogrepl.TimelineHistory(ctx, conn, sys.Timeline); err == nil {
-			id.history, err = parseTimelineHistory(file.Content)
-		}
-	}
-	if err != nil {
-		conn.Close(ctx)
-		return nil, id, err
-	}
-	id.system, id.timeline = sys.SystemID, sys.Timeline
-	return conn, id, nil
-}
-
-// parseTimelineHistory reads a timeline history file: "<timeline>\t<LSN where it ended>\t<why>" per line.
-func parseTimelineHistory(file []byte) (map[int32]pglogrepl.LSN, error) {
-	history := make(map[int32]pglogrepl.LSN)
-	for line := range strings.Lines(string(file)) {
-		fields := strings.Fields(line)
-		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
-			continue
-		}
-		timeline, err := strconv.ParseInt(fields[0], 10, 32)
-		if err != nil || len(fields) < 2 {
-			return nil, fmt.Errorf("timeline history: %.100q", line)
-		}
-		end, err := pglogrepl.ParseLSN(fields[1])
-		if err != nil {
-			return nil, fmt.Errorf("timeline history: %w", err)
-		}
-		history[int32(timeline)] = end
-	}
-	return history, nil
+	return wal.Connect(ctx, r.cfg.replicationURL, "wallet relay", walSenderTimeout)
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Leading
 // ---------------------------------------------------------------------------------------------------------
 
-// position is how far the stream of outbox rows has got: all transactions that end at or before end and, if
-// commit is not zero, the first rows of the one that commits there. A transaction's end is exclusive: the
-// next COMMIT may start there.
-type position struct {
-	end    pglogrepl.LSN
-	commit pglogrepl.LSN
-	rows   int64
-}
-
-// covered tells how many rows of the transaction that commits at commit were published: -1 means all of them.
-func (p position) covered(commit pglogrepl.LSN) int64 {
-	switch {
-	case commit < p.end: // not <=: a transaction that starts where the last one ended is a new one
-		return -1
-	case commit == p.commit:
-		return p.rows
-	}
-	return 0
-}
-
 // batch is what one Kafka transaction carries: events, and where the checkpoint stands after them. One
 // without events moves only the checkpoint, one without a position only publishes.
 type batch struct {
 	events      []event
 	bytes       int
-	upTo        position
+	upTo        wal.Position
 	committedAt time.Time     // of the last commit, by Postgres' clock
 	since       time.Duration // since born: when its first commit was, or 0 without events
 }
 
-// leadership is one stay in office. Two goroutines: run owns the replication connection, publish the
-// producer. They share the mail and published; nothing of it outlives the stay.
-type leadership struct {
+// stay is one stay in office, as far as its two goroutines share it: the receiver, which keeps the slot, and
+// the publisher, which keeps the producer. Nothing of it outlives the stay.
+type stay struct {
 	*relay
-	k    *kafka.Client
-	conn *pgconn.PgConn
-	id   identity
-	slot slotState
-	past *pgx.Conn     // when the slot was made by us: the ledger as of at
-	at   pglogrepl.LSN // where such a slot begins
+	k  *kafka.Client // both may use it at once
+	id wal.Identity  // neither changes it
 
-	// mail holds at most one batch. run takes an unread one back to add to it: that is how Kafka
+	// mail holds at most one batch. The receiver takes an unread one back to add to it: that is how Kafka
 	// transactions grow under load and stay small when idle.
 	mail  chan *batch
-	ready chan position // publish's first word: where to go on from
-	ended chan error    // publish's last
+	ready chan wal.Position // the publisher's first word: where to go on from
+	ended chan error        // its last
 
 	published atomic.Uint64           // end LSN: committed in Kafka, checkpoint included
-	waiting   atomic.Int64            // since when publish has been waiting for Kafka: ns since born, or 0
+	waiting   atomic.Int64            // since when the publisher waits for Kafka: ns since born, or 0
 	horizon   atomic.Pointer[horizon] // a new one, for the next checkpoint
+}
 
-	// run's own.
-	from       position // what was published before this stay
+// receiver is the goroutine that owns the replication connection: it receives, decodes, hands batches over
+// and confirms what was published.
+type receiver struct {
+	*stay
+	conn *pgconn.PgConn
+	tick *time.Ticker // for a status while it waits for the publisher
+
 	received   pglogrepl.LSN
-	handed     pglogrepl.LSN // end of the last whole transaction given to publish
 	confirmed  pglogrepl.LSN
-	serverTime time.Time // Postgres', when it sent the last message
-	txBegun    bool      // between BEGIN and COMMIT
-	txCommit   pglogrepl.LSN
-	txCovered  int64 // rows of it that were published before: -1 all
-	txRow      int64
-	building   *batch
-	relations  map[uint32]*outboxColumns
-	handedAt   time.Time
+	heard      time.Time // when the last message came, by our clock
+	serverTime time.Time // when Postgres sent it, by its own
 
-	// publish's own.
-	producer *kafka.Producer
-	records  []eventRecord // of the transaction under way
-	messages []*kafka.Message
-	last     checkpoint // as last committed, or as found
-	ticket   ticket     // for the cache
+	relations outboxRelations
+	tx        wal.Transactions
+
+	building *batch
+	handed   pglogrepl.LSN // end of the last whole transaction given to the publisher
+	handedAt time.Time
+}
+
+func newReceiver(s *stay, conn *pgconn.PgConn) *receiver {
+	return &receiver{stay: s, conn: conn, tick: time.NewTicker(statusInterval),
+		relations: make(outboxRelations), building: new(batch)}
 }
 
 // run keeps the slot: it receives, sends a status every second whatever Kafka does, and gives up when
-// either side is silent.
-func (l *leadership) run(ctx context.Context) error {
-	// publish is to finish its transaction when ctx ends, and to stop when we leave.
+// either side is silent. Meanwhile p publishes.
+func (r *receiver) run(ctx context.Context, p *publisher) error {
+	defer r.tick.Stop()
+	// The publisher is to finish its transaction when ctx ends, and to stop when we leave.
 	publishing, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	receiving, wake := context.WithCancel(ctx)
 	defer wake()
 	go func() {
-		err := l.publish(publishing)
-		l.ended <- err
+		err := p.run(publishing)
+		r.ended <- err
 		wake()
 	}()
 
-	l.received = l.at
-	tick := time.NewTicker(statusInterval)
-	defer tick.Stop()
+	var from wal.Position // what was published before this stay
 	for started := false; !started; {
 		select {
-		case l.from = <-l.ready:
-			l.received = l.from.end
-			l.published.Store(uint64(l.from.end))
+		case from = <-r.ready:
+			r.received = from.End
+			r.published.Store(uint64(from.End))
 			started = true
-		case err := <-l.ended:
+		case err := <-r.ended:
 			return err
-		case <-tick.C:
-			if err := l.sendStatus(); err != nil {
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
 				return err
 			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	if l.adopting {
+	if r.adopting {
 		return nil
 	}
-	l.handed, l.relations, l.building = l.from.end, make(map[uint32]*outboxColumns), new(batch)
-	l.enter("leader", "from", l.from.end, "timeline", l.id.timeline)
-	go l.keepOutbox(publishing)
-	go l.keepHorizon(publishing)
+	r.handed, r.tx = from.End, wal.TransactionsFrom(from)
+	r.enter("leader", "from", from.End, "timeline", r.id.Timeline)
+	go r.keepOutbox(publishing)
+	go r.keepHorizon(publishing)
 
-	err := l.receive(receiving, tick)
+	err := r.receive(receiving)
 	select {
-	case err = <-l.ended:
+	case err = <-r.ended:
 		return err
 	default:
 		if ctx.Err() == nil {
@@ -669,18 +551,18 @@ func (l *leadership) run(ctx context.Context) error {
 		}
 	}
 	// Shutdown: publish what was handed over, confirm it, go.
-	close(l.mail)
+	close(r.mail)
 	deadline := time.After(drainPatience)
 	for {
 		select {
-		case err := <-l.ended:
+		case err := <-r.ended:
 			if err == nil {
-				err = l.sendStatus()
+				err = r.sendStatus()
 			}
-			slog.Info("relay drained", "confirmed", l.confirmed, "error", err)
+			slog.Info("relay drained", "confirmed", r.confirmed, "error", err)
 			return err
-		case <-tick.C:
-			if err := l.sendStatus(); err != nil {
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
 				return err
 			}
 		case <-deadline:
@@ -689,190 +571,135 @@ func (l *leadership) run(ctx context.Context) error {
 	}
 }
 
-// receive reads from the slot and hands batches to publish, until ctx ends or something fails.
-func (l *leadership) receive(ctx context.Context, tick *time.Ticker) error {
+// receive reads from the slot and hands batches to the publisher, until ctx ends or something fails.
+func (r *receiver) receive(ctx context.Context) error {
 	// One deadline for all messages until the next status, rather than a context that pgx would have to
 	// watch for each.
-	socket := l.conn.Conn()
+	socket := r.conn.Conn()
 	defer context.AfterFunc(ctx, func() { _ = socket.SetReadDeadline(time.Unix(1, 0)) })()
-	for heard := time.Now(); ; {
+	r.heard = time.Now()
+	for {
 		_ = socket.SetReadDeadline(time.Now().Add(statusInterval))
 		for ctx.Err() == nil {
-			msg, err := l.conn.ReceiveMessage(context.Background())
+			m, err := wal.Next(r.conn)
 			if pgconn.Timeout(err) {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("replication connection: %w", err)
+				return err
 			}
-			heard = time.Now()
-			blocked, err := l.take(ctx, msg, tick)
-			if blocked {
-				heard = time.Now()
-			}
-			if err != nil {
+			r.heard = time.Now()
+			if err := r.take(ctx, m); err != nil {
 				return err
 			}
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if time.Since(heard) > postgresPatience {
+		if time.Since(r.heard) > postgresPatience {
 			return errPostgresSilent
 		}
-		if err := l.sendStatus(); err != nil {
+		if err := r.sendStatus(); err != nil {
 			return err
 		}
 	}
 }
 
 // take handles one message of the replication stream.
-func (l *leadership) take(ctx context.Context, msg pgproto3.BackendMessage, tick *time.Ticker) (
-	blocked bool, err error) {
-	data, ok := msg.(*pgproto3.CopyData)
-	if !ok {
-		if e, isError := msg.(*pgproto3.ErrorResponse); isError {
-			return false, fmt.Errorf("replication stream: %w", pgconn.ErrorResponseToPgError(e))
-		}
-		return false, nil
-	}
-	switch data.Data[0] {
-	case pglogrepl.PrimaryKeepaliveMessageByteID:
-		alive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data.Data[1:])
-		if err != nil {
-			return false, err
-		}
-		l.received = max(l.received, alive.ServerWALEnd)
-		if err := l.hear(alive.ServerTime); err != nil {
-			return false, err
-		}
-		l.idle(alive)
-		return false, nil
-	case pglogrepl.XLogDataByteID:
-		x, err := pglogrepl.ParseXLogData(data.Data[1:])
-		if err != nil {
-			return false, err
-		}
-		l.received = max(l.received, x.WALStart)
-		if err := l.hear(x.ServerTime); err != nil {
-			return false, err
-		}
-		return l.decode(ctx, x.WALData, tick)
-	}
-	return false, nil
-}
-
-// hear notes the server's time. Postgres counts wal_sender_timeout by its clock: after a step back it would
-// wait for as long as the step before it took the slot from a leader that has gone silent. On a new
-// connection it counts anew.
-func (l *leadership) hear(serverTime time.Time) error {
-	if serverTime.Before(l.serverTime.Add(-statusInterval)) {
+func (r *receiver) take(ctx context.Context, m wal.Message) error {
+	r.received = max(r.received, m.LSN)
+	// Postgres counts wal_sender_timeout by its clock: after a step back it would wait for as long as the
+	// step before it took the slot from a leader that has gone silent. On a new connection it counts anew.
+	if m.ServerTime.Before(r.serverTime.Add(-statusInterval)) {
 		return errClockBack
 	}
-	l.serverTime = serverTime
-	return nil
+	r.serverTime = m.ServerTime
+	if m.Keepalive {
+		r.idle(m)
+		return nil
+	}
+	return r.decode(ctx, m.Data)
 }
 
 // idle moves the checkpoint over WAL that holds no event, so that a quiet outbox in a busy database does
 // not keep it for ever. The WAL's end may be passed only while nothing received is unpublished; and the
 // checkpoint goes first, Postgres hears of it after. At once if Postgres asks, which it does when it cannot
 // shut down before it is confirmed.
-func (l *leadership) idle(alive pglogrepl.PrimaryKeepaliveMessage) {
-	end := max(alive.ServerWALEnd, l.handed)
-	if end == l.handed && l.horizon.Load() == nil {
+func (r *receiver) idle(alive wal.Message) {
+	end := max(alive.LSN, r.handed)
+	if end == r.handed && r.horizon.Load() == nil {
 		return // nothing new
 	}
-	due := time.Since(l.handedAt) >= idleInterval || alive.ReplyRequested
-	if l.txBegun || l.published.Load() != uint64(l.handed) || !due {
+	due := time.Since(r.handedAt) >= idleInterval || alive.ReplyRequested
+	if r.tx.Open() || r.published.Load() != uint64(r.handed) || !due {
 		return
 	}
-	l.handed, l.handedAt = end, time.Now()
-	l.mail <- &batch{upTo: position{end: end}} // empty: all that was handed is published
+	r.handed, r.handedAt = end, time.Now()
+	r.mail <- &batch{upTo: wal.Position{End: end}} // empty: all that was handed is published
 }
 
 // decode handles one message of pgoutput, protocol version 1:
 // https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
-func (l *leadership) decode(ctx context.Context, data []byte, tick *time.Ticker) (blocked bool, err error) {
+func (r *receiver) decode(ctx context.Context, data []byte) error {
 	switch pglogrepl.MessageType(data[0]) {
 	case pglogrepl.MessageTypeInsert:
-		return l.insert(ctx, data[1:], tick)
+		return r.insert(ctx, data[1:])
 	case pglogrepl.MessageTypeBegin:
-		var m pglogrepl.BeginMessage
-		if err := m.Decode(data[1:]); err != nil {
-			return false, err
-		}
-		l.txBegun, l.txCommit, l.txRow, l.txCovered = true, m.FinalLSN, 0, l.from.covered(m.FinalLSN)
+		return r.tx.Begin(data[1:])
 	case pglogrepl.MessageTypeCommit:
-		var m pglogrepl.CommitMessage
-		if err := m.Decode(data[1:]); err != nil {
-			return false, err
+		m, before, err := r.tx.Commit(data[1:])
+		if err != nil || before {
+			return err
 		}
-		if m.CommitLSN != l.txCommit {
-			return false, fmt.Errorf("transaction began with commit LSN %v and ended with %v",
-				l.txCommit, m.CommitLSN)
+		r.building.upTo, r.building.committedAt = wal.Position{End: m.TransactionEndLSN}, m.CommitTime
+		if r.building.since == 0 { // both times are by Postgres' clock
+			r.building.since = max(1, r.age()-max(0, r.serverTime.Sub(m.CommitTime)))
 		}
-		l.txBegun = false
-		if l.txCovered < 0 {
-			return false, nil // the checkpoint is past it
-		}
-		l.building.upTo, l.building.committedAt = position{end: m.TransactionEndLSN}, m.CommitTime
-		if l.building.since == 0 { // both times are by Postgres' clock
-			l.building.since = max(1, l.age()-max(0, l.serverTime.Sub(m.CommitTime)))
-		}
-		l.handed = m.TransactionEndLSN
-		l.received = max(l.received, l.handed)
-		return l.hand(ctx, tick)
+		r.handed = m.TransactionEndLSN
+		r.received = max(r.received, r.handed)
+		return r.hand(ctx)
 	case pglogrepl.MessageTypeRelation:
-		var m pglogrepl.RelationMessage
-		if err := m.Decode(data[1:]); err != nil {
-			return false, err
-		}
-		l.relations[m.RelationID] = newOutboxColumns(&m)
+		return r.relations.add(data[1:])
 	}
-	return false, nil
+	return nil
 }
 
 // insert adds an outbox row to the batch. A transaction of any size passes through in pieces of
 // batchEventsMax rows.
-func (l *leadership) insert(ctx context.Context, data []byte, tick *time.Ticker) (blocked bool, err error) {
-	if !l.txBegun {
-		return false, errors.New("outbox row outside a transaction")
+func (r *receiver) insert(ctx context.Context, data []byte) error {
+	if !r.tx.Open() {
+		return errors.New("outbox row outside a transaction")
 	}
-	l.txRow++
-	if l.txCovered < 0 || l.txRow <= l.txCovered {
-		l.skipped.Add(1)
-		return false, nil
+	if before := r.tx.Row(); before {
+		r.skipped.Add(1)
+		return nil
 	}
-	if len(data) < 7 || data[4] != 'N' {
-		return false, fmt.Errorf("malformed insert of %d bytes", len(data))
-	}
-	columns := l.relations[binary.BigEndian.Uint32(data)]
-	if columns == nil {
-		return false, refusef("publication %s holds more than the outbox: remove the other tables from it",
+	e, err := r.relations.decode(data)
+	if errors.Is(err, errNotOutbox) {
+		return refusef("publication %s holds more than the outbox: remove the other tables from it",
 			publication)
 	}
-	e, err := columns.decode(data[5:])
 	if err != nil {
-		return false, err
+		return err
 	}
-	e.commitLSN = l.txCommit
-	b := l.building
+	e.commitLSN = r.tx.CommitLSN()
+	b := r.building
 	b.events, b.bytes = append(b.events, e), b.bytes+len(e.payload)
 	if len(b.events) < batchEventsMax && b.bytes < batchBytesMax {
-		return false, nil
+		return nil
 	}
-	b.upTo = position{end: l.handed, commit: l.txCommit, rows: l.txRow}
-	return l.hand(ctx, tick)
+	b.upTo = r.tx.Inside(r.handed)
+	return r.hand(ctx)
 }
 
-// hand gives the batch to publish, together with one that still waits there. It blocks while publish has a
-// full batch waiting, and goes on sending status meanwhile: a slow Kafka must not cost the slot.
-func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool, err error) {
-	b := l.building
-	l.building = new(batch)
-	l.handedAt = time.Now()
+// hand gives the batch to the publisher, together with one that still waits there. It blocks while a full
+// batch waits, and goes on sending status meanwhile: a slow Kafka must not cost the slot.
+func (r *receiver) hand(ctx context.Context) error {
+	b := r.building
+	r.building = new(batch)
+	r.handedAt = time.Now()
 	select {
-	case waiting := <-l.mail:
+	case waiting := <-r.mail:
 		if len(waiting.events)+len(b.events) <= batchEventsMax && waiting.bytes+b.bytes <= batchBytesMax {
 			waiting.events, waiting.bytes = append(waiting.events, b.events...), waiting.bytes+b.bytes
 			waiting.upTo, waiting.since = b.upTo, cmp.Or(waiting.since, b.since)
@@ -881,135 +708,51 @@ func (l *leadership) hand(ctx context.Context, tick *time.Ticker) (blocked bool,
 			}
 			b = waiting
 		} else {
-			l.mail <- waiting
+			r.mail <- waiting
 		}
 	default:
 	}
 	for {
 		select {
-		case l.mail <- b:
-			return blocked, nil
-		case <-tick.C:
-			blocked = true
-			if err := l.sendStatus(); err != nil {
-				return blocked, err
+		case r.mail <- b:
+			return nil
+		case <-r.tick.C:
+			if err := r.sendStatus(); err != nil {
+				return err
 			}
+			r.heard = time.Now() // it is not Postgres that is silent: nobody listens
 		case <-ctx.Done():
-			return blocked, ctx.Err()
+			return ctx.Err()
 		}
 	}
 }
 
-// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when publish has
-// waited too long.
-func (l *leadership) sendStatus() error {
-	if since := l.waiting.Load(); since != 0 && l.age()-time.Duration(since) > kafkaPatience {
+// sendStatus keeps the slot, confirms what was published, and asks for an answer. It fails when the
+// publisher has waited too long.
+func (r *receiver) sendStatus() error {
+	if since := r.waiting.Load(); since != 0 && r.age()-time.Duration(since) > kafkaPatience {
 		return errKafkaSilent
 	}
 	// Before the start is settled this is 0, which confirms nothing.
-	published := pglogrepl.LSN(l.published.Load())
-	if published < l.confirmed || published > l.received {
+	published := pglogrepl.LSN(r.published.Load())
+	if published < r.confirmed || published > r.received {
 		panic(fmt.Sprintf("confirmed %v <= published %v <= received %v does not hold",
-			l.confirmed, published, l.received))
+			r.confirmed, published, r.received))
 	}
-	l.confirmed = published // from here on Postgres may forget everything that ends before
-	ctx, cancel := context.WithTimeout(context.Background(), postgresPatience)
-	defer cancel()
-	_ = l.conn.Conn().SetWriteDeadline(time.Now().Add(postgresPatience))
-	// All three positions: pglogrepl copies the first into those that are zero.
-	status := pglogrepl.StandbyStatusUpdate{WALWritePosition: published, WALFlushPosition: published,
-		WALApplyPosition: published, ReplyRequested: true}
-	if err := pglogrepl.SendStandbyStatusUpdate(ctx, l.conn, status); err != nil {
-		return fmt.Errorf("confirm %v: %w", published, err)
-	}
-	return nil
+	r.confirmed = published // from here on Postgres may forget everything that ends before
+	return wal.Confirm(r.conn, published, postgresPatience)
 }
 
 // keepOutbox drops old partitions of the outbox while this replica leads, since it knows what was published.
-func (l *leadership) keepOutbox(ctx context.Context) {
+func (s *stay) keepOutbox(ctx context.Context) {
 	closed := make(map[string]pglogrepl.LSN)
 	for sleep(ctx, time.Minute) == nil {
-		published := pglogrepl.LSN(l.published.Load())
-		err := dropOutboxPartitions(ctx, l.db, l.cfg.outboxRetention, closed, published)
+		published := pglogrepl.LSN(s.published.Load())
+		err := dropOutboxPartitions(ctx, s.db, s.cfg.outboxRetention, closed, published)
 		if err != nil && ctx.Err() == nil {
 			slog.Warn("outbox partitions not dropped, will try again", "error", err)
 		}
 	}
-}
-
-// outboxColumns tells where in a row the columns are that make an event.
-type outboxColumns struct {
-	walletID, seq, payload, traceparent int
-
-	room []byte // for copies
-}
-
-// copy copies a value into room that it shares with its neighbours: one allocation for many rows.
-func (c *outboxColumns) copy(value []byte) []byte {
-	if len(value) > cap(c.room)-len(c.room) {
-		c.room = make([]byte, 0, max(64<<10, len(value)))
-	}
-	start := len(c.room)
-	c.room = append(c.room, value...)
-	return c.room[start:len(c.room):len(c.room)]
-}
-
-// newOutboxColumns returns nil for another table: Postgres describes the partitions, too, though rows come
-// under the root's name.
-func newOutboxColumns(m *pglogrepl.RelationMessage) *outboxColumns {
-	at := func(name string) int {
-		return slices.IndexFunc(m.Columns, func(c *pglogrepl.RelationMessageColumn) bool {
-			return c.Name == name
-		})
-	}
-	c := &outboxColumns{walletID: at("aggregate_id"), seq: at("seq"), payload: at("payload"),
-		traceparent: at("traceparent")}
-	if m.RelationName != "outbox" || min(c.walletID, c.seq, c.payload, c.traceparent) < 0 {
-		return nil
-	}
-	return c
-}
-
-// decode reads a row's TupleData. It copies what it keeps: data is the connection's buffer.
-func (c *outboxColumns) decode(data []byte) (e event, err error) {
-	if len(data) < 2 {
-		return e, errors.New("outbox row ends early")
-	}
-	n := int(binary.BigEndian.Uint16(data))
-	data = data[2:]
-	for i := range n {
-		if len(data) < 1 {
-			return e, errors.New("outbox row ends early")
-		}
-		kind := data[0]
-		data = data[1:]
-		if kind != pglogrepl.TupleDataTypeText {
-			continue // null: traceparent alone may be
-		}
-		if len(data) < 4 || uint64(len(data)-4) < uint64(binary.BigEndian.Uint32(data)) {
-			return e, errors.New("outbox row ends early")
-		}
-		size := binary.BigEndian.Uint32(data)
-		value := data[4 : 4+size]
-		data = data[4+size:]
-		switch i {
-		case c.walletID:
-			e.walletID, err = strconv.ParseInt(string(value), 10, 64)
-		case c.seq:
-			e.seq, err = strconv.ParseInt(string(value), 10, 64)
-		case c.payload:
-			e.payload = c.copy(value)
-		case c.traceparent:
-			e.traceparent = string(value)
-		}
-		if err != nil {
-			return e, fmt.Errorf("outbox row: %w", err)
-		}
-	}
-	if e.walletID == 0 || e.seq == 0 || len(e.payload) == 0 {
-		return e, errors.New("outbox row without wallet, seq or payload")
-	}
-	return e, nil
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1018,60 +761,58 @@ func (c *outboxColumns) decode(data []byte) (e event, err error) {
 
 // checkpoint is the last record of its topic, written in the same Kafka transaction as the events it covers.
 type checkpoint struct {
-	System      string    `json:"system_identifier"`
-	DatabaseOID uint32    `json:"database_oid"`
-	Timeline    int32     `json:"timeline"`
-	Slot        string    `json:"slot"`
-	EndLSN      string    `json:"end_lsn"`
-	CommitLSN   string    `json:"commit_lsn,omitempty"` // of a transaction that is published in part
-	Rows        int64     `json:"rows,omitempty"`       // published of it
-	Partitions  int32     `json:"partitions"`           // of the events topic
-	Events      int64     `json:"events"`               // published in all
-	CommittedAt time.Time `json:"committed_at"`         // of the last published commit, by Postgres' clock
-	WrittenAt   time.Time `json:"written_at"`           // by the relay's
-	Horizon     *horizon  `json:"horizon,omitempty"`    // where a recovery may begin; nil is the beginning
+	wal.Mark              // how far the events were published
+	Partitions  int32     `json:"partitions"`        // of the events topic
+	Events      int64     `json:"events"`            // published in all
+	CommittedAt time.Time `json:"committed_at"`      // of the last published commit, by Postgres' clock
+	WrittenAt   time.Time `json:"written_at"`        // by the relay's
+	Horizon     *horizon  `json:"horizon,omitempty"` // where a recovery may begin; nil is the beginning
 }
 
-func (c *checkpoint) position() (p position, err error) {
-	if p.end, err = pglogrepl.ParseLSN(c.EndLSN); err == nil && c.CommitLSN != "" {
-		p.commit, err = pglogrepl.ParseLSN(c.CommitLSN)
-		p.rows = c.Rows
-	}
-	return p, err
+// publisher is the goroutine that owns the producer: it recovers what is missing, then publishes what the
+// receiver hands over, in Kafka transactions that carry the checkpoint.
+type publisher struct {
+	*stay
+	past *pastLedger // when the slot was made by this replica, until it has recovered
+
+	producer *kafka.Producer
+	records  eventRecords // of the transaction under way
+	last     checkpoint   // as last committed, or as found
+	ticket   ticket       // for the cache
 }
 
-// publish settles where to go on from, then publishes what run hands over. Any error ends the stay: a
+// run settles where to go on from, then publishes what the receiver hands over. Any error ends the stay: a
 // transaction whose outcome is unknown must not be repeated, aborted or followed, only looked up by the
 // next start.
-func (l *leadership) publish(ctx context.Context) error {
-	defer l.forgetPast()
-	if err := l.waitKafka(l.fence); err != nil {
+func (p *publisher) run(ctx context.Context) error {
+	defer p.past.forget()
+	if err := p.waitKafka(p.fence); err != nil {
 		return err
 	}
-	from, err := l.settle(ctx)
+	from, err := p.settle(ctx)
 	if err != nil {
 		return err
 	}
 	// A connection of the pool that answers now belongs to the same life of the database as ours: so do the
 	// events.
-	if err := l.db.Ping(ctx); err != nil {
+	if err := p.db.Ping(ctx); err != nil {
 		return err
 	}
-	l.ticket = l.cache.ticket()
-	l.ticket.early = true
+	p.ticket = p.cache.ticket()
+	p.ticket.early = true
 	select {
-	case l.ready <- from:
+	case p.ready <- from:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	for {
 		select {
-		case b, more := <-l.mail:
+		case b, more := <-p.mail:
 			if !more {
 				return nil
 			}
 			began := time.Now()
-			if err := l.commit(b); err != nil {
+			if err := p.commit(b); err != nil {
 				return err
 			}
 			if len(b.events) < batchEventsMax/2 {
@@ -1083,115 +824,112 @@ func (l *leadership) publish(ctx context.Context) error {
 	}
 }
 
-// waitKafka marks the time that op takes as waiting for Kafka, which run limits. Within another wait it is
-// part of that one.
-func (l *leadership) waitKafka(op func() error) error {
-	if !l.waiting.CompareAndSwap(0, max(1, int64(l.age()))) {
+// waitKafka marks the time that op takes as waiting for Kafka, which the receiver limits. Within another wait
+// it is part of that one.
+func (s *stay) waitKafka(op func() error) error {
+	if !s.waiting.CompareAndSwap(0, max(1, int64(s.age()))) {
 		return op()
 	}
-	defer l.waiting.Store(0)
+	defer s.waiting.Store(0)
 	return op()
 }
 
 // fence makes the producer: from here on no former leader can publish, and what it last tried is committed
 // or aborted. It is called here only, after the slot was taken: one made "to be safe" by a leader that had
 // lost it would fence its successor.
-func (l *leadership) fence() error {
-	c, err := lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
-	if err == nil && c != nil && c.System != l.id.system { // adopting
-		if _, err := l.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
+func (p *publisher) fence() error {
+	c, err := lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+	if err == nil && c != nil && c.System != p.id.System { // adopting
+		if _, err := p.k.NewProducer(transactionalID(c.System, c.Slot)); err != nil {
 			return fmt.Errorf("fence the former database's relay: %w", err)
 		}
 	}
-	if l.producer, err = l.k.NewProducer(transactionalID(l.id.system, l.cfg.replicationSlot)); err != nil {
+	if p.producer, err = p.k.NewProducer(transactionalID(p.id.System, p.cfg.replicationSlot)); err != nil {
 		return fmt.Errorf("producer: %w", err)
 	}
 	return nil
 }
 
 // settle reads the checkpoint, which is final now, and finds where to go on from; a gap is filled first.
-func (l *leadership) settle(ctx context.Context) (from position, err error) {
+func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	var found *checkpoint
-	err = l.waitKafka(func() (err error) {
-		found, err = lastCheckpoint(l.k, l.cfg.kafkaCheckpointTopic)
+	err = p.waitKafka(func() (err error) {
+		found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
 		return err
 	})
 	if err != nil {
 		return from, fmt.Errorf("read checkpoint: %w", err)
 	}
-	if err := l.fits(ctx, found, l.id, l.k); err != nil {
+	if err := p.fits(ctx, found, p.id, p.k); err != nil {
 		return from, err
 	}
 	if found != nil {
-		l.last = *found
-		if from, err = found.position(); err != nil {
+		p.last = *found
+		if from, err = found.Position(); err != nil {
 			return from, fmt.Errorf("checkpoint: %w", err)
 		}
-		if !l.holds(found) {
-			l.last.Horizon = nil
+		if !p.holds(found) {
+			p.last.Horizon = nil
 		}
 	}
-	l.last.System, l.last.DatabaseOID = l.id.system, l.id.database
-	l.last.Slot, l.last.Partitions = l.cfg.replicationSlot, l.k.Partitions()
-	if l.past != nil {
-		err := l.recover(ctx)
-		l.forgetPast() // its snapshot keeps vacuum from cleaning up
-		return position{end: l.at}, err
+	p.last.System, p.last.DatabaseOID = p.id.System, p.id.Database
+	p.last.Slot, p.last.Partitions = p.cfg.replicationSlot, p.k.Partitions()
+	if p.past != nil {
+		err := p.recover(ctx)
+		p.past.forget() // its snapshot keeps vacuum from cleaning up
+		return wal.Position{End: p.past.at}, err
 	}
-	if end, changed := l.id.history[l.last.Timeline]; changed && l.last.Timeline != l.id.timeline {
+	if end, changed := p.id.History[p.last.Timeline]; changed && p.last.Timeline != p.id.Timeline {
 		from = switchTimeline(from, end)
 	}
-	l.last.Timeline = l.id.timeline
+	p.last.Timeline = p.id.Timeline
 	// The checkpoint is always at or past what was confirmed, since it moves first.
-	slot, err := l.readSlot(ctx, l.db)
+	slot, err := p.readSlot(ctx, p.db)
 	if err != nil {
 		return from, err
 	}
-	if from.end < slot.confirmed {
-		l.gap.Store(uint64(slot.confirmed))
-		return from, fmt.Errorf("%w (checkpoint %v, slot %v)", errGap, from.end, slot.confirmed)
+	if from.End < slot.Confirmed {
+		p.gap.Store(uint64(slot.Confirmed))
+		return from, fmt.Errorf("%w (checkpoint %v, slot %v)", errGap, from.End, slot.Confirmed)
 	}
 	return from, nil
 }
 
 // holds says whether a checkpoint's horizon holds here.
-func (l *leadership) holds(c *checkpoint) bool {
-	if c.Horizon == nil || l.adopting || len(c.Horizon.Offsets) != int(l.k.Partitions()) {
+func (p *publisher) holds(c *checkpoint) bool {
+	if c.Horizon == nil || p.adopting || len(c.Horizon.Offsets) != int(p.k.Partitions()) {
 		return false
 	}
 	lsn, err := pglogrepl.ParseLSN(c.Horizon.LSN)
-	return err == nil && l.id.continues(c, lsn)
+	return err == nil && p.id.Continues(&c.Mark, lsn)
 }
 
 // switchTimeline is where to go on from after a promotion: what was published beyond the point where the
 // timelines part was never committed on this one.
-func switchTimeline(from position, end pglogrepl.LSN) position {
-	if from.end <= end && from.commit < end {
-		return from
+func switchTimeline(from wal.Position, end pglogrepl.LSN) wal.Position {
+	held, whole := from.Until(end)
+	if !whole {
+		slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; "+
+			"set synchronized_standby_slots (Postgres 17 and later) to rule this out",
+			"published", max(from.End, from.Commit), "timeline_ended", end)
 	}
-	slog.Warn("the new primary lacks transactions that were published: their events stay in the topic; "+
-		"set synchronized_standby_slots (Postgres 17 and later) to rule this out",
-		"published", max(from.end, from.commit), "timeline_ended", end)
-	return position{end: min(from.end, end)}
+	return held
 }
 
 // commit publishes one batch in one Kafka transaction, with the checkpoint that covers it.
-func (l *leadership) commit(b *batch) error {
+func (p *publisher) commit(b *batch) error {
 	began := time.Now()
-	next := l.last
+	next := p.last
 	next.Events += int64(len(b.events))
 	next.WrittenAt = began.UTC()
 	if !b.committedAt.IsZero() {
 		next.CommittedAt = b.committedAt.UTC()
 	}
-	l.pendingSince.Store(int64(b.since))
-	next.EndLSN, next.CommitLSN, next.Rows = b.upTo.end.String(), "", b.upTo.rows
-	if b.upTo.commit != 0 {
-		next.CommitLSN = b.upTo.commit.String()
-	}
+	p.pendingSince.Store(int64(b.since))
+	next.Move(b.upTo)
 	var record []byte
-	if b.upTo != (position{}) {
-		if h := l.horizon.Swap(nil); h != nil {
+	if b.upTo != (wal.Position{}) {
+		if h := p.horizon.Swap(nil); h != nil {
 			next.Horizon = h
 		}
 		var err error
@@ -1199,15 +937,15 @@ func (l *leadership) commit(b *batch) error {
 			return err
 		}
 	}
-	messages, err := l.messagesOf(b.events)
+	messages, err := p.records.of(b.events)
 	if err != nil {
 		return fmt.Errorf("publish: %w", err)
 	}
-	err = l.waitKafka(func() error {
-		if err := l.producer.Send(messages, record); err != nil {
+	err = p.waitKafka(func() error {
+		if err := p.producer.Send(messages, record); err != nil {
 			return fmt.Errorf("publish: %w", explainFencing(err))
 		}
-		if err := l.producer.Commit(); err != nil {
+		if err := p.producer.Commit(); err != nil {
 			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
 		}
 		return nil
@@ -1216,32 +954,22 @@ func (l *leadership) commit(b *batch) error {
 		return err
 	}
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
-	l.last = next
+	p.last = next
 	if record != nil {
-		l.published.Store(uint64(b.upTo.end))
-		l.checkpointAt.Store(time.Now().UnixNano())
+		p.published.Store(uint64(b.upTo.End))
+		p.checkpointAt.Store(time.Now().UnixNano())
 	}
-	l.pendingSince.Store(0)
-	l.batches.Add(1)
-	l.events.Add(int64(len(b.events)))
-	l.lastBatch.Store(int64(time.Since(began)))
+	p.pendingSince.Store(0)
+	p.batches.Add(1)
+	p.events.Add(int64(len(b.events)))
+	p.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",
-		"events", len(b.events), "end", b.upTo.end, "seconds", time.Since(began).Seconds())
-	l.refreshCache(b.events)
-	return nil
-}
-
-// messagesOf makes the events' messages, in memory that the next transaction's will use again.
-func (l *leadership) messagesOf(events []event) ([]*kafka.Message, error) {
-	l.records = slices.Grow(l.records[:0], len(events))[:len(events)]
-	l.messages = slices.Grow(l.messages[:0], len(events))[:len(events)]
-	for i := range events {
-		if err := l.records[i].set(&events[i]); err != nil {
-			return nil, err
-		}
-		l.messages[i] = &l.records[i].Message
+		"events", len(b.events), "end", b.upTo.End, "seconds", time.Since(began).Seconds())
+	if p.cache != nil {
+		// A writer that died after its commit may have left them out.
+		p.cache.put(p.ticket, newestBalances(b.events))
 	}
-	return l.messages, nil
+	return nil
 }
 
 func explainFencing(err error) error {
@@ -1251,122 +979,64 @@ func explainFencing(err error) error {
 	return err
 }
 
-// refreshCache puts the wallets' newest balances, which a writer that died after its commit may have left
-// out.
-func (l *leadership) refreshCache(events []event) {
-	if l.cache == nil {
-		return
-	}
-	newest := make(map[int64]*event)
-	for i := range events {
-		newest[events[i].walletID] = &events[i]
-	}
-	balances := make(map[int64]cachedBalance, len(newest))
-	for id, e := range newest {
-		b := cachedBalance{walletID: id, seq: e.seq, currency: eventText(e.payload, "currency"),
-			balance: eventText(e.payload, "balance_after"),
-			held:    cmp.Or(eventText(e.payload, "held_after"), "0")}
-		if b.currency == "" || b.balance == "" {
-			slog.Warn("balance not cached, since the event tells none", "event", entryID(id, e.seq))
-			continue
-		}
-		balances[id] = b
-	}
-	l.cache.put(l.ticket, balances)
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // Recovery: what a slot that was lost, dropped, made anew or never made did not deliver
 // ---------------------------------------------------------------------------------------------------------
 
-// makeSlot replaces the slot by one that begins now, at l.at, and opens the ledger as of exactly then, in
-// l.past.
-func (l *leadership) makeSlot(ctx context.Context) (err error) {
-	if l.past, err = pgx.ConnectConfig(ctx, l.db.Config().ConnConfig.Copy()); err != nil {
-		return fmt.Errorf("recovery connection: %w", err)
+// pastLedger is the ledger as of exactly where a slot begins that this replica made.
+type pastLedger struct {
+	*pgx.Conn // in a transaction that only reads
+	at        pglogrepl.LSN
+}
+
+// forget may be called on nil, and again.
+func (p *pastLedger) forget() {
+	if p != nil {
+		p.Close(context.Background())
+	}
+}
+
+// makeSlot replaces the slot, found as it is now, by one that begins now. conn is the replication connection.
+func (r *relay) makeSlot(ctx context.Context, conn *pgconn.PgConn, found wal.Slot) (
+	past *pastLedger, err error) {
+	db, err := pgx.ConnectConfig(ctx, r.db.Config().ConnConfig.Copy())
+	if err != nil {
+		return nil, fmt.Errorf("recovery connection: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			l.past.Close(context.Background())
+			db.Close(context.Background())
 		}
 	}()
 	// One recovery at a time. The lock ends with the connection.
 	var locked bool
 	lock := `SELECT pg_try_advisory_lock(hashtext('wallet.relay_recovery'))`
-	if err := l.past.QueryRow(ctx, lock).Scan(&locked); err != nil {
-		return err
+	if err := db.QueryRow(ctx, lock).Scan(&locked); err != nil {
+		return nil, err
 	}
-	now, err := l.readSlot(ctx, l.past)
+	now, err := r.readSlot(ctx, db)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if !locked || now != l.slot {
-		return errSlotTaken
+	if !locked || now != found {
+		return nil, errSlotTaken
 	}
-	if now.exists {
+	if now.Exists {
 		var atOnce pglogrepl.DropReplicationSlotOptions
-		err := pglogrepl.DropReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, atOnce)
+		err := pglogrepl.DropReplicationSlot(ctx, conn, r.cfg.replicationSlot, atOnce)
 		if err != nil {
-			return fmt.Errorf("drop the slot: %w", err)
+			return nil, fmt.Errorf("drop the slot: %w", err)
 		}
 	}
-	options := "(SNAPSHOT 'export')"
-	if now.serverVersion >= 170000 {
-		options = "(SNAPSHOT 'export', FAILOVER true)" // so that a standby keeps a copy of it
-	}
-	slog.Info("relay makes its slot", "slot", l.cfg.replicationSlot, "existed", now.exists, "lost", now.lost)
-	// This waits for the transactions that are under way.
-	made, err := pglogrepl.CreateReplicationSlot(ctx, l.conn, l.cfg.replicationSlot, "pgoutput",
-		pglogrepl.CreateReplicationSlotOptions{Mode: pglogrepl.LogicalReplication, SnapshotAction: options})
+	slog.Info("relay makes its slot", "slot", r.cfg.replicationSlot, "existed", now.Exists, "lost", now.Lost)
+	at, snapshot, err := wal.Make(ctx, conn, r.cfg.replicationSlot, now.ServerVersion)
 	if err != nil {
-		return fmt.Errorf("make the slot: %w", err)
+		return nil, fmt.Errorf("make the slot: %w", err)
 	}
-	if l.at, err = pglogrepl.ParseLSN(made.ConsistentPoint); err != nil {
-		return err
+	if err := wal.Import(ctx, db, snapshot); err != nil {
+		return nil, err
 	}
-	if err := awaitTransactions(ctx, l.past); err != nil {
-		return err
-	}
-	// The snapshot lives until the replication connection's next command.
-	_, err = l.past.Exec(ctx, `
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET TRANSACTION SNAPSHOT '`+made.SnapshotName+`';
-SET LOCAL statement_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0`, pgx.QueryExecModeSimpleProtocol)
-	if err != nil {
-		return fmt.Errorf("import the slot's snapshot: %w", err)
-	}
-	return nil
-}
-
-func (l *leadership) forgetPast() {
-	if l.past != nil {
-		l.past.Close(context.Background())
-	}
-}
-
-// awaitTransactions waits until every transaction that has begun to write by now has ended.
-//
-// No exported snapshot may be used before that. It takes for ended whatever has its commit in the WAL, but
-// a backend marks its transaction in pg_xact a moment after. A reader in between takes the transaction for
-// aborted and leaves that behind in the rows' hint bits, for all to see: an old version of a row comes back
-// to life beside the new one. The loop that kills has met it, on Postgres 18.6 and a busy machine: a wallet
-// whose last update was lost for good while its entry was there.
-func awaitTransactions(ctx context.Context, db querier) error {
-	// A number of one's own is above all that were given out; a snapshot's xmax would not be.
-	var end, oldest int64
-	if err := db.QueryRow(ctx, `SELECT pg_current_xact_id()::text::bigint`).Scan(&end); err != nil {
-		return err
-	}
-	for {
-		err := db.QueryRow(ctx, `SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).Scan(&oldest)
-		if err != nil || oldest >= end {
-			return err
-		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
-			return err
-		}
-	}
+	return &pastLedger{db, at}, nil
 }
 
 // horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has
@@ -1386,52 +1056,38 @@ type horizon struct {
 }
 
 // keepHorizon makes a new horizon every horizonInterval while events are published.
-func (l *leadership) keepHorizon(ctx context.Context) {
+func (s *stay) keepHorizon(ctx context.Context) {
 	for made := int64(-1); sleep(ctx, horizonInterval) == nil; {
-		events := l.events.Load()
+		events := s.events.Load()
 		if events == made {
 			continue
 		}
-		h, err := l.makeHorizon(ctx)
+		h, err := s.makeHorizon(ctx)
 		if err != nil {
 			if ctx.Err() == nil {
 				slog.Warn("no new horizon for a recovery, will try again", "error", err)
 			}
 			continue
 		}
-		l.horizon.Store(h)
+		s.horizon.Store(h)
 		made = events
 	}
 }
 
-func (l *leadership) makeHorizon(ctx context.Context) (*horizon, error) {
-	ends, err := l.k.Ends()
+func (s *stay) makeHorizon(ctx context.Context) (*horizon, error) {
+	ends, err := s.k.Ends()
 	if err != nil {
 		return nil, err
 	}
 	h := &horizon{Offsets: ends}
-	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
-	err = l.db.QueryRow(ctx, query).Scan(&h.XID, &h.At)
-	if err != nil {
-		return nil, fmt.Errorf("number of a transaction: %w", err)
-	}
-	for oldest := int64(0); oldest < h.XID; {
-		// The snapshot is taken before the position is read.
-		err := l.db.QueryRow(ctx, `
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
-			&oldest, &h.LSN)
-		if err == nil && oldest < h.XID {
-			err = sleep(ctx, 200*time.Millisecond)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("wait for the transactions below %d: %w", h.XID, err)
-		}
+	if h.XID, h.LSN, h.At, err = wal.Boundary(ctx, s.db); err != nil {
+		return nil, err
 	}
 	end, err := pglogrepl.ParseLSN(h.LSN)
 	if err != nil {
 		return nil, err
 	}
-	for l.published.Load() < uint64(end) {
+	for s.published.Load() < uint64(end) {
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
 			return nil, err
 		}
@@ -1452,24 +1108,24 @@ const horizonDoubt = 24 * time.Hour
 // recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's
 // in order; the last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot
 // still begins after the checkpoint, so the next leader recovers again, with less to do.
-func (l *leadership) recover(ctx context.Context) error {
-	l.enter("recovering", "slot_begins", l.at, "checkpoint", l.last.EndLSN)
-	l.recoveries.Add(1)
-	h := l.last.Horizon
+func (p *publisher) recover(ctx context.Context) error {
+	p.enter("recovering", "slot_begins", p.past.at, "checkpoint", p.last.EndLSN)
+	p.recoveries.Add(1)
+	h := p.last.Horizon
 	if h != nil {
 		var distance int64
 		query := `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`
-		if err := l.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
+		if err := p.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
 			return fmt.Errorf("distance of the horizon: %w", err)
 		}
 		if distance < 0 || distance > 1<<30 { // age() would turn negative at 1<<31
 			h = nil
 		}
 	}
-	err := l.recoverSince(ctx, h)
+	err := p.recoverSince(ctx, h)
 	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
-		err = l.recoverSince(ctx, nil)
+		err = p.recoverSince(ctx, nil)
 	}
 	return err
 }
@@ -1478,15 +1134,19 @@ func (l *leadership) recover(ctx context.Context) error {
 // topic in order, so what it lacks is what follows the last one there. Where the topic holds none beyond
 // the horizon, it lacks all entries that are not below: those that are not published are the end of the
 // wallet's chain.
-func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
-	spans, err := l.spansSince(h)
+func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
+	spans, err := p.spansSince(h)
 	if err != nil {
 		return err
+	}
+	from, xid := "the beginning", int64(0)
+	if h != nil {
+		from, xid = h.LSN, h.XID
 	}
 	b := &batch{}
 	wallets, published, beyond := 0, 0, 0
 	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, l.past, lo, h, recoveryWalletsMax)
+		seqs, hi, err := readWalletSeqs(ctx, p.past.Conn, lo, xid, recoveryWalletsMax)
 		if err != nil {
 			return err
 		}
@@ -1497,7 +1157,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 		wallets += len(seqs)
 		next := make(map[int64]int64, len(seqs)) // the seq that the topic lacks first
 		for _, s := range spans {
-			err := l.k.Scan(ctx, s, func(r *kafka.Committed) error {
+			err := p.k.Scan(ctx, s, func(r *kafka.Committed) error {
 				id, seq, err := eventIDOf(r)
 				if _, known := seqs[id]; known && err == nil {
 					next[id] = max(next[id], seq+1)
@@ -1514,7 +1174,7 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 			}
 		}
 		var buf []byte
-		err = readChains(ctx, l.past, lo, hi, h, func(e *entry) error {
+		err = readChains(ctx, p.past.Conn, lo, hi, xid, func(e *entry) error {
 			if e.Seq < next[e.WalletID] {
 				return nil
 			}
@@ -1523,108 +1183,31 @@ func (l *leadership) recoverSince(ctx context.Context, h *horizon) error {
 			}
 			buf = appendEvent(buf[:0], e)
 			b.events = append(b.events,
-				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: l.at})
+				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: p.past.at})
 			published++
 			if len(b.events) < batchEventsMax {
 				return nil
 			}
 			full := b
 			b = &batch{}
-			return l.commit(full)
+			return p.commit(full)
 		})
 		if err != nil {
 			return err
 		}
 		lo = hi
 	}
-	l.last.Timeline = l.id.timeline
-	b.upTo = position{end: l.at}
-	if err := l.commit(b); err != nil {
+	p.last.Timeline = p.id.Timeline
+	b.upTo = wal.Position{End: p.past.at}
+	if err := p.commit(b); err != nil {
 		return err
 	}
 	if beyond > 0 {
 		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
 			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
 	}
-	from := "the beginning"
-	if h != nil {
-		from = h.LSN
-	}
-	slog.Info("relay recovered", "events", published, "wallets", wallets, "from", from, "checkpoint", l.at)
-	return nil
-}
-
-// The conditions on wallets and entries that lie beyond a horizon: written by a transaction that is not
-// below it. $4 is its number.
-const (
-	walletBeyond = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entryBeyond  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
-
-func beyond(h *horizon, condition string, args ...any) (string, []any) {
-	if h == nil {
-		return "", args
-	}
-	return condition, append(args, strconv.FormatInt(h.XID, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that lie beyond the horizon, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, h *horizon, n int) (
-	seqs map[int64]int64, hi int64, err error) {
-	where, args := beyond(h, walletBeyond, lo, n, 0)
-	rows, err := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
-	}
-	seqs = make(map[int64]int64)
-	var seq int64
-	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
-	}
-	return seqs, hi, nil
-}
-
-// readChains streams the entries of the wallets after lo and up to hi that lie beyond the horizon, wallet
-// by wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, h *horizon, visit func(*entry) error) error {
-	// Where a chain crosses the horizon is found by steps back from its end, each twice as long as the one
-	// before, up to an entry that lies below.
-	where, args := beyond(h, walletBeyond+` AND `+entryBeyond+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entryBeyond+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
-	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
-}
-
-const queryEntries = `
-SELECT ` + entryColumns + `, w.currency
-FROM wallet w JOIN entry e ON e.wallet_id = w.id
-`
-
-// readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
-	rows, err := db.Query(ctx, queryEntries+where, args...)
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
-	}
-	var e entry
-	s := entryScan{e: &e}
-	_, err = pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
-		if err := s.finish(); err != nil {
-			return err
-		}
-		return visit(&e)
-	})
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
-	}
+	slog.Info("relay recovered",
+		"events", published, "wallets", wallets, "from", from, "checkpoint", p.past.at)
 	return nil
 }
 
@@ -1632,27 +1215,25 @@ func readEntries(ctx context.Context, db querier, where string, args []any, visi
 // Kafka
 // ---------------------------------------------------------------------------------------------------------
 
-// openKafka connects to the brokers and makes or checks the topics. busy may be nil: see kafka.Config.
-func openKafka(cfg *relayConfig, busy func(func() error) error) (*kafka.Client, error) {
-	return kafka.Open(kafkaConfig(cfg, busy))
-}
-
+// kafkaConfig is for kafka.Open. busy may be nil.
 func kafkaConfig(cfg *relayConfig, busy func(func() error) error) kafka.Config {
 	return kafka.Config{
-		Brokers:            cfg.kafkaBrokers,
-		ClientID:           "wallet-relay",
-		Topic:              cfg.kafkaTopic,
-		Checkpoints:        cfg.kafkaCheckpointTopic,
-		Partitions:         cfg.kafkaPartitions,
-		Replication:        cfg.kafkaReplication,
-		Retention:          cfg.kafkaRetention,
-		TLS:                cfg.kafkaTLS,
-		TLSCA:              cfg.kafkaTLSCA,
-		TLSCert:            cfg.kafkaTLSCert,
-		TLSKey:             cfg.kafkaTLSKey,
-		SASLMechanism:      cfg.kafkaSASLMechanism,
-		SASLUser:           cfg.kafkaSASLUser,
-		SASLPassword:       cfg.kafkaSASLPassword,
+		Brokers:       cfg.kafkaBrokers,
+		ClientID:      "wallet-relay",
+		Topic:         cfg.kafkaTopic,
+		Checkpoints:   cfg.kafkaCheckpointTopic,
+		Partitions:    cfg.kafkaPartitions,
+		Replication:   cfg.kafkaReplication,
+		Retention:     cfg.kafkaRetention,
+		TLS:           cfg.kafkaTLS,
+		TLSCA:         cfg.kafkaTLSCA,
+		TLSCert:       cfg.kafkaTLSCert,
+		TLSKey:        cfg.kafkaTLSKey,
+		SASLMechanism: cfg.kafkaSASLMechanism,
+		SASLUser:      cfg.kafkaSASLUser,
+		SASLPassword:  cfg.kafkaSASLPassword,
+		Settings: kafka.Settings{Checkpoints: "KAFKA_CHECKPOINT_TOPIC", Retention: "KAFKA_RETENTION",
+			TLSCA: "KAFKA_TLS_CA", TLSCert: "KAFKA_TLS_CERT", TLSKey: "KAFKA_TLS_KEY"},
 		MetadataMaxAge:     10 * time.Minute,
 		TransactionTimeout: txnTimeout,
 		Patience:           kafkaPatience,
@@ -1678,12 +1259,12 @@ func lastCheckpoint(k *kafka.Client, topic string) (*checkpoint, error) {
 
 // spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie;
 // nil is the beginning. It refuses where some of them have been deleted.
-func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
+func (p *publisher) spansSince(h *horizon) ([]kafka.Span, error) {
 	var offsets []int64
 	if h != nil {
 		offsets = h.Offsets
 	}
-	spans, err := l.k.Since(offsets)
+	spans, err := p.k.Since(offsets)
 	var outside *kafka.OffsetError
 	if !errors.As(err, &outside) {
 		return spans, err
@@ -1695,7 +1276,7 @@ func (l *leadership) spansSince(h *horizon) ([]kafka.Span, error) {
 	return nil, refusef("the slot has a gap that cannot be filled exactly, since partition %d of topic %s "+
 		"was truncated to offset %d, within the span in question: set KAFKA_TOPIC and "+
 		"KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger",
-		outside.Partition, l.cfg.kafkaTopic, outside.Start)
+		outside.Partition, p.cfg.kafkaTopic, outside.Start)
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1727,7 +1308,7 @@ SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return 0, fmt.Errorf("begin: %w", err)
 	}
-	k, err := openKafka(cfg, nil)
+	k, err := kafka.Open(kafkaConfig(cfg, nil))
 	if err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
@@ -1768,136 +1349,16 @@ func auditedTopic(k *kafka.Client, topic string) audit.Topic {
 	}
 }
 
-// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
-type auditedLedger struct {
-	past   *pgx.Conn // a snapshot
-	now    *pgxpool.Pool
-	report *audit.Report
-
-	seqs    map[int64]int64 // of the wallets that heads gave last
-	entries int64
-}
-
-// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
-func (a *auditedLedger) legs(ctx context.Context) error {
-	rows, err := a.past.Query(ctx, `
-SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
-LEFT JOIN wallet v ON v.id = o.wallet_id
-WHERE e.counterparty_id IS NOT NULL
-  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
-  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
-	if err != nil {
-		return err
-	}
-	var id, seq int64
-	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
-			entryID(id, seq))
-		return nil
-	})
-	return err
-}
-
-func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
-	var last int64
-	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, nil, n)
-	return a.seqs, last, err
-}
-
-func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
-	rows, err := a.now.Query(ctx, `
-SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
-	if err != nil {
-		return err
-	}
-	var id, seq int64
-	_, err = pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		visit(id, seq)
-		return nil
-	})
-	return err
-}
-
-// events makes the events of the entries again, and checks each wallet's chain of entries.
-func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
-	var former entry // of the same wallet
-	var buf []byte
-	finish := func() {
-		if seq := a.seqs[former.WalletID]; former.Seq != seq {
-			a.report.Find("wallet %d has seq %d, but its last entry is number %d",
-				former.WalletID, seq, former.Seq)
-		}
-	}
-	err := readChains(ctx, a.past, after, last, nil, func(e *entry) error {
-		a.entries++
-		if a.entries%50_000 == 0 {
-			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
-		}
-		if e.WalletID != former.WalletID {
-			finish()
-			former = entry{WalletID: e.WalletID}
-		}
-		if e.Seq != former.Seq+1 {
-			a.report.Find("entry %s follows number %d", entryID(e.WalletID, e.Seq), former.Seq)
-		}
-		if !e.Balance.Equal(former.Balance.Add(e.Amount)) {
-			a.report.Find("entry %s: its balance is not the former one plus its amount",
-				entryID(e.WalletID, e.Seq))
-		}
-		if e.CreatedAt.Before(former.CreatedAt) {
-			a.report.Find("entry %s is older than the one before it", entryID(e.WalletID, e.Seq))
-		}
-		former = *e
-		buf = appendEvent(buf[:0], e)
-		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
-	})
-	if err != nil {
-		return err
-	}
-	finish()
-	// Heads of chains that do not stand on their last entry.
-	rows, err := a.past.Query(ctx, `
-SELECT w.id FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.balance, w.entry_at) IS DISTINCT FROM (coalesce(e.balance, 0), e.created_at)`, after, last)
-	if err != nil {
-		return err
-	}
-	var id int64
-	_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
-		a.report.Find("wallet %d: its balance or time is not its last entry's", id)
-		return nil
-	})
-	return err
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // Metrics
 // ---------------------------------------------------------------------------------------------------------
 
-const queryRetained = `
-SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8,
-       (SELECT count(*) FROM outbox_partition), (SELECT coalesce(sum(bytes), 0)::float8 FROM outbox_partition)
-FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`
-
 func (r *relay) writeMetrics(w *metric.Writer) {
 	seconds := func(unixNano int64) float64 { return float64(unixNano) / 1e9 }
 
-	current := r.state.Load().(string)
-	var states []metric.Sample
-	for _, state := range []string{"starting", "standby", "recovering", "leader", "refused", "stopped"} {
-		is := 0.0
-		if state == current {
-			is = 1
-		}
-		states = append(states, metric.Sample{Labels: `state="` + state + `"`, Value: is})
-	}
-	w.Gauges("wallet_relay_state",
-		"1 for what this replica's relay is; refused needs an operator, and the log says why.", states...)
+	w.States("wallet_relay_state",
+		"1 for what this replica's relay is; refused needs an operator, and the log says why.",
+		r.state.Load().(string), "starting", "standby", "recovering", "leader", "refused", "stopped")
 	lag := 0.0
 	if since := r.pendingSince.Load(); since != 0 {
 		lag = (r.age() - time.Duration(since)).Seconds()
@@ -1921,35 +1382,18 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	var status string
-	var active int
-	var retained, lagBytes, outboxBytes float64
-	var partitions int64
-	err := r.db.QueryRow(ctx, queryRetained, r.cfg.replicationSlot).Scan(
-		&status, &active, &retained, &lagBytes, &partitions, &outboxBytes)
-	if err != nil {
+	kept, err := wal.ReadRetained(ctx, r.db, r.cfg.replicationSlot)
+	partitions, size, err2 := outboxSize(ctx, r.db)
+	if err != nil || err2 != nil {
 		return // what cannot be known is left out
 	}
 	w.Gauges("wallet_relay_slot",
 		"1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.",
-		metric.Sample{Labels: `status="` + status + `"`, Value: 1})
-	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", float64(active))
-	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", retained)
-	w.Gauge("wallet_relay_lag_bytes", "WAL between the last confirmed position and the end.", lagBytes)
-	w.Gauge("wallet_outbox_partitions",
-		"Partitions of the outbox, those made ahead included.", float64(partitions))
-	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", outboxBytes)
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Helpers
-// ---------------------------------------------------------------------------------------------------------
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+		metric.Sample{Labels: `status="` + kept.Status + `"`, Value: 1})
+	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", kept.Active)
+	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", kept.Bytes)
+	w.Gauge("wallet_relay_lag_bytes",
+		"WAL between the last confirmed position and the end.", kept.Unconfirmed)
+	w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead included.", partitions)
+	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", size)
 }

@@ -747,7 +747,7 @@ func (c *chaos) stopRelays(fn func(conn *pgx.Conn)) {
 	conn := connect(c.t, c.env["DATABASE_URL"])
 	eventually(c.t, 20*time.Second, "slot free", func() bool {
 		s, err := (&relay{cfg: &c.cfg.relayConfig}).readSlot(context.Background(), conn)
-		return err == nil && !s.active
+		return err == nil && !s.Active
 	})
 	pause(2 * time.Second)
 	fn(conn)
@@ -886,7 +886,7 @@ var faults = []fault{
 			eventually(c.t, 60*time.Second, "slot lost", func() bool {
 				c.exec(conn, `SELECT pg_switch_wal(); CHECKPOINT`)
 				s, err := (&relay{cfg: &c.cfg.relayConfig}).readSlot(context.Background(), conn)
-				return err == nil && s.lost
+				return err == nil && s.Lost
 			})
 		})
 	}},

@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -32,87 +31,25 @@ import (
 	"wallet/internal/kafka"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
+	"wallet/internal/wal"
 )
 
-// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the checkpoint's end.
-func TestCheckpointCoversWholeTransactions(t *testing.T) {
-	for _, c := range []struct {
-		name   string
-		p      position
-		commit pglogrepl.LSN
-		want   int64
-	}{
-		{"before", position{end: 100}, 99, -1},
-		{"begins exactly where the checkpoint ends", position{end: 100}, 100, 0},
-		{"after", position{end: 100}, 101, 0},
-		{"published in part", position{end: 100, commit: 140, rows: 7}, 140, 7},
-		{"before one published in part", position{end: 100, commit: 140, rows: 7}, 99, -1},
-		{"after one published in part", position{end: 100, commit: 140, rows: 7}, 141, 0},
+// TestKafkaRefusalsNameSettings: internal/kafka does not know how its fields are set here.
+func TestKafkaRefusalsNameSettings(t *testing.T) {
+	for want, cfg := range map[string]relayConfig{
+		"set KAFKA_TLS_CA to a file that can be read: ": {kafkaTLS: true, kafkaTLSCA: "absent"},
+		"set KAFKA_TLS_CERT and KAFKA_TLS_KEY to a certificate and its key: ": {
+			kafkaTLS: true, kafkaTLSCert: "absent", kafkaTLSKey: "absent"},
 	} {
-		if got := c.p.covered(c.commit); got != c.want {
-			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		_, err := kafka.Open(kafkaConfig(&cfg, nil))
+		if refusal, found := refusalIn(err); !found || !strings.HasPrefix(string(refusal), want) {
+			t.Errorf("%v, want %s", err, want)
 		}
 	}
-}
-
-func TestTimelineSwitch(t *testing.T) {
-	history, err := parseTimelineHistory([]byte("1\t0/3000060\tno recovery target specified\n\n2\t1/A0\tbefore 2026-01-02\n"))
-	if err != nil || len(history) != 2 || history[1] != 0x3000060 || history[2] != 0x1000000A0 {
-		t.Fatalf("%v, %v", history, err)
+	names := kafkaConfig(&relayConfig{}, nil).Settings
+	if names.Checkpoints != "KAFKA_CHECKPOINT_TOPIC" || names.Retention != "KAFKA_RETENTION" {
+		t.Errorf("%+v", names)
 	}
-	if _, err := parseTimelineHistory([]byte("1\tnonsense\n")); err == nil {
-		t.Error("nonsense was read as a timeline history")
-	}
-	for _, c := range []struct{ from, want position }{
-		{position{end: 90}, position{end: 90}},
-		{position{end: 100}, position{end: 100}},
-		{position{end: 110}, position{end: 100}},
-		{position{end: 90, commit: 95, rows: 3}, position{end: 90, commit: 95, rows: 3}},
-		{position{end: 90, commit: 100, rows: 3}, position{end: 90}}, // that commit is on the other timeline
-	} {
-		if got := switchTimeline(c.from, 100); got != c.want {
-			t.Errorf("%v: %v, want %v", c.from, got, c.want)
-		}
-	}
-}
-
-func outboxRow(values ...string) []byte {
-	row := binary.BigEndian.AppendUint16(nil, uint16(len(values)))
-	for _, v := range values {
-		if v == "" {
-			row = append(row, 'n')
-			continue
-		}
-		row = binary.BigEndian.AppendUint32(append(row, 't'), uint32(len(v)))
-		row = append(row, v...)
-	}
-	return row
-}
-
-func TestOutboxRow(t *testing.T) {
-	c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
-	row := outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "")
-	e, err := c.decode(row)
-	if err != nil || e.walletID != 7 || e.seq != 3 || string(e.payload) != "{}" || e.traceparent != "" {
-		t.Errorf("%+v, %v", e, err)
-	}
-	clear(row)
-	if string(e.payload) != "{}" {
-		t.Error("the event is in the connection's buffer")
-	}
-	for _, row := range [][]byte{outboxRow("", "7", "3", "", "", ""), outboxRow("", "x", "3", "", "", "{}"), outboxRow(), row[:1], outboxRow("", "7", "3", "", "", "{}")[:20]} {
-		if e, err := c.decode(row); err == nil {
-			t.Errorf("%q was read as %+v", row, e)
-		}
-	}
-}
-
-func FuzzOutboxRow(f *testing.F) {
-	f.Add(outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "t"))
-	f.Fuzz(func(t *testing.T, row []byte) {
-		c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
-		c.decode(row)
-	})
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +274,7 @@ func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s.confirmed
+	return s.Confirmed
 }
 
 // onFreeSlot runs sql with the slot's name once Postgres has let go of it.
@@ -345,7 +282,7 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 	t.Helper()
 	eventually(t, 10*time.Second, "slot free", func() bool {
 		s, err := (&relay{cfg: &b.cfg.relayConfig}).readSlot(context.Background(), b.conn)
-		return err == nil && !s.active
+		return err == nil && !s.Active
 	})
 	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
@@ -354,7 +291,7 @@ func (b *bench) onFreeSlot(t *testing.T, sql string) {
 
 func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 	t.Helper()
-	k, err := openKafka(&cfg.relayConfig, nil)
+	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,11 +305,11 @@ func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
 
 func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	t.Helper()
-	p, err := c.position()
+	p, err := c.Position()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.end
+	return p.End
 }
 
 // TestRelayPublishesEachEntryOnceInOrder: also what was written before the relay was ever switched on.
@@ -611,7 +548,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of slots.
+// TestExportedSnapshotHarmsNoRow: see wal.AwaitTransactions. Without it this finds rows twice within some tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
 	b := newBench(t)
@@ -645,26 +582,30 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := &leadership{relay: r, conn: conn}
+		var past *pastLedger
 		// The last turn's backends let go of slot and lock a moment after their connections closed; makeSlot
 		// takes them for another relay until then. As run, but trying often: the more slots the better.
 		eventually(t, 30*time.Second, "slot and lock are free", func() bool {
-			if l.slot, err = r.readSlot(ctx, db); err != nil {
+			var slot wal.Slot
+			if slot, err = r.readSlot(ctx, db); err != nil {
 				return true
 			}
-			if l.slot.active {
+			if slot.Active {
 				return false
 			}
-			err = l.makeSlot(ctx)
+			past, err = r.makeSlot(ctx, conn, slot)
 			return !errors.Is(err, errSlotTaken)
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.past.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol); err != nil {
+		_, err = past.Exec(ctx, `
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;
+SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol)
+		if err != nil {
 			t.Fatal(err)
 		}
-		l.forgetPast()
+		past.forget()
 		conn.Close(ctx)
 		var twice int
 		if err := b.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
@@ -1280,7 +1221,7 @@ func TestUnreachableKafka(t *testing.T) {
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.Exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()

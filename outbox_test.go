@@ -1,9 +1,10 @@
-// The event's shape, and the outbox's partitions.
+// The event's shape, the outbox's rows and partitions.
 
 package main
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -162,4 +163,49 @@ func TestMissingPartitionIsMade(t *testing.T) {
 	if w.ledger.reruns.Load() == 0 {
 		t.Error("the write did not miss its partition")
 	}
+}
+
+func outboxRow(values ...string) []byte {
+	row := binary.BigEndian.AppendUint16(nil, uint16(len(values)))
+	for _, v := range values {
+		if v == "" {
+			row = append(row, 'n')
+			continue
+		}
+		row = binary.BigEndian.AppendUint32(append(row, 't'), uint32(len(v)))
+		row = append(row, v...)
+	}
+	return row
+}
+
+func TestOutboxRow(t *testing.T) {
+	c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
+	row := outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "")
+	e, err := c.decode(row)
+	if err != nil || e.walletID != 7 || e.seq != 3 || string(e.payload) != "{}" || e.traceparent != "" {
+		t.Errorf("%+v, %v", e, err)
+	}
+	clear(row)
+	if string(e.payload) != "{}" {
+		t.Error("the event is in the connection's buffer")
+	}
+	for _, row := range [][]byte{
+		outboxRow("", "7", "3", "", "", ""),
+		outboxRow("", "x", "3", "", "", "{}"),
+		outboxRow(),
+		row[:1],
+		outboxRow("", "7", "3", "", "", "{}")[:20],
+	} {
+		if e, err := c.decode(row); err == nil {
+			t.Errorf("%q was read as %+v", row, e)
+		}
+	}
+}
+
+func FuzzOutboxRow(f *testing.F) {
+	f.Add(outboxRow("2026-01-01 00:00:00+00", "7", "3", "wallet", "wallet.entry.v1", "{}", "t"))
+	f.Fuzz(func(t *testing.T, row []byte) {
+		c := outboxColumns{walletID: 1, seq: 2, payload: 5, traceparent: 6}
+		c.decode(row)
+	})
 }

@@ -50,57 +50,6 @@ const (
 	kindCreation    = "creation" // of a wallet: an operation, never an entry
 )
 
-// entry is one signed leg of a movement of money: entry number Seq of wallet WalletID.
-type entry struct {
-	WalletID, Seq                   int64
-	CounterpartyID, CounterpartySeq int64 // the other leg of a transfer; else 0
-	Kind                            string
-	Currency                        string
-	Amount                          decimal.Decimal // negative leaves the wallet
-	Balance                         decimal.Decimal // after this entry
-	Key                             string          // idempotency key
-	CreatedAt                       time.Time       // whole microseconds; never decreases with Seq
-	more                            *details        // nil where it says nothing more
-
-	traceparent string // of the request, for the event; not stored in the ledger
-}
-
-// details are what an entry says besides. A capture is a withdrawal or transfer_out that gives back some of
-// what is held, a reversal the opposite movement; each leg names the entry of its own wallet that it is of.
-type details struct {
-	OfSeq      int64           // the same wallet's entry that this one captures, releases or undoes; else 0
-	HeldChange decimal.Decimal // positive: reserved; negative: given back
-	Held       decimal.Decimal // after this entry
-	Remaining  decimal.Decimal // of the hold, or of what can still be undone: where OfSeq is not 0, and of a hold
-	Note       note
-	noteText   string // Note as its entry has it
-}
-
-var nothingMore details
-
-// says is what the entry says besides.
-func (e *entry) says() *details {
-	if e.more == nil {
-		return &nothingMore
-	}
-	return e.more
-}
-
-// captures tells a capture of a hold.
-func (e *entry) captures() bool { return e.Kind != kindRelease && e.says().HeldChange.IsNegative() }
-
-// reverses tells a leg that undoes another movement.
-func (e *entry) reverses() bool { return e.says().OfSeq != 0 && e.says().HeldChange.IsZero() }
-
-// appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating
-// entry's.
-func (e *entry) appendTransactionID(dst []byte) []byte {
-	if e.Kind == kindTransferIn {
-		return appendEntryID(dst, e.CounterpartyID, e.CounterpartySeq)
-	}
-	return appendEntryID(dst, e.WalletID, e.Seq)
-}
-
 // wallet is the head of a wallet's chain of entries.
 type wallet struct {
 	ID        int64
@@ -904,14 +853,8 @@ func scanHolds(rows pgx.Rows) ([]*hold, error) {
 	return holds, err
 }
 
-// An entry is read the same way wherever it is read.
-const (
-	entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0),
-       e.created_at, e.kind::text, e.amount::text, e.balance::text, e.idempotency_key,
-       e.of_seq, e.held_change::text, e.held::text, e.remaining::text, e.note`
-
-	// A movement: its initiating entry e, the wallet's currency, the payee's head, what the entry is of.
-	selectPosted = `
+// A movement is read as its initiating entry e, the wallet's currency, the payee's head, what the entry is of.
+const selectPosted = `
 SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
        coalesce((
            SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
@@ -920,49 +863,6 @@ SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wal
        (SELECT CASE o.kind WHEN 'transfer_in' THEN o.counterparty_id || '-' || o.counterparty_seq
                            ELSE o.wallet_id || '-' || o.seq END
         FROM entry o WHERE o.wallet_id = e.wallet_id AND o.seq = e.of_seq)`
-)
-
-// entryScan is where entryColumns are scanned to.
-type entryScan struct {
-	e                           *entry
-	ofSeq                       *int64
-	heldChange, held, remaining *string
-	note                        *string
-}
-
-func (s *entryScan) columns() []any {
-	e := s.e
-	return []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount,
-		&e.Balance, &e.Key, &s.ofSeq, &s.heldChange, &s.held, &s.remaining, &s.note}
-}
-
-// finish makes the entry's details of what was scanned.
-func (s *entryScan) finish() error {
-	s.e.more = nil
-	if s.ofSeq == nil && s.heldChange == nil && s.held == nil && s.note == nil {
-		return nil
-	}
-	d := new(details)
-	s.e.more = d
-	if s.ofSeq != nil {
-		d.OfSeq = *s.ofSeq
-	}
-	var errs [4]error
-	number := func(text *string) (n decimal.Decimal, err error) {
-		if text != nil {
-			n, err = decimal.NewFromString(*text)
-		}
-		return n, err
-	}
-	d.HeldChange, errs[0] = number(s.heldChange)
-	d.Held, errs[1] = number(s.held)
-	d.Remaining, errs[2] = number(s.remaining)
-	if s.note != nil {
-		d.noteText = *s.note
-		d.Note, errs[3] = parseNote(*s.note)
-	}
-	return errors.Join(errs[:]...)
-}
 
 // scanPosted reads what selectPosted selects, and what stands behind it.
 func scanPosted(row pgx.Row, m *posted, more ...any) error {

@@ -52,6 +52,9 @@ type Config struct {
 	SASLPassword   string
 	MetadataMaxAge time.Duration // how late we may hear of partitions that were added
 
+	// Settings are what an operator knows some of these fields by, for the sentences of a ConfigError.
+	Settings Settings
+
 	// TransactionTimeout is how long the brokers leave a dead producer's transaction open, which holds back
 	// consumers.
 	TransactionTimeout time.Duration
@@ -62,6 +65,9 @@ type Config struct {
 	// called by the goroutine that asks. Without one the question is just put.
 	Busy func(question func() error) error
 }
+
+// Settings names the fields of a Config that a ConfigError may ask to set.
+type Settings struct{ Checkpoints, Retention, TLSCA, TLSCert, TLSKey string }
 
 // ConfigError is what only an operator can put right, in one sentence that says how.
 type ConfigError string
@@ -156,19 +162,19 @@ func (cfg *Config) tls() (*tls.Config, error) {
 	if cfg.TLSCA != "" {
 		pem, err := os.ReadFile(cfg.TLSCA)
 		if err != nil {
-			return nil, configError("set KAFKA_TLS_CA to a file that can be read: %v", err)
+			return nil, configError("set %s to a file that can be read: %v", cfg.Settings.TLSCA, err)
 		}
 		conf.RootCAs = x509.NewCertPool()
 		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, configError("set KAFKA_TLS_CA to a file with PEM certificates: %s holds none",
-				cfg.TLSCA)
+			return nil, configError("set %s to a file with PEM certificates: %s holds none",
+				cfg.Settings.TLSCA, cfg.TLSCA)
 		}
 	}
 	if cfg.TLSCert != "" {
 		cert, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey)
 		if err != nil {
-			return nil, configError("set KAFKA_TLS_CERT and KAFKA_TLS_KEY to a certificate and its key: %v",
-				err)
+			return nil, configError("set %s and %s to a certificate and its key: %v",
+				cfg.Settings.TLSCert, cfg.Settings.TLSKey, err)
 		}
 		conf.Certificates = []tls.Certificate{cert}
 	}

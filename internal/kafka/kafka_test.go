@@ -9,9 +9,12 @@ import (
 	"fmt"
 	"hash"
 	"math"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/IBM/sarama"
 )
 
 // TestSCRAM: the examples of RFC 5802 section 5 and RFC 7677 section 3.
@@ -127,5 +130,42 @@ func TestWithinDiscards(t *testing.T) {
 	fast := func() (int, error) { return 8, nil }
 	if n, err := Within(context.Background(), time.Second, fast, nil); n != 8 || err != nil {
 		t.Error(n, err)
+	}
+}
+
+// TestConfigErrorsNameSettings: by the names that the operator knows.
+func TestConfigErrorsNameSettings(t *testing.T) {
+	names := Settings{TLSCA: "CA", TLSCert: "CERT", TLSKey: "KEY", Retention: "KEEP"}
+	absent := t.TempDir() + "/absent"
+	none := t.TempDir() + "/none"
+	if err := os.WriteFile(none, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	short := topic{name: "messages", settings: map[string]string{"retention.ms": "-1"},
+		checked: []string{"retention.ms"}}
+	for want, ask := range map[string]func() error{
+		"set CA to a file that can be read: open " + absent +
+			": no such file or directory": func() error {
+			_, err := Open(Config{TLS: true, TLSCA: absent, Settings: names})
+			return err
+		},
+		"set CA to a file with PEM certificates: " + none + " holds none": func() error {
+			_, err := Open(Config{TLS: true, TLSCA: none, Settings: names})
+			return err
+		},
+		"set CERT and KEY to a certificate and its key: open " + absent +
+			": no such file or directory": func() error {
+			_, err := Open(Config{TLS: true, TLSCert: absent, TLSKey: absent, Settings: names})
+			return err
+		},
+		"topic messages has retention.ms=1000 but needs -1: alter it with kafka-configs, or set KEEP to what " +
+			"it has": func() error {
+			return short.check([]sarama.ConfigEntry{{Name: "retention.ms", Value: "1000"}}, names.Retention)
+		},
+	} {
+		var refusal ConfigError
+		if err := ask(); !errors.As(err, &refusal) || string(refusal) != want {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 }

@@ -43,7 +43,7 @@ func (c *Client) prepareTopics() error {
 			return fmt.Errorf("settings of topic %s: %w", t.name, err)
 		}
 		takeAnyTime(admin, t.name, actual)
-		if err := t.check(actual); err != nil {
+		if err := t.check(actual, c.cfg.Settings.Retention); err != nil {
 			return err
 		}
 	}
@@ -125,8 +125,8 @@ func (t *topic) readSettings(admin sarama.ClusterAdmin) ([]sarama.ConfigEntry, e
 	return nil, err
 }
 
-// check refuses a topic whose settings would lose messages.
-func (t *topic) check(actual []sarama.ConfigEntry) error {
+// check refuses a topic whose settings would lose messages. retention is what the operator sets it by.
+func (t *topic) check(actual []sarama.ConfigEntry, retention string) error {
 	for _, entry := range actual {
 		want := t.settings[entry.Name]
 		if !slices.Contains(t.checked, entry.Name) || entry.Value == want ||
@@ -134,7 +134,7 @@ func (t *topic) check(actual []sarama.ConfigEntry) error {
 			continue
 		}
 		return configError("topic %s has %s=%s but needs %s: alter it with kafka-configs, or set "+
-			"KAFKA_RETENTION to what it has", t.name, entry.Name, entry.Value, want)
+			"%s to what it has", t.name, entry.Name, entry.Value, want, retention)
 	}
 	return nil
 }
@@ -204,7 +204,7 @@ func (c *Client) countPartitions() error {
 	c.partitions = int32(len(all))
 	if all, err = c.client.Partitions(c.cfg.Checkpoints); err == nil && len(all) != 1 {
 		err = configError("topic %s has %d partitions but a checkpoint needs one: set "+
-			"KAFKA_CHECKPOINT_TOPIC to another", c.cfg.Checkpoints, len(all))
+			"%s to another", c.cfg.Checkpoints, len(all), c.cfg.Settings.Checkpoints)
 	}
 	return err
 }
