@@ -14,7 +14,6 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -27,6 +26,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"wallet/internal/conns"
 
 	"github.com/IBM/sarama"
 	"github.com/jackc/pgx/v5"
@@ -311,18 +312,15 @@ type httpLoad struct {
 	answered func(key []byte)                                    // told of each response, if not nil
 }
 
-// never is when clients without a pace are due while all wait.
-const never = time.Duration(math.MaxInt64)
-
 // drive has the clients at work until the time is up, and returns how much they did a second and how long each request took. It speaks
 // HTTP/1.1 by hand, for all of them in one goroutine: the load generator shares the machine, and net/http's client costs as much as the server.
 func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond float64, took latencies) {
 	b.Helper()
-	conns, err := dial(address, l.clients)
+	set, err := conns.Dial(address, l.clients)
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer conns.close()
+	defer set.Close()
 	clients := make([]struct {
 		sent, due time.Duration // its last request, its next one
 		n         int           // its requests so far
@@ -335,7 +333,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 	var request, key []byte
 	began := time.Now()
 	for {
-		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, never)
+		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, conns.Never)
 		for c := range clients {
 			client := &clients[c]
 			if !client.waits && max(now, client.due) >= l.how {
@@ -351,7 +349,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 				key = appendKey(key[:0], run, c, client.n)
 				request = l.write(request[:0], from, to, key)
 				client.sent, client.waits = time.Since(began), true
-				if err := conns.send(c, request); err != nil {
+				if err := set.Send(c, request); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -359,7 +357,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 		if !busy {
 			break
 		}
-		for c, err := range conns.answered(rest) {
+		for c, err := range set.Answered(rest) {
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -389,27 +387,6 @@ func writeTransfer(dst []byte, from, to int64, key []byte) []byte {
 	dst = append(dst, "/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
 	dst = append(strconv.AppendInt(dst, int64(len(body)), 10), "\r\n\r\n"...)
 	return append(dst, body...)
-}
-
-// wholeOK is whether a response has arrived to its end; one that is not a 200 is an error.
-func wholeOK(response []byte) (bool, error) {
-	head, body, found := bytes.Cut(response, []byte("\r\n\r\n"))
-	if !found {
-		return false, nil
-	}
-	_, rest, found := bytes.Cut(head, []byte("\r\nContent-Length: "))
-	digits, _, _ := bytes.Cut(rest, []byte("\r\n"))
-	length, err := strconv.Atoi(string(digits))
-	if !found || err != nil || len(body) > length {
-		return false, fmt.Errorf("not a response with a length: %s", response)
-	}
-	if len(body) < length {
-		return false, nil
-	}
-	if !bytes.HasPrefix(response, []byte("HTTP/1.1 200 ")) {
-		return false, fmt.Errorf("%s", response)
-	}
-	return true, nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -508,14 +485,6 @@ func (r *replica) cpu(b *testing.B) cost {
 		}
 	}
 	return total
-}
-
-// memory is the service's resident set in MB, now or at its highest.
-func (r *replica) memory(which string) float64 {
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.cmd.Process.Pid))
-	_, rest, _ := strings.Cut(string(status), "\n"+which+":")
-	kB, _ := strconv.ParseFloat(strings.Fields(rest + " 0 ")[0], 64)
-	return kB / 1024
 }
 
 // profile writes the service's CPU profile of the next seconds, and what Postgres spent on each statement where it keeps count, if
