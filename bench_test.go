@@ -27,11 +27,11 @@ import (
 	"testing"
 	"time"
 
-	"wallet/internal/conns"
-
 	"github.com/IBM/sarama"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wallet/internal/conns"
 )
 
 var (
@@ -44,9 +44,9 @@ var (
 	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; some minutes, about 20 GB")
 )
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The baselines
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // baselineFunction is Postgres' own best: one round trip and one commit a transfer.
 const baselineFunction = `
@@ -219,9 +219,9 @@ func (r *replica) baselines(b *testing.B, db *pgxpool.Pool, pick pair, wallets, 
 	return byStatements, byFunction
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Driving
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // pair picks the two wallets of a transfer.
 type pair func(dice *rand.Rand) (from, to int64)
@@ -237,16 +237,6 @@ func anyOf(n int) pair {
 	}
 }
 
-// latencies are those of one run, sorted.
-type latencies []time.Duration
-
-func (l latencies) at(q float64) time.Duration {
-	if len(l) == 0 {
-		return 0
-	}
-	return l[min(len(l)-1, int(q*float64(len(l))))]
-}
-
 func (l latencies) report(b *testing.B, prefix string) {
 	b.ReportMetric(float64(l.at(.5).Microseconds())/1000, prefix+"p50-ms")
 	b.ReportMetric(float64(l.at(.99).Microseconds())/1000, prefix+"p99-ms")
@@ -257,7 +247,7 @@ func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pi
 	b.Helper()
 	all, run := make([]latencies, clients), newRun()
 	var failed atomic.Pointer[error]
-	var running sync.WaitGroup
+	var working sync.WaitGroup
 	begin := make(chan struct{})
 	var began time.Time
 	for c := range clients {
@@ -265,7 +255,7 @@ func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pi
 		if err != nil {
 			b.Fatal(err)
 		}
-		running.Go(func() {
+		working.Go(func() {
 			defer conn.Release()
 			dice := newDice()
 			<-begin
@@ -282,7 +272,7 @@ func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pi
 	}
 	began = time.Now()
 	close(begin)
-	running.Wait()
+	working.Wait()
 	took := time.Since(began)
 	if err := failed.Load(); err != nil {
 		b.Fatal(*err)
@@ -389,9 +379,9 @@ func writeTransfer(dst []byte, from, to int64, key []byte) []byte {
 	return append(dst, body...)
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The service and what it costs
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // benchService is a service as a process, on fresh tables with funded wallets, and a pool for the baselines on the same tables.
 func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
@@ -518,9 +508,9 @@ func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Writes
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // BenchmarkTransfers is the claim: transfers a second over HTTP, and how many times the baselines' that is.
 func BenchmarkTransfers(b *testing.B) {
@@ -624,9 +614,9 @@ func BenchmarkLatency(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The relay
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // BenchmarkCatchUp is a relay that comes back to a backlog: transactions of 1,000 outbox rows, as the writers commit them under load.
 func BenchmarkCatchUp(b *testing.B) {
@@ -753,9 +743,9 @@ func consumeKeys(b *testing.B, topic string) *keyTimes {
 	return arrivals
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Reads, growth, start
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // BenchmarkBalance is whether Redis earns its place: balances a second from the cache, and from Postgres' primary key.
 func BenchmarkBalance(b *testing.B) {

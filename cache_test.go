@@ -23,9 +23,9 @@ func testCache(tb testing.TB, redisURL, ledger string) *cache {
 	c := idleCache(tb, redisURL)
 	c.enter(ledger, "1")
 	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { c.run(ctx) })
-	tb.Cleanup(func() { cancel(); running.Wait() })
+	var working sync.WaitGroup
+	working.Go(func() { c.run(ctx) })
+	tb.Cleanup(func() { cancel(); working.Wait() })
 	inUse(tb, c)
 	return c
 }
@@ -39,11 +39,6 @@ func idleCache(tb testing.TB, redisURL string) *cache {
 	}
 	tb.Cleanup(func() { c.redis.Close() })
 	return c
-}
-
-func inUse(tb testing.TB, c *cache) {
-	tb.Helper()
-	eventually(tb, 5*time.Second, "cache in use", func() bool { _, _, ok := c.usable(); return ok })
 }
 
 // put puts wallet 1's balance, which is ten times its seq.

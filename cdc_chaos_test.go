@@ -11,10 +11,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -36,10 +33,10 @@ import (
 	"testing"
 	"time"
 
-	"wallet/internal/proctest"
-
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
+
+	"wallet/internal/proctest"
 )
 
 var (
@@ -48,382 +45,11 @@ var (
 	chaosOnly = flag.String("chaos.only", "", "faults to run, comma-separated; default: all")
 )
 
-// proxy is one replica's way to one server. It can break a connection in the middle of a message, and turn into a hole that
-// takes everything and gives nothing.
-type proxy struct {
-	listener net.Listener
-	target   string
-	frames   func(frame []byte) // of the server's answers, to rewrite in place; nil: bytes are carried as they come
-
-	answersLost  atomic.Int64 // so many COMMITs more are done, and cut off before the answer passes
-	requestsLost atomic.Int64 // so many COMMITs more are cut off before Postgres hears of them
-
-	mu     sync.Mutex
-	opened chan struct{} // closed unless the proxy is a hole
-	half   atomic.Bool   // carry half of the next piece, then cut
-	cuts   atomic.Int64
-}
-
-func newProxy(tb testing.TB, target string) *proxy {
-	p := &proxy{listener: newListener(tb), target: target, opened: make(chan struct{})}
-	close(p.opened)
-	tb.Cleanup(func() { p.listener.Close() })
-	return p
-}
-
-func (p *proxy) serve() {
-	for {
-		client, err := p.listener.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			server, err := net.Dial("tcp", p.target)
-			if err != nil {
-				client.Close()
-				return
-			}
-			go p.carry(server, client, false)
-			p.carry(client, server, true)
-		}()
-	}
-}
-
-// carry copies one direction until something ends it, and then ends both.
-func (p *proxy) carry(to, from net.Conn, answers bool) {
-	defer to.Close()
-	defer from.Close()
-	buf := make([]byte, 64<<10)
-	for {
-		n := 0
-		if answers && p.frames != nil {
-			if _, err := io.ReadFull(from, buf[:4]); err != nil {
-				return
-			}
-			n = 4 + int(binary.BigEndian.Uint32(buf))
-			buf = slices.Grow(buf[:4], n)[:max(n, len(buf))]
-			if _, err := io.ReadFull(from, buf[4:n]); err != nil {
-				return
-			}
-			p.frames(buf[4:n])
-		} else {
-			var err error
-			if n, err = from.Read(buf); err != nil {
-				return
-			}
-		}
-		p.mu.Lock()
-		opened := p.opened
-		p.mu.Unlock()
-		<-opened
-		if answers && bytes.Contains(buf[:n], commitAnswer) && takeOne(&p.answersLost) ||
-			!answers && isCommitRequest(buf[:n]) && takeOne(&p.requestsLost) {
-			p.cuts.Add(1)
-			return
-		}
-		if n > 8 && p.half.CompareAndSwap(true, false) {
-			p.cuts.Add(1)
-			to.Write(buf[:n/2])
-			return
-		}
-		if _, err := to.Write(buf[:n]); err != nil {
-			return
-		}
-	}
-}
-
-// commitAnswer is Postgres' CommandComplete for a COMMIT: whoever sees it pass knows that it was done.
-var commitAnswer = []byte("C\x00\x00\x00\x0bCOMMIT\x00")
-
-// commitName is what pgx calls the prepared statement: once a connection knows it, the word itself travels
-// no more.
-var commitName = func() []byte {
-	sum := sha256.Sum256([]byte("COMMIT"))
-	return fmt.Appendf(nil, "stmtcache_%x", sum[:24])
-}()
-
-func isCommitRequest(message []byte) bool {
-	return bytes.Contains(message, commitName) || bytes.Contains(message, []byte("COMMIT\x00"))
-}
-
-func takeOne(n *atomic.Int64) bool {
-	for {
-		left := n.Load()
-		if left <= 0 {
-			return false
-		}
-		if n.CompareAndSwap(left, left-1) {
-			return true
-		}
-	}
-}
-
-// hole swallows everything until the returned function is called.
-func (p *proxy) hole() (end func()) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	hole := make(chan struct{})
-	p.opened = hole
-	return func() { close(hole) }
-}
-
-// replica is the service as a process.
-type replica struct {
-	env      map[string]string
-	stepped  bool // its clock can be stepped
-	url      string
-	operate  string
-	log      string
-	cmd      *exec.Cmd
-	exited   chan struct{}
-	writes   *proxy   // to Postgres, but for the relay's replication; nil where there are several hosts
-	postgres *proxy   // of a cuttable one: to the relay's replication connection
-	kafka    []*proxy // of a cuttable one
-	clock    *os.File // holds the seconds that its clock is ahead of the machine's
-}
-
-func newReplica(tb testing.TB, env map[string]string, name string) *replica {
-	r := &replica{env: maps.Clone(env), log: filepath.Join(testFolder, name+".log")}
-	listener := newListener(tb)
-	operate := newListener(tb)
-	r.env["LISTEN_ADDR"], r.url = listener.Addr().String(), "http://"+listener.Addr().String()
-	r.env["OPERATE_ADDR"], r.operate = operate.Addr().String(), "http://"+operate.Addr().String()
-	listener.Close()
-	operate.Close()
-	var err error
-	if r.clock, err = os.Create(r.log + ".clock"); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { r.clock.Close() })
-	r.setClock(tb, 0)
-	r.env["WALLET_TEST_CLOCK_FILE"] = r.clock.Name()
-	return r
-}
-
-// setClock steps the replica's clock, if it is a process with a clock of ours.
-func (r *replica) setClock(tb testing.TB, ahead time.Duration) {
-	tb.Helper()
-	seconds := binary.NativeEndian.AppendUint64(nil, uint64(ahead/time.Second))
-	if _, err := r.clock.WriteAt(seconds, 0); err != nil {
-		tb.Fatal(err)
-	}
-}
-
-// cutWrites leads the replica's way to Postgres through a proxy.
-func (r *replica) cutWrites(tb testing.TB) {
-	tb.Helper()
-	u, err := url.Parse(r.env["DATABASE_URL"])
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if strings.Contains(u.Host, ",") {
-		return
-	}
-	r.writes = newProxy(tb, u.Host)
-	go r.writes.serve()
-	u.Host = r.writes.listener.Addr().String()
-	r.env["DATABASE_URL"] = u.String()
-}
-
-// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock, not
-// the C library's, where libfaketime sits; so this one is built with another time.Now, which adds what a file
-// says. Its monotonic clock stays.
-var steppedBinary = sync.OnceValues(func() (string, error) {
-	out, err := exec.Command("go", "env", "GOROOT").Output()
-	if err != nil {
-		return "", err
-	}
-	source := filepath.Join(strings.TrimSpace(string(out)), "src", "time")
-	original, err := os.ReadFile(filepath.Join(source, "time.go"))
-	if err != nil {
-		return "", err
-	}
-	const line = "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n"
-	if strings.Count(string(original), line) != 1 {
-		return "", fmt.Errorf("%s/time.go has no %q: this Go reads the clock elsewhere", source, line)
-	}
-	// The runtime asks for the time on its own stack too, where no system call may be: the file is mapped.
-	const reader = `package time
-
-import (
-	"syscall"
-	"unsafe"
-)
-
-var testClock *int64
-
-func init() {
-	name, ok := syscall.Getenv("WALLET_TEST_CLOCK_FILE")
-	if !ok {
-		return
-	}
-	fd, err := syscall.Open(name, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		panic("open WALLET_TEST_CLOCK_FILE: " + err.Error())
-	}
-	mapped, err := syscall.Mmap(fd, 0, 8, syscall.PROT_READ, syscall.MAP_SHARED)
-	if err != nil {
-		panic("map WALLET_TEST_CLOCK_FILE: " + err.Error())
-	}
-	testClock = (*int64)(unsafe.Pointer(&mapped[0]))
-}
-
-func testClockSeconds() int64 {
-	if testClock == nil {
-		return 0
-	}
-	return *testClock
-}
-`
-	folder := filepath.Join(testFolder, "stepped")
-	changed, added := filepath.Join(folder, "time.go"), filepath.Join(folder, "testclock.go")
-	overlay := filepath.Join(folder, "overlay.json")
-	text, err := json.Marshal(map[string]map[string]string{"Replace": {
-		filepath.Join(source, "time.go"): changed, filepath.Join(source, "testclock.go"): added}})
-	if err != nil {
-		return "", err
-	}
-	binary := filepath.Join(folder, "wallet")
-	now := strings.Replace(string(original), line, line+"\tsec += testClockSeconds()\n", 1)
-	if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(added, []byte(reader), 0o644),
-		os.WriteFile(overlay, text, 0o644), os.WriteFile(changed, []byte(now), 0o644)); err != nil {
-		return "", err
-	}
-	out, err = exec.Command("go", "build", "-overlay", overlay, "-o", binary, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build the service with a clock of ours: %w\n%s", err, out)
-	}
-	return binary, nil
-})
-
-// newCuttableReplica is a replica whose relay's ways to Postgres and Kafka lead through proxies.
-func newCuttableReplica(tb testing.TB, env map[string]string, name string) *replica {
-	r := newReplica(tb, env, "chaos-"+name)
-	r.cutWrites(tb)
-	if brokers := env["KAFKA_BROKERS"]; brokers != "" {
-		u, err := url.Parse(env["DATABASE_URL"])
-		if err != nil {
-			tb.Fatal(err)
-		}
-		if !strings.Contains(u.Host, ",") {
-			r.postgres = newProxy(tb, u.Host)
-			go r.postgres.serve()
-			u.Host = r.postgres.listener.Addr().String()
-			r.env["REPLICATION_URL"] = u.String()
-		}
-		// Brokers tell their addresses in their answers: a port there is replaced by the proxy's.
-		var from, to [][]byte
-		var addresses []string
-		for broker := range strings.SplitSeq(brokers, ",") {
-			p := newProxy(tb, broker)
-			r.kafka = append(r.kafka, p)
-			addresses = append(addresses, p.listener.Addr().String())
-			from, to = append(from, advertised(broker)), append(to, advertised(p.listener.Addr().String()))
-		}
-		for _, p := range r.kafka {
-			p.frames = func(frame []byte) {
-				for i := range from {
-					for at := 0; ; {
-						next := bytes.Index(frame[at:], from[i])
-						if next < 0 {
-							break
-						}
-						at += next
-						copy(frame[at:], to[i])
-					}
-				}
-			}
-			go p.serve()
-		}
-		r.env["KAFKA_BROKERS"] = strings.Join(addresses, ",")
-	}
-	return r
-}
-
-// advertised is how an address stands in Kafka's answers.
-func advertised(address string) []byte {
-	host, port, _ := net.SplitHostPort(address)
-	n, _ := strconv.Atoi(port)
-	return binary.BigEndian.AppendUint32([]byte(host), uint32(n))
-}
-
-func (r *replica) start(tb testing.TB) {
-	tb.Helper()
-	log, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer log.Close()
-	r.cmd = walletCommand(tb, r.env)
-	if r.stepped {
-		binary, err := steppedBinary()
-		if err != nil {
-			tb.Fatal(err)
-		}
-		r.cmd.Path, r.cmd.Args[0] = binary, binary
-	}
-	r.cmd.Stderr, r.cmd.Stdout = log, log
-	if err := r.cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	exited := make(chan struct{})
-	r.exited = exited
-	cmd := r.cmd
-	go func() { cmd.Wait(); close(exited) }()
-	tb.Cleanup(func() { cmd.Process.Kill(); <-exited })
-}
-
-func (r *replica) kill() {
-	r.cmd.Process.Kill()
-	<-r.exited
-}
-
-// stop asks it to stop, and waits until it has.
-func (r *replica) stop(tb testing.TB) {
-	tb.Helper()
-	r.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-r.exited:
-	case <-time.After(30 * time.Second):
-		tb.Fatal("it did not stop within 30 s of SIGTERM")
-	}
-}
-
-var chaosClient = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
-
-func (r *replica) leads() bool { return r.metric(`wallet_relay_state{state="leader"}`) == 1 }
-
-func (r *replica) isReady() bool {
-	response, err := http.Get(r.url + "/readyz")
-	if err == nil {
-		response.Body.Close()
-	}
-	return err == nil && response.StatusCode == 200
-}
-
-// metric is the value of one of the replica's metrics; 0 if it does not answer.
-func (r *replica) metric(name string) float64 {
-	client := http.Client{Timeout: time.Second, Transport: chaosClient.Transport}
-	response, err := client.Get(r.operate + "/metrics")
-	if err != nil {
-		return 0
-	}
-	defer response.Body.Close()
-	body, _ := io.ReadAll(response.Body)
-	_, rest, _ := bytes.Cut(body, []byte("\n"+name+" "))
-	text, _, _ := bytes.Cut(rest, []byte("\n"))
-	value, _ := strconv.ParseFloat(string(text), 64)
-	return value
-}
-
-// memory is the service's resident set in MB: VmRSS now, VmHWM at its highest.
-func (r *replica) memory(size string) float64 { return proctest.Memory(r.cmd.Process.Pid, size) }
-
 // load is clients that move money until told to stop, and what they were told was done.
 type load struct {
 	urls    []string
 	stop    atomic.Bool
-	running sync.WaitGroup
+	working sync.WaitGroup
 
 	mu           sync.Mutex
 	acknowledged map[string]bool // "<wallet> <key>"
@@ -448,7 +74,7 @@ type answered struct {
 func startLoad(urls []string, clients int) *load {
 	l := &load{urls: urls, acknowledged: make(map[string]bool), highest: make(map[int64]answered)}
 	for range clients / 2 {
-		l.running.Go(func() {
+		l.working.Go(func() {
 			for !l.stop.Load() {
 				l.read(1 + rand.Int64N(40))
 				time.Sleep(time.Duration(rand.IntN(8)) * time.Millisecond)
@@ -457,7 +83,7 @@ func startLoad(urls []string, clients int) *load {
 	}
 	run := rand.Uint64()
 	for c := range clients {
-		l.running.Go(func() {
+		l.working.Go(func() {
 			for i := 0; !l.stop.Load(); i++ {
 				l.move(fmt.Sprintf("%x-%d-%d", run, c, i))
 				time.Sleep(time.Duration(rand.IntN(8)) * time.Millisecond)
@@ -476,7 +102,7 @@ func (l *load) move(key string) {
 	}
 	began := time.Now()
 	for {
-		response, err := chaosClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json", strings.NewReader(body))
+		response, err := replicaClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json", strings.NewReader(body))
 		status := 0
 		var receipt struct {
 			Seq     int64 `json:"seq"`
@@ -524,7 +150,7 @@ func (l *load) post(base string, id int64) {
 	body := fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key)
 	for {
 		path := fmt.Sprintf("%s/v1/wallets/%d/deposit", base, id)
-		response, err := chaosClient.Post(path, "application/json", strings.NewReader(body))
+		response, err := replicaClient.Post(path, "application/json", strings.NewReader(body))
 		if err == nil {
 			response.Body.Close()
 			if response.StatusCode == 200 {
@@ -561,7 +187,7 @@ func (l *load) read(id int64) {
 		path += fmt.Sprintf("?min_seq=%d", known.seq)
 	}
 	sent := time.Now()
-	response, err := chaosClient.Get(path)
+	response, err := replicaClient.Get(path)
 	if err != nil {
 		return
 	}
@@ -626,7 +252,7 @@ func (l *load) checkReads(t *testing.T) {
 
 func (l *load) end() {
 	l.stop.Store(true)
-	l.running.Wait()
+	l.working.Wait()
 }
 
 // check: every acknowledged movement is in the ledger (the database's constraints keep it from being there twice).
@@ -1338,7 +964,7 @@ func TestChaosPutBack(t *testing.T) {
 					Seq     int64
 					Balance string
 				}
-				response, err := chaosClient.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", r.url, id))
+				response, err := replicaClient.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", r.url, id))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1382,9 +1008,9 @@ func TestChaosPutBack(t *testing.T) {
 	c.finish()
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // A standby, and memory
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // linuxOnly skips a test elsewhere: /proc tells what it needs.
 func linuxOnly(t *testing.T, what string) {

@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,7 +26,6 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/shopspring/decimal"
 
 	"wallet/internal/kafka"
 	"wallet/internal/logs"
@@ -115,273 +113,17 @@ func FuzzOutboxRow(f *testing.F) {
 	})
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // On servers
-// ---------------------------------------------------------------------------------------------------------------------
-
-// bench is a service that writes, with no relay, and relays to start and stop beside it.
-type bench struct {
-	*wallets
-	cfg  *config
-	conn *pgx.Conn
-	keys int
-}
-
-func newBench(t *testing.T, more ...string) *bench {
-	t.Helper()
-	env := testEnv(t, append([]string{"REDIS_URL=", "KAFKA_PARTITIONS=3"}, more...)...)
-	b := &bench{wallets: start(t, env)}
-	b.cfg = b.config(t, "")
-	b.conn = connect(t, env["DATABASE_URL"])
-	dropSlotAtEnd(t, b.cfg.replicationSlot)
-	return b
-}
-
-// dropSlotAtEnd: a slot left behind would keep the shared cluster's WAL.
-func dropSlotAtEnd(t testing.TB, slot string) {
-	t.Cleanup(func() {
-		conn, err := pgx.Connect(context.Background(), stack(t).DatabaseURL)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close(context.Background())
-		eventually(t, 10*time.Second, "slot dropped", func() bool {
-			_, err := conn.Exec(context.Background(), `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1`, slot)
-			return err == nil
-		})
-	})
-}
-
-func (b *bench) config(t *testing.T, databaseURL string) *config {
-	env := map[string]string{"KAFKA_BROKERS": stack(t).KafkaBrokers}
-	for name, value := range b.env {
-		if _, set := env[name]; !set {
-			env[name] = value
-		}
-	}
-	if databaseURL != "" {
-		env["DATABASE_URL"] = databaseURL
-	}
-	cfg, err := readConfig(func(name string) string { return env[name] })
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cfg
-}
-
-// relaying is a relay that runs.
-type relaying struct {
-	*relay
-	stop func()
-}
-
-func startRelay(t *testing.T, cfg *config) *relaying {
-	t.Helper()
-	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := r.run(ctx); err != nil {
-			t.Error(err)
-		}
-	}()
-	stopped := false
-	r.stop = func() {
-		if !stopped {
-			stopped = true
-			cancel()
-			<-done
-			db.Close()
-		}
-	}
-	t.Cleanup(r.stop)
-	return r
-}
-
-func (r *relaying) await(t *testing.T, state string) {
-	t.Helper()
-	eventually(t, 30*time.Second, "relay "+state, func() bool { return r.state.Load() == state })
-}
-
-// deposit makes n entries, over a few wallets.
-func (b *bench) deposit(t *testing.T, n int) {
-	t.Helper()
-	for range n {
-		b.keys++
-		b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+b.keys%5), fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, b.keys))
-	}
-}
-
-// insertByHand writes n entries of one wallet, outbox rows included, in the given transaction.
-func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
-	t.Helper()
-	ctx := context.Background()
-	var at time.Time
-	if err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance) VALUES ($1, $2::bigint, now(), now(), 'USD', $2::bigint) RETURNING entry_at`, walletID, n).Scan(&at); err != nil {
-		t.Fatal(err)
-	}
-	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0), CreatedAt: at}
-	next := func() *entry {
-		e.Seq++
-		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
-		return &e
-	}
-	_, err := tx.CopyFrom(ctx, pgx.Identifier{"entry"}, []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-		e := next()
-		return []any{e.WalletID, e.Seq, e.CreatedAt, e.Kind, 1, e.Seq, e.Key}, nil
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	e.Seq = 0
-	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, []string{"aggregate_id", "seq", "event_type", "payload"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-		e := next()
-		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own consumer.
-func checkStream(t *testing.T, cfg *config) {
-	t.Helper()
-	checkAudit(t, cfg)
-	conn := connect(t, cfg.databaseURL)
-	var want int
-	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
-		t.Fatal(err)
-	}
-	seqs := make(map[string]int64)
-	got := 0
-	for m := range consume(t, cfg, want) {
-		got++
-		id := string(m.Key)
-		seqs[id]++
-		if want := id + "-" + strconv.FormatInt(seqs[id], 10); string(m.Headers[1].Value) != want {
-			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
-		}
-	}
-	if got != want {
-		t.Errorf("%d events for %d entries", got, want)
-	}
-}
-
-func checkAudit(t *testing.T, cfg *config) {
-	t.Helper()
-	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), &cfg.relayConfig, &said)
-	if err != nil || findings != 0 {
-		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
-	}
-}
-
-// consume yields the committed events: at least want of them, unless none comes for some seconds, and any that follow at once.
-func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
-	return func(yield func(*sarama.ConsumerMessage) bool) {
-		conf := sarama.NewConfig()
-		conf.Consumer.IsolationLevel = sarama.ReadCommitted
-		consumer, err := sarama.NewConsumer(cfg.kafkaBrokers, conf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer consumer.Close()
-		partitions, err := consumer.Partitions(cfg.kafkaTopic)
-		if err != nil {
-			t.Fatal(err)
-		}
-		messages := make(chan *sarama.ConsumerMessage)
-		stop := make(chan struct{})
-		defer close(stop)
-		for _, p := range partitions {
-			pc, err := consumer.ConsumePartition(cfg.kafkaTopic, p, sarama.OffsetOldest)
-			if err != nil {
-				t.Fatal(err)
-			}
-			go func() {
-				for m := range pc.Messages() {
-					select {
-					case messages <- m:
-					case <-stop:
-					}
-				}
-			}()
-			defer pc.AsyncClose()
-		}
-		for got := 0; ; got++ {
-			patience := 5 * time.Second
-			if got >= want {
-				patience = 500 * time.Millisecond
-			}
-			select {
-			case m := <-messages:
-				if !yield(m) {
-					return
-				}
-			case <-time.After(patience):
-				return
-			}
-		}
-	}
-}
-
-func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
-	t.Helper()
-	r := relay{cfg: &b.cfg.relayConfig}
-	s, err := r.readSlot(context.Background(), b.conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s.confirmed
-}
-
-// onFreeSlot runs sql with the slot's name once Postgres has let go of it.
-func (b *bench) onFreeSlot(t *testing.T, sql string) {
-	t.Helper()
-	eventually(t, 10*time.Second, "slot free", func() bool {
-		s, err := (&relay{cfg: &b.cfg.relayConfig}).readSlot(context.Background(), b.conn)
-		return err == nil && !s.active
-	})
-	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
-	t.Helper()
-	k, err := openKafka(&cfg.relayConfig, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Close()
-	c, err := lastCheckpoint(k, cfg.kafkaCheckpointTopic)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
-	t.Helper()
-	p, err := c.position()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p.end
-}
+// -----------------------------------------------------------------------------------------------------------
 
 // TestRelayPublishesEachEntryOnceInOrder: also what was written before the relay was ever switched on.
 func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
-	b := newBench(t)
-	b.deposit(t, 7)
-	r := startRelay(t, b.cfg)
-	moveAtRandom(t, 8, 25, 9, func() *wallets { return b.wallets })
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	g.deposit(t, 7)
+	r := startRelay(t, g.cfg)
+	moveAtRandom(t, 8, 25, 9, func() *running { return g.running })
+	checkStream(t, g.cfg)
 	if r.recoveries.Load() != 1 || r.takeovers.Load() != 1 {
 		t.Errorf("%d recoveries, %d takeovers", r.recoveries.Load(), r.takeovers.Load())
 	}
@@ -396,50 +138,50 @@ func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
 
 // TestRelayResumes: stopped again and again under load, by its end or by its connection's.
 func TestRelayResumes(t *testing.T) {
-	b := newBench(t)
+	g := newRig(t)
 	stop := make(chan struct{})
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		for i := 0; ; i++ {
-			r := startRelay(t, b.cfg)
+			r := startRelay(t, g.cfg)
 			select {
 			case <-time.After(time.Duration(300+rand.IntN(1200)) * time.Millisecond):
 			case <-stop:
 				return
 			}
 			if i%2 == 0 {
-				connect(t, b.cfg.databaseURL).Exec(context.Background(), `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot)
+				connect(t, g.cfg.databaseURL).Exec(context.Background(), `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot)
 				time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 			}
 			r.stop()
 		}
 	}()
 	for end := time.Now().Add(8 * time.Second); time.Now().Before(end); {
-		moveAtRandom(t, 4, 10, 9, func() *wallets { return b.wallets })
-		b.deposit(t, 1)
+		moveAtRandom(t, 4, 10, 9, func() *running { return g.running })
+		g.deposit(t, 1)
 	}
 	close(stop)
 	<-stopped
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
 // TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a silent relay, nothing is
 // confirmed; then everything is there once.
 func TestRelayConfirmsOnlyPublished(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 3)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 3)
+	checkStream(t, g.cfg)
 	r.await(t, "leader")
 	resume := pauseKafka(t)
 	var before pglogrepl.LSN
-	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
+	if err := g.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 20)
+	g.deposit(t, 20)
 	for end := time.Now().Add(walSenderTimeout + 2*time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-		if confirmed := b.slot(t); confirmed > before {
+		if confirmed := g.slot(t); confirmed > before {
 			t.Fatalf("confirmed %v, but nothing after %v was published", confirmed, before)
 		}
 	}
@@ -447,7 +189,7 @@ func TestRelayConfirmsOnlyPublished(t *testing.T) {
 		t.Errorf("a slow Kafka cost the slot: %d restarts", restarts)
 	}
 	resume()
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
 type lsnText pglogrepl.LSN
@@ -456,15 +198,15 @@ func (l *lsnText) Scan(v any) error { return (*pglogrepl.LSN)(l).Scan(v) }
 
 // TestLeaderWithoutKafkaGivesUp: and then another leads, or the same one later.
 func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
 	resume := pauseKafka(t)
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	began := time.Now()
 	active := true
 	for active && time.Since(began) < 20*time.Second {
-		if err := b.conn.QueryRow(context.Background(), `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&active); err != nil {
+		if err := g.conn.QueryRow(context.Background(), `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&active); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -474,41 +216,41 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 		t.Error("a leader without Kafka keeps the slot")
 	}
 	t.Logf("slot free after %v", time.Since(began).Round(100*time.Millisecond))
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
 // TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit exactly at its end, and is not
 // to be taken for published.
 func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
-	b := newBench(t)
+	g := newRig(t)
 	ctx := context.Background()
 	exact := 0
 	for i := 0; i < 6 && exact < 2; i++ {
-		r := startRelay(t, b.cfg)
+		r := startRelay(t, g.cfg)
 		r.await(t, "leader")
-		tx, err := connect(t, b.cfg.databaseURL).Begin(ctx)
+		tx, err := connect(t, g.cfg.databaseURL).Begin(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
 		insertByHand(t, tx, int64(1000+i), 2)
 		// Another transaction, without an outbox row; the idle checkpoint follows it.
-		if _, err := b.conn.Exec(ctx, `CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
+		if _, err := g.conn.Exec(ctx, `CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
 			t.Fatal(err)
 		}
 		var end pglogrepl.LSN
-		if err := b.conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		if err := g.conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 20*time.Second, "idle checkpoint", func() bool { return lastCheckpointOf(t, b.cfg).end(t) >= end })
+		eventually(t, 20*time.Second, "idle checkpoint", func() bool { return lastCheckpointOf(t, g.cfg).end(t) >= end })
 		r.stop()
-		at := lastCheckpointOf(t, b.cfg).end(t)
+		at := lastCheckpointOf(t, g.cfg).end(t)
 		if err := tx.Commit(ctx); err != nil {
 			t.Fatal(err)
 		}
-		r = startRelay(t, b.cfg)
-		checkStream(t, b.cfg)
+		r = startRelay(t, g.cfg)
+		checkStream(t, g.cfg)
 		r.stop()
-		for m := range consume(t, b.cfg, 2*(i+1)) {
+		for m := range consume(t, g.cfg, 2*(i+1)) {
 			if string(m.Headers[6].Key) == "ce_commitlsn" && string(m.Headers[6].Value) == at.String() {
 				exact++
 				break
@@ -522,31 +264,31 @@ func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 
 // TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it before Postgres does.
 func TestIdleCheckpointMoves(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	foreign := func() (end pglogrepl.LSN) {
-		b.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
-		if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		g.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
+		if err := g.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
 		return end
 	}
 	end := foreign()
-	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool { return b.slot(t) >= end })
-	if at := lastCheckpointOf(t, b.cfg).end(t); at < end {
+	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool { return g.slot(t) >= end })
+	if at := lastCheckpointOf(t, g.cfg).end(t); at < end {
 		t.Errorf("confirmed %v, but the checkpoint is at %v", end, at)
 	}
 	resume := pauseKafka(t)
 	end = foreign()
 	for until := time.Now().Add(idleInterval + 3*time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
-		if confirmed := b.slot(t); confirmed >= end {
+		if confirmed := g.slot(t); confirmed >= end {
 			t.Fatalf("confirmed %v with Kafka away", confirmed)
 		}
 	}
 	resume()
-	eventually(t, 15*time.Second, "confirmed at last", func() bool { return b.slot(t) >= end })
+	eventually(t, 15*time.Second, "confirmed at last", func() bool { return g.slot(t) >= end })
 }
 
 // pauseKafka freezes the shared broker until the returned function is called or the test ends.
@@ -560,13 +302,13 @@ func pauseKafka(t *testing.T) (resume func()) {
 
 // TestStandby: it leaves a healthy leader alone, and takes over within seconds.
 func TestStandby(t *testing.T) {
-	b := newBench(t)
-	leader := startRelay(t, b.cfg)
+	g := newRig(t)
+	leader := startRelay(t, g.cfg)
 	leader.await(t, "leader")
-	standby := startRelay(t, b.cfg)
+	standby := startRelay(t, g.cfg)
 	standby.await(t, "standby")
-	moveAtRandom(t, 4, 50, 9, func() *wallets { return b.wallets })
-	checkStream(t, b.cfg)
+	moveAtRandom(t, 4, 50, 9, func() *running { return g.running })
+	checkStream(t, g.cfg)
 	if restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load(); restarts != 0 || takeovers != 0 {
 		t.Errorf("the standby disturbed the leader: %d restarts, %d takeovers", restarts, takeovers)
 	}
@@ -574,8 +316,8 @@ func TestStandby(t *testing.T) {
 	began := time.Now()
 	standby.await(t, "leader")
 	t.Logf("takeover from a leader that stopped: %v", time.Since(began).Round(time.Millisecond))
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 }
 
 // TestRecoveryFillsTheGap: the slot dropped, or made anew, while no relay ran.
@@ -586,23 +328,23 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 		"moved":     `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 10)
-			checkStream(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 10)
+			checkStream(t, g.cfg)
 			r.stop()
-			b.deposit(t, 10)
-			b.onFreeSlot(t, sql)
-			b.deposit(t, 10)
-			r = startRelay(t, b.cfg)
-			other := startRelay(t, b.cfg) // two that want to recover
-			b.deposit(t, 10)
-			checkStream(t, b.cfg)
+			g.deposit(t, 10)
+			g.onFreeSlot(t, sql)
+			g.deposit(t, 10)
+			r = startRelay(t, g.cfg)
+			other := startRelay(t, g.cfg) // two that want to recover
+			g.deposit(t, 10)
+			checkStream(t, g.cfg)
 			if n := r.recoveries.Load() + other.recoveries.Load(); n != 1 {
 				t.Errorf("%d recoveries", n)
 			}
 			var open int
-			err := b.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1s'
+			err := g.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1s'
 				AND backend_type = 'client backend'`).Scan(&open)
 			if err != nil || open > 0 {
 				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back", open, err)
@@ -614,10 +356,10 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 // TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
-	b := newBench(t)
+	g := newRig(t)
 	ctx := context.Background()
-	b.mustExec(t, `CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50); INSERT INTO hot SELECT generate_series(1, 50), 0`)
-	db, err := pgxpool.New(ctx, b.cfg.databaseURL+"&pool_max_conns=20")
+	g.mustExec(t, `CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50); INSERT INTO hot SELECT generate_series(1, 50), 0`)
+	db, err := pgxpool.New(ctx, g.cfg.databaseURL+"&pool_max_conns=20")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -638,7 +380,7 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 			}
 		})
 	}
-	r := newRelay(&b.cfg.relayConfig, db, nil)
+	r := newRelay(&g.cfg.relayConfig, db, nil)
 	slots := 0
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !t.Failed(); slots++ {
 		conn, _, err := r.connect(ctx)
@@ -667,7 +409,7 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 		l.forgetPast()
 		conn.Close(ctx)
 		var twice int
-		if err := b.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
+		if err := g.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
 			t.Errorf("%d rows came back to life after %d slots, %v", twice, slots+1, err)
 		}
 	}
@@ -679,15 +421,15 @@ func TestHugeTransaction(t *testing.T) {
 	const n = 60_000
 	for _, name := range []string{"streamed", "recovered"} {
 		t.Run(name, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
 			r.await(t, "leader")
-			b.deposit(t, 3)
+			g.deposit(t, 3)
 			if name == "recovered" {
 				r.stop()
-				b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+				g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 			}
-			tx, err := b.conn.Begin(context.Background())
+			tx, err := g.conn.Begin(context.Background())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -696,66 +438,66 @@ func TestHugeTransaction(t *testing.T) {
 				t.Fatal(err)
 			}
 			if name == "recovered" {
-				r = startRelay(t, b.cfg)
+				r = startRelay(t, g.cfg)
 			}
 			interrupted := 0
 			for range 3 {
 				eventually(t, 30*time.Second, "some of it published", func() bool {
-					return r.events.Load() > 5000 || lastCheckpointOf(t, b.cfg).Events >= n
+					return r.events.Load() > 5000 || lastCheckpointOf(t, g.cfg).Events >= n
 				})
 				r.stop()
 				if published := r.events.Load(); published > 5000 && published < n {
 					interrupted++
 				}
-				r = startRelay(t, b.cfg)
+				r = startRelay(t, g.cfg)
 			}
 			if interrupted == 0 {
 				t.Error("it was never interrupted: this test has proven nothing")
 			}
-			b.deposit(t, 3)
-			checkStream(t, b.cfg)
+			g.deposit(t, 3)
+			checkStream(t, g.cfg)
 		})
 	}
 }
 
 // TestAnotherDatabase: it is refused, until it is adopted. Here, a copy that went on.
 func TestAnotherDatabase(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 10)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 10)
+	checkStream(t, g.cfg)
 	r.stop()
-	b.deposit(t, 5)
-	b.end()
-	b.conn.Close(context.Background())
+	g.deposit(t, 5)
+	g.end()
+	g.conn.Close(context.Background())
 
 	admin := connect(t, stack(t).DatabaseURL)
-	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
+	name := g.cfg.databaseURL[strings.LastIndex(g.cfg.databaseURL, "/")+1 : strings.LastIndex(g.cfg.databaseURL, "?")]
 	eventually(t, 10*time.Second, "copied", func() bool {
 		admin.Exec(context.Background(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
 		_, err := admin.Exec(context.Background(), "CREATE DATABASE "+name+"_copy TEMPLATE "+name)
 		return err == nil
 	})
-	original := b.cfg
-	b.env["DATABASE_URL"] = strings.Replace(original.databaseURL, "/"+name+"?", "/"+name+"_copy?", 1)
-	b.env["REPLICATION_SLOT"] = original.replicationSlot + "c"
-	b.wallets = start(t, b.env)
-	b.cfg = b.config(t, "")
-	dropSlotAtEnd(t, b.cfg.replicationSlot)
-	refused := startRelay(t, b.cfg)
+	original := g.cfg
+	g.env["DATABASE_URL"] = strings.Replace(original.databaseURL, "/"+name+"?", "/"+name+"_copy?", 1)
+	g.env["REPLICATION_SLOT"] = original.replicationSlot + "c"
+	g.running = start(t, g.env)
+	g.cfg = g.config(t, "")
+	dropSlotAtEnd(t, g.cfg.replicationSlot)
+	refused := startRelay(t, g.cfg)
 	refused.await(t, "refused")
 	var slots int
-	if err := admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
+	if err := admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
 		t.Errorf("a refused relay left %d slots, %v", slots, err)
 	}
 	refused.stop()
-	b.deposit(t, 5)
-	if err := adopt(context.Background(), &b.cfg.relayConfig); err != nil {
+	g.deposit(t, 5)
+	if err := adopt(context.Background(), &g.cfg.relayConfig); err != nil {
 		t.Fatal(err)
 	}
-	startRelay(t, b.cfg)
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	startRelay(t, g.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	former := startRelay(t, original)
 	former.await(t, "refused")
 }
@@ -779,7 +521,7 @@ func TestPutBackVolume(t *testing.T) {
 			w := start(t, env)
 			inUse(t, w.balances)
 			keys := 0
-			deposit := func(w *wallets, n int) {
+			deposit := func(w *running, n int) {
 				t.Helper()
 				for range n {
 					keys++
@@ -842,7 +584,7 @@ func TestPutBackVolume(t *testing.T) {
 			for id := range 3 {
 				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id), fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
 					fresh := w.get(path, "Cache-Control", "no-cache")
-					for _, replica := range []*wallets{w, without} {
+					for _, replica := range []*running{w, without} {
 						if cached := replica.get(path); cached.body != fresh.body {
 							t.Errorf("cached %s, Postgres has %s", cached, fresh)
 						}
@@ -874,16 +616,16 @@ func TestPutBackVolume(t *testing.T) {
 
 // TestPartitionsAreFinal: a partition more would move wallets to other partitions.
 func TestPartitionsAreFinal(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	r.stop()
-	admin := clusterAdmin(t, b.cfg)
-	if err := admin.CreatePartitions(b.cfg.kafkaTopic, 4, nil, false); err != nil {
+	admin := clusterAdmin(t, g.cfg)
+	if err := admin.CreatePartitions(g.cfg.kafkaTopic, 4, nil, false); err != nil {
 		t.Fatal(err)
 	}
-	r = startRelay(t, b.cfg)
+	r = startRelay(t, g.cfg)
 	r.await(t, "refused")
 }
 
@@ -906,16 +648,16 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 		"checkpoints": {"cleanup.policy": "delete"},
 		"short":       {"retention.ms": "3600000"},
 	} {
-		b := newBench(t)
-		name := map[string]string{"events": b.cfg.kafkaTopic, "checkpoints": b.cfg.kafkaCheckpointTopic, "short": b.cfg.kafkaTopic}[topic]
+		g := newRig(t)
+		name := map[string]string{"events": g.cfg.kafkaTopic, "checkpoints": g.cfg.kafkaCheckpointTopic, "short": g.cfg.kafkaTopic}[topic]
 		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1, ConfigEntries: make(map[string]*string)}
 		for key, value := range settings {
 			detail.ConfigEntries[key] = &value
 		}
-		if err := clusterAdmin(t, b.cfg).CreateTopic(name, &detail, false); err != nil {
+		if err := clusterAdmin(t, g.cfg).CreateTopic(name, &detail, false); err != nil {
 			t.Fatal(err)
 		}
-		r := startRelay(t, b.cfg)
+		r := startRelay(t, g.cfg)
 		r.await(t, "refused")
 		r.stop()
 	}
@@ -924,77 +666,50 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 // TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head is filled. An audit
 // compares what is left.
 func TestTruncatedTopic(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 20)
-	checkStream(t, b.cfg)
-	b.awaitHorizon(t)
-	admin := clusterAdmin(t, b.cfg)
-	if err := admin.DeleteRecords(b.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 20)
+	checkStream(t, g.cfg)
+	g.awaitHorizon(t)
+	admin := clusterAdmin(t, g.cfg)
+	if err := admin.DeleteRecords(g.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 20)
+	g.deposit(t, 20)
 	findings := func() {
 		t.Helper()
 		var said bytes.Buffer
-		if n, err := runAudit(context.Background(), &b.cfg.relayConfig, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
+		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
 			t.Errorf("%d findings, %v\n%s", n, err, said.String())
 		}
 	}
 	findings()
 	r.stop()
-	b.deposit(t, 20)
-	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
-	r = startRelay(t, b.cfg)
+	g.deposit(t, 20)
+	g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+	r = startRelay(t, g.cfg)
 	r.await(t, "leader")
 	findings()
 
-	b.awaitHorizon(t)
-	tx := b.begin(t) // keeps the horizon where it is
+	g.awaitHorizon(t)
+	tx := g.begin(t) // keeps the horizon where it is
 	defer tx.Rollback(context.Background())
 	time.Sleep(2 * horizonInterval)
-	b.deposit(t, 20)
+	g.deposit(t, 20)
 	findings()
 	r.stop()
 	beyond := make(map[int32]int64)
-	for p, offset := range lastCheckpointOf(t, b.cfg).Horizon.Offsets {
+	for p, offset := range lastCheckpointOf(t, g.cfg).Horizon.Offsets {
 		beyond[int32(p)] = offset + 1
 	}
-	if err := admin.DeleteRecords(b.cfg.kafkaTopic, beyond); err != nil {
+	if err := admin.DeleteRecords(g.cfg.kafkaTopic, beyond); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	tx.Rollback(context.Background())
-	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
-	r = startRelay(t, b.cfg)
+	g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+	r = startRelay(t, g.cfg)
 	r.await(t, "refused")
-}
-
-// begin opens a transaction that has begun to write.
-func (b *bench) begin(t *testing.T) pgx.Tx {
-	t.Helper()
-	tx, err := connect(t, b.cfg.databaseURL).Begin(context.Background())
-	if err == nil {
-		_, err = tx.Exec(context.Background(), `SELECT pg_current_xact_id()`)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tx
-}
-
-// awaitHorizon waits until the checkpoint has a horizon that covers all there is now.
-func (b *bench) awaitHorizon(t *testing.T) {
-	t.Helper()
-	var next int64
-	if err := b.conn.QueryRow(context.Background(), `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
-		t.Fatal(err)
-	}
-	b.deposit(t, 1) // a horizon moves only when there are events
-	eventually(t, 20*time.Second, "a horizon", func() bool {
-		c := lastCheckpointOf(t, b.cfg)
-		return c != nil && c.Horizon != nil && c.Horizon.XID > next
-	})
 }
 
 // TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction is open that began
@@ -1002,64 +717,53 @@ func (b *bench) awaitHorizon(t *testing.T) {
 func TestRecoveryAsksNoClock(t *testing.T) {
 	for _, step := range []string{"-3 hours", "-2 days", "3 hours", "0"} {
 		t.Run(step, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 20)
-			checkStream(t, b.cfg)
-			b.awaitHorizon(t)
-			open := b.begin(t)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 20)
+			checkStream(t, g.cfg)
+			g.awaitHorizon(t)
+			open := g.begin(t)
 			if step == "0" { // a horizon that did not wait for it would be in the checkpoint by then
-				b.deposit(t, 1)
+				g.deposit(t, 1)
 				time.Sleep(2*horizonInterval + idleInterval)
 			}
 			time.Sleep(2 * horizonInterval)
-			b.deposit(t, 20)
-			checkStream(t, b.cfg)
+			g.deposit(t, 20)
+			checkStream(t, g.cfg)
 			r.stop()
-			was := lastCheckpointOf(t, b.cfg)
+			was := lastCheckpointOf(t, g.cfg)
 
-			b.setClock(t, step)
+			g.setClock(t, step)
 			insertByHand(t, open, 77, 5)
 			if err := open.Commit(context.Background()); err != nil {
 				t.Fatal(err)
 			}
 			for i := range 10 {
-				b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i), `{"amount":"1","idempotency_key":"late"}`)
+				g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i), `{"amount":"1","idempotency_key":"late"}`)
 			}
-			b.deposit(t, 5)
-			b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+			g.deposit(t, 5)
+			g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 			if step == "0" { // a head that the horizon does not need is not asked for
 				heads := make(map[int32]int64)
 				for p, offset := range was.Horizon.Offsets {
 					heads[int32(p)] = offset
 				}
-				if err := clusterAdmin(t, b.cfg).DeleteRecords(b.cfg.kafkaTopic, heads); err != nil {
+				if err := clusterAdmin(t, g.cfg).DeleteRecords(g.cfg.kafkaTopic, heads); err != nil {
 					t.Fatal(err)
 				}
 			}
-			r = startRelay(t, b.cfg)
+			r = startRelay(t, g.cfg)
 			r.await(t, "leader")
 			if step == "0" {
-				checkAudit(t, b.cfg)
+				checkAudit(t, g.cfg)
 			} else {
-				checkStream(t, b.cfg)
+				checkStream(t, g.cfg)
 			}
-			if n := lastCheckpointOf(t, b.cfg).Events - was.Events; n != 20 {
+			if n := lastCheckpointOf(t, g.cfg).Events - was.Events; n != 20 {
 				t.Errorf("%d events were recovered, want 20", n)
 			}
 		})
 	}
-}
-
-// setClock steps the clock by which the ledger writes, for this database, and starts the service again.
-func (b *bench) setClock(t *testing.T, step string) {
-	t.Helper()
-	b.end()
-	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
-	b.mustExec(t, `CREATE SCHEMA clock; CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
-		AS $$ SELECT pg_catalog.clock_timestamp() + interval '`+step+`' $$;
-		ALTER DATABASE `+name+` SET search_path = clock, pg_catalog, public`)
-	b.wallets = start(t, b.env)
 }
 
 // TestRecordsOfAnyTime: Postgres' clock is two hours ahead, which Kafka 4 refuses by default.
@@ -1067,66 +771,66 @@ func TestRecordsOfAnyTime(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker takes any time")
 	}
-	b := newBench(t)
-	admin := clusterAdmin(t, b.cfg)
+	g := newRig(t)
+	admin := clusterAdmin(t, g.cfg)
 	limit := func(value string) {
 		t.Helper()
-		err := admin.IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{
+		err := admin.IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{
 			"message.timestamp.after.max.ms": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	r := startRelay(t, b.cfg)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
-	b.deposit(t, 5)
-	b.setClock(t, "2 hours")
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g.deposit(t, 5)
+	g.setClock(t, "2 hours")
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	if n := r.restarts.Load(); n != 0 {
 		t.Errorf("%d restarts", n)
 	}
 	limit("3600000") // somebody else sets it, under a running relay
 	time.Sleep(time.Second)
-	b.deposit(t, 5)
+	g.deposit(t, 5)
 	r.await(t, "refused")
-	checkStream(t, b.cfg) // the next attempt lifts the limit again
+	checkStream(t, g.cfg) // the next attempt lifts the limit again
 }
 
 // TestAuditFinds: what must not be, staged.
 func TestAuditFinds(t *testing.T) {
 	ctx := context.Background()
 	for name, c := range map[string]struct {
-		stage func(t *testing.T, b *bench)
+		stage func(t *testing.T, g *rig)
 		want  string
 	}{
-		"repeated": {func(t *testing.T, b *bench) { forge(t, b, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
-		"gap":      {func(t *testing.T, b *bench) { forge(t, b, "1", "1-9", `{}`) }, "those between are missing"},
-		"invented": {func(t *testing.T, b *bench) { forge(t, b, "99", "99-1", `{}`) }, "event 99-1 is in the topic, but the ledger ends at number 0"},
-		"foreign":  {func(t *testing.T, b *bench) { forge(t, b, "1", "2-2", `{}`) }, "not an event of this service"},
-		"differing": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
+		"repeated": {func(t *testing.T, g *rig) { forge(t, g, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
+		"gap":      {func(t *testing.T, g *rig) { forge(t, g, "1", "1-9", `{}`) }, "those between are missing"},
+		"invented": {func(t *testing.T, g *rig) { forge(t, g, "99", "99-1", `{}`) }, "event 99-1 is in the topic, but the ledger ends at number 0"},
+		"foreign":  {func(t *testing.T, g *rig) { forge(t, g, "1", "2-2", `{}`) }, "not an event of this service"},
+		"differing": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
 		}, "at least one differs"},
-		"missing": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
+		"missing": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
 				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x' FROM wallet WHERE id = 1`)
 		}, "not in the topic"},
-		"balance": {func(t *testing.T, b *bench) { b.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`) }, "wallet 2: its balance or time is not its last entry's"},
-		"leg": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
+		"balance": {func(t *testing.T, g *rig) { g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`) }, "wallet 2: its balance or time is not its last entry's"},
+		"leg": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
 		}, "the other leg"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 10)
-			b.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
-			checkStream(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 10)
+			g.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
+			checkStream(t, g.cfg)
 			r.stop()
-			c.stage(t, b)
+			c.stage(t, g)
 			var said bytes.Buffer
-			findings, err := runAudit(ctx, &b.cfg.relayConfig, &said)
+			findings, err := runAudit(ctx, &g.cfg.relayConfig, &said)
 			if err != nil || findings == 0 || !strings.Contains(said.String(), c.want) {
 				t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 			}
@@ -1134,38 +838,19 @@ func TestAuditFinds(t *testing.T) {
 	}
 }
 
-func (b *bench) openKafka(t *testing.T) *kafka.Client {
-	t.Helper()
-	cfg := kafkaConfig(&b.cfg.relayConfig, nil)
-	cfg.MetadataMaxAge = 100 * time.Millisecond
-	k, err := kafka.Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(k.Close)
-	return k
-}
-
-func (b *bench) mustExec(t *testing.T, sql string) {
-	t.Helper()
-	if _, err := b.conn.Exec(context.Background(), sql); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // forge adds a record to the events topic, as no relay would.
-func forge(t *testing.T, b *bench, key, id, value string) {
+func forge(t *testing.T, g *rig, key, id, value string) {
 	t.Helper()
 	conf := sarama.NewConfig()
 	conf.Version = sarama.V2_8_0_0
 	conf.Producer.Return.Successes = true
 	conf.Producer.Partitioner = sarama.NewMurmur2Partitioner
-	producer, err := sarama.NewSyncProducer(b.cfg.kafkaBrokers, conf)
+	producer, err := sarama.NewSyncProducer(g.cfg.kafkaBrokers, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer producer.Close()
-	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: b.cfg.kafkaTopic, Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
+	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: g.cfg.kafkaTopic, Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
 		Headers: []sarama.RecordHeader{{Key: []byte("ce_id"), Value: []byte(id)}}})
 	if err != nil {
 		t.Fatal(err)
@@ -1174,12 +859,12 @@ func forge(t *testing.T, b *bench, key, id, value string) {
 
 // TestLastCheckpointIsFoundBackwards: behind markers and aborted transactions, without reading the topic.
 func TestLastCheckpointIsFoundBackwards(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
-	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); c != nil || err != nil {
+	g := newRig(t)
+	k := g.openKafka(t)
+	if c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic); c != nil || err != nil {
 		t.Fatalf("%v, %v in an empty topic", c, err)
 	}
-	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+	producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1202,7 +887,7 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic)
+	c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic)
 	if err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v", c, err)
 	}
@@ -1210,7 +895,7 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if err := producer.Send(nil, []byte(`{"events":1500}`)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.NewProducer("test-" + b.cfg.replicationSlot); err != nil {
+	if _, err := k.NewProducer("test-" + g.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
 	}
 	if err := producer.Commit(); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
@@ -1219,25 +904,25 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if err := write(2000, true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v", err)
 	}
-	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {
+	if c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v after a fenced producer", c, err)
 	}
 }
 
 // TestRefusedRecordsAreAnError: a broker that begins the transaction but does not take its records.
 func TestRefusedRecordsAreAnError(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
+	g := newRig(t)
+	k := g.openKafka(t)
 	bytesMax := "100"
 	change := map[string]sarama.IncrementalAlterConfigsEntry{
 		"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}
-	err := clusterAdmin(t, b.cfg).IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, change, false)
+	err := clusterAdmin(t, g.cfg).IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, change, false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
 	eventually(t, 10*time.Second, "refused for its size", func() bool { // the broker hears of the setting a moment later
-		producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+		producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1255,13 +940,13 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 
 // TestAddedPartitionsEndAStay: they would break each wallet's order, and the next start says so.
 func TestAddedPartitionsEndAStay(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
-	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+	g := newRig(t)
+	k := g.openKafka(t)
+	producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := clusterAdmin(t, b.cfg).CreatePartitions(b.cfg.kafkaTopic, 5, nil, false); err != nil {
+	if err := clusterAdmin(t, g.cfg).CreatePartitions(g.cfg.kafkaTopic, 5, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, 10*time.Second, "refused for its partitions", func() bool {
@@ -1275,12 +960,12 @@ func TestAddedPartitionsEndAStay(t *testing.T) {
 
 // TestUnreachableKafka: the relay says so and goes on trying, and ends when told to.
 func TestUnreachableKafka(t *testing.T) {
-	b := newBench(t)
-	cfg := *b.cfg
+	g := newRig(t)
+	cfg := *g.cfg
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), g.conn); err != nil || s.exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()
@@ -1294,11 +979,11 @@ func TestUnreachableKafka(t *testing.T) {
 func TestStreamEqualsLedger(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers)
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
-	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
-	acknowledged := moveAtRandom(t, 12, 40, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	replicas := []*running{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 12, 40, 6, func() *running { return replicas[rand.IntN(3)] })
 	checkLedger(t, env["DATABASE_URL"])
 	eventually(t, 30*time.Second, "a leader", func() bool {
-		return slices.ContainsFunc(replicas, func(w *wallets) bool { return w.relay.state.Load() == "leader" })
+		return slices.ContainsFunc(replicas, func(w *running) bool { return w.relay.state.Load() == "leader" })
 	})
 	checkStream(t, replicas[0].cfg)
 	if len(acknowledged) < 150 {

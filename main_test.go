@@ -225,16 +225,6 @@ func TestRefusals(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-func (w *wallets) mustCount(tb testing.TB) (counts string) {
-	tb.Helper()
-	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry), (SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return counts
-}
-
 func TestRefusedOperationMaySucceedLaterWithItsKey(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
@@ -319,7 +309,7 @@ func TestTransferOpensWallet(t *testing.T) {
 // answer is a 200 with the same bytes, and the money moves once.
 func TestSameKeyPostsOnce(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	bodies := make([]string, 1000)
 	var clients sync.WaitGroup
 	next := make(chan int, len(bodies))
@@ -543,9 +533,9 @@ func TestEveryProblemIsDocumentedOnce(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Configuration and start
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 func TestConfigurationRefusals(t *testing.T) {
 	good := map[string]string{"DATABASE_URL": "postgres://localhost/wallet"}
@@ -577,31 +567,6 @@ func TestConfigurationRefusals(t *testing.T) {
 	if _, err := readConfig(func(n string) string { return map[string]string{"DATABASE_URL": "secret-password"}[n] }); strings.Contains(fmt.Sprint(err), "secret-password") {
 		t.Errorf("the sentence shows a secret: %v", err)
 	}
-}
-
-var walletBinary = sync.OnceValues(func() (string, error) {
-	binary := filepath.Join(testFolder, "wallet")
-	// Without the race detector, also under -race: what is killed here is what users run.
-	out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build the service: %w\n%s", err, out)
-	}
-	return binary, nil
-})
-
-// walletCommand is the service as a process of its own.
-func walletCommand(tb testing.TB, env map[string]string, args ...string) *exec.Cmd {
-	tb.Helper()
-	binary, err := walletBinary()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	cmd := exec.Command(binary, args...)
-	cmd.Env = os.Environ()
-	for name, value := range env {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
-	return cmd
 }
 
 // TestBadConfigurationExits2 runs the program: one sentence, exit 2.
@@ -739,9 +704,9 @@ func TestSigtermLosesNothing(t *testing.T) {
 	checkLedger(t, env["DATABASE_URL"])
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The README tells the truth: its commands run as printed, its tables match the code
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // changing matches what differs from run to run in the answers that the README shows.
 var changing = regexp.MustCompile(`("created_at":"|"request_id":")[^"]*`)

@@ -3,14 +3,11 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/url"
 	"regexp"
 	"strings"
@@ -23,77 +20,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/shopspring/decimal"
 )
-
-// movement is one acknowledged operation, as a client remembers it.
-type movement struct {
-	path, key, body string // of the request
-	answer          string
-}
-
-// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations acknowledged. A client
-// repeats a request with the same key until it is answered with something final, as clients are told to.
-func moveAtRandom(tb testing.TB, clients, each, walletCount int, replica func() *wallets) (acknowledged []movement) {
-	tb.Helper()
-	var mu sync.Mutex
-	var running sync.WaitGroup
-	for c := range clients {
-		running.Go(func() {
-			dice := rand.New(rand.NewPCG(uint64(c), 42))
-			for i := range each {
-				id, to := 1+dice.IntN(walletCount), 1+dice.IntN(walletCount)
-				m := movement{key: fmt.Sprintf("c%d-%d", c, i)}
-				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
-				switch dice.IntN(4) {
-				case 0:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				case 1:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/withdraw", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				default:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
-				}
-				deadline := time.Now().Add(60 * time.Second)
-				for {
-					a := replica().post(m.path, m.body)
-					if a.status == 200 {
-						m.answer = a.body
-						mu.Lock()
-						acknowledged = append(acknowledged, m)
-						mu.Unlock()
-						break
-					}
-					if a.status == 404 || a.status == 422 || a.status == 400 {
-						break
-					}
-					if a.status != 0 && a.status != 503 {
-						tb.Errorf("POST %s %s: %s", m.path, m.body, a)
-						break
-					}
-					if time.Now().After(deadline) {
-						tb.Errorf("never answered: POST %s %s: %s", m.path, m.body, a)
-						break
-					}
-					time.Sleep(20 * time.Millisecond)
-				}
-			}
-		})
-	}
-	running.Wait()
-	return acknowledged
-}
-
-// checkAcknowledged sends each acknowledged request once more: the same bytes, and nothing moves.
-func checkAcknowledged(tb testing.TB, w *wallets, acknowledged []movement) {
-	tb.Helper()
-	before := w.mustCount(tb)
-	for _, m := range acknowledged {
-		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer || a.header.Get("Idempotent-Replayed") != "true" {
-			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
-		}
-	}
-	if after := w.mustCount(tb); after != before {
-		tb.Errorf("replays moved money: %s, before %s", after, before)
-	}
-}
 
 // TestAppendDecimal: as decimal.String, whatever the size, sign and places.
 func TestAppendDecimal(t *testing.T) {
@@ -115,8 +41,8 @@ func TestAppendDecimal(t *testing.T) {
 // TestRandomMovesKeepEveryInvariant: three replicas, few wallets, much contention.
 func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
-	acknowledged := moveAtRandom(t, 24, 60, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	replicas := []*running{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 24, 60, 6, func() *running { return replicas[rand.IntN(3)] })
 	if len(acknowledged) < 400 {
 		t.Fatalf("only %d operations were accepted", len(acknowledged))
 	}
@@ -132,13 +58,13 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 // TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers each.
 func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 	env := testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=3")
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	for id := 1; id <= 2; id++ {
 		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1000","idempotency_key":"seed"}`)
 	}
-	var running sync.WaitGroup
+	var working sync.WaitGroup
 	for c := range 16 {
-		running.Go(func() {
+		working.Go(func() {
 			for i := range 25 {
 				body := fmt.Sprintf(`{"amount":"1","to_id":%d,"idempotency_key":"%d-%d"}`, 2-c%2, c, i)
 				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2), body); a.status != 200 {
@@ -147,7 +73,7 @@ func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 			}
 		})
 	}
-	running.Wait()
+	working.Wait()
 	if n := replicas[0].ledger.reruns.Load() + replicas[1].ledger.reruns.Load(); n > 0 {
 		t.Errorf("%d batches had to run again", n)
 	}
@@ -157,10 +83,10 @@ func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 // TestMissingWalletsAreMadeOnce: many clients of two replicas open the same wallets at once.
 func TestMissingWalletsAreMadeOnce(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env)}
-	var running sync.WaitGroup
+	replicas := []*running{start(t, env), start(t, env)}
+	var working sync.WaitGroup
 	for c := range 20 {
-		running.Go(func() {
+		working.Go(func() {
 			for i := range 20 {
 				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i), fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
 					t.Errorf("deposit: %s", a)
@@ -168,101 +94,16 @@ func TestMissingWalletsAreMadeOnce(t *testing.T) {
 			}
 		})
 	}
-	running.Wait()
+	working.Wait()
 	if got, want := replicas[0].mustCount(t), "20 400 400 400"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	checkLedger(t, env["DATABASE_URL"])
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Faults of Postgres
-// ---------------------------------------------------------------------------------------------------------------------
-
-// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a conversation.
-type cutter struct {
-	listener net.Listener
-	target   string
-	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and before the answer returns.
-	cut  atomic.Pointer[func(message []byte) (before, after bool)]
-	cuts atomic.Int64
-}
-
-func newCutter(tb testing.TB, databaseURL string) (c *cutter, throughIt string) {
-	tb.Helper()
-	u, err := url.Parse(databaseURL)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	c = &cutter{listener: newListener(tb), target: u.Host}
-	u.Host = c.listener.Addr().String()
-	tb.Cleanup(func() { c.listener.Close() })
-	go func() {
-		for {
-			client, err := c.listener.Accept()
-			if err != nil {
-				return
-			}
-			go c.carry(client)
-		}
-	}()
-	return c, u.String()
-}
-
-func (c *cutter) carry(client net.Conn) {
-	defer client.Close()
-	server, err := net.Dial("tcp", c.target)
-	if err != nil {
-		return
-	}
-	defer server.Close()
-	var mute atomic.Bool // the server's answers are swallowed
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1<<16)
-		for {
-			n, err := server.Read(buf)
-			if mute.Load() || err != nil {
-				client.Close()
-				return
-			}
-			client.Write(buf[:n])
-		}
-	}()
-	buf := make([]byte, 1<<20)
-	for {
-		n, err := client.Read(buf)
-		if err != nil {
-			server.Close()
-			<-done
-			return
-		}
-		before, after := false, false
-		if cut := c.cut.Load(); cut != nil {
-			before, after = (*cut)(buf[:n])
-		}
-		if before {
-			c.cuts.Add(1)
-			return
-		}
-		if after {
-			c.cuts.Add(1)
-			mute.Store(true)
-		}
-		server.Write(buf[:n])
-		if after {
-			io.Copy(io.Discard, io.LimitReader(client, 0))
-			<-done // the server did its work and answered; nobody hears it
-			return
-		}
-	}
-}
-
-// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel as parameters.
-func commitMessage(marker string) func([]byte) bool {
-	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
-}
+// -----------------------------------------------------------------------------------------------------------
 
 // TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once after it was done. Either way
 // the operation is applied once, and its client gets its answer.
@@ -378,7 +219,7 @@ func TestPostgresCrashes(t *testing.T) {
 	}
 	defer s.stop()
 	env := testEnv(t, "DATABASE_URL="+s.database(t))
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	stop := make(chan struct{})
 	var crashing sync.WaitGroup
 	crashing.Go(func() {
@@ -393,7 +234,7 @@ func TestPostgresCrashes(t *testing.T) {
 			s.command(t, "start postgres")
 		}
 	})
-	acknowledged := moveAtRandom(t, 8, 150, 20, func() *wallets { return replicas[rand.IntN(2)] })
+	acknowledged := moveAtRandom(t, 8, 150, 20, func() *running { return replicas[rand.IntN(2)] })
 	close(stop)
 	crashing.Wait()
 	eventually(t, 10*time.Second, "ready again", func() bool { return replicas[0].get("/readyz").status == 200 })
@@ -432,7 +273,7 @@ func TestPostgresAway(t *testing.T) {
 }
 
 // holdWallet locks a wallet, as somebody who is not one of our writers, until the transaction ends.
-func holdWallet(t *testing.T, w *wallets, id int64) pgx.Tx {
+func holdWallet(t *testing.T, w *running, id int64) pgx.Tx {
 	t.Helper()
 	tx, err := connect(t, w.env["DATABASE_URL"]).Begin(context.Background())
 	if err != nil {
@@ -562,9 +403,9 @@ func TestFullQueueIsRefused(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // What the database enforces by itself
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // TestLeastPrivilege: three roles, and what each of them cannot do.
 func TestLeastPrivilege(t *testing.T) {
@@ -680,7 +521,7 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	}
 }
 
-func checkPlans(t *testing.T, w *wallets, seqSince string) {
+func checkPlans(t *testing.T, w *running, seqSince string) {
 	t.Helper()
 	for name, query := range map[string]string{
 		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
@@ -726,9 +567,9 @@ func slicesOfParameters(query string) map[string]bool {
 	return found
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Parsers
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 func FuzzAmount(f *testing.F) {
 	for _, seed := range []string{"10.50", "0", "-1", "1e9", "NaN", "99999999999999999999.999999999999999999", "1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
@@ -774,7 +615,7 @@ func TestWritersShareNoWallet(t *testing.T) {
 	moved := make(chan struct{})
 	go func() {
 		defer close(moved)
-		moveAtRandom(t, 24, 100, 6, func() *wallets { return w })
+		moveAtRandom(t, 24, 100, 6, func() *running { return w })
 	}()
 	samples, busy, waits := 0, 0, 0
 	for going := true; going; samples++ {
