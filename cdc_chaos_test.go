@@ -1,10 +1,11 @@
-// The loop that kills: the service as real processes on real Apache Kafka and Postgres, under random load from clients that
-// retry until acknowledged, while every part is killed, frozen, cut off or replaced, again and again. After it, ledger and topic
-// must hold every acknowledged movement exactly once.
+// The loop that kills: the service as real processes on real Apache Kafka and Postgres, under random load
+// from clients that retry until acknowledged, while every part is killed, frozen, cut off or replaced, again
+// and again. After it, ledger and topic must hold every acknowledged movement exactly once.
 //
 //	WALLET_TEST_KAFKA=apache go test -run TestChaos -v -timeout 60m -chaos 30m .
 //
-// By default each fault comes once. -chaos.seed repeats an order (though not its timing), -chaos.only runs only the faults it names.
+// By default each fault comes once. -chaos.seed repeats an order (though not its timing), -chaos.only runs
+// only the faults it names.
 
 package main
 
@@ -96,13 +97,17 @@ func startLoad(urls []string, clients int) *load {
 // move is one movement, sent again with its key until it is answered with something final.
 func (l *load) move(key string) {
 	id, to := 1+rand.IntN(40), 1+rand.IntN(40)
-	path, body := fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":"%d.%02d","idempotency_key":%q}`, rand.IntN(50), 1+rand.IntN(99), key)
+	path := fmt.Sprintf("/v1/wallets/%d/deposit", id)
+	body := fmt.Sprintf(`{"amount":"%d.%02d","idempotency_key":%q}`, rand.IntN(50), 1+rand.IntN(99), key)
 	if rand.IntN(2) == 0 {
-		path, body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":"%d.%02d","to_id":%d,"idempotency_key":%q}`, rand.IntN(20), 1+rand.IntN(99), to, key)
+		path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
+		body = fmt.Sprintf(`{"amount":"%d.%02d","to_id":%d,"idempotency_key":%q}`,
+			rand.IntN(20), 1+rand.IntN(99), to, key)
 	}
 	began := time.Now()
 	for {
-		response, err := replicaClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json", strings.NewReader(body))
+		response, err := replicaClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json",
+			strings.NewReader(body))
 		status := 0
 		var receipt struct {
 			Seq     int64 `json:"seq"`
@@ -255,14 +260,19 @@ func (l *load) end() {
 	l.working.Wait()
 }
 
-// check: every acknowledged movement is in the ledger (the database's constraints keep it from being there twice).
+// check: every acknowledged movement is in the ledger (the database's constraints keep it from being there
+// twice).
 func (l *load) check(t *testing.T, databaseURL string) {
 	t.Helper()
-	rows, _ := connect(t, databaseURL).Query(context.Background(), `SELECT wallet_id, idempotency_key FROM entry WHERE kind <> 'transfer_in'`)
+	rows, _ := connect(t, databaseURL).Query(context.Background(),
+		`SELECT wallet_id, idempotency_key FROM entry WHERE kind <> 'transfer_in'`)
 	posted := make(map[string]bool)
 	var id int64
 	var key string
-	if _, err := pgx.ForEachRow(rows, []any{&id, &key}, func() error { posted[fmt.Sprintf("%d %s", id, key)] = true; return nil }); err != nil {
+	if _, err := pgx.ForEachRow(rows, []any{&id, &key}, func() error {
+		posted[fmt.Sprintf("%d %s", id, key)] = true
+		return nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 	lost := 0
@@ -277,7 +287,8 @@ func (l *load) check(t *testing.T, databaseURL string) {
 	}
 }
 
-// slotKeepSize is what a slot may keep of the WAL: above a huge transaction's, low enough to be exceeded on purpose.
+// slotKeepSize is what a slot may keep of the WAL: above a huge transaction's, low enough to be exceeded on
+// purpose.
 const slotKeepSize = "1GB"
 
 // chaos is one run.
@@ -417,7 +428,8 @@ var faults = []fault{
 		r.cmd.Process.Signal(syscall.SIGCONT)
 	}},
 	{"freeze the leader amid a backlog until another leads", func(c *chaos) {
-		// It has rows between two Kafka transactions when it stops, and would publish them when it wakes, were it not fenced.
+		// It has rows between two Kafka transactions when it stops, and would publish them when it wakes,
+		// were it not fenced.
 		before := make(map[*replica]float64)
 		for _, r := range c.replicas {
 			before[r] = r.metric("wallet_relay_events_total")
@@ -425,7 +437,9 @@ var faults = []fault{
 		c.huge(100_000)
 		var r *replica
 		eventually(c.t, 60*time.Second, "some of it published", func() bool {
-			i := slices.IndexFunc(c.replicas, func(r *replica) bool { return r.metric("wallet_relay_events_total") > before[r]+batchEventsMax })
+			i := slices.IndexFunc(c.replicas, func(r *replica) bool {
+				return r.metric("wallet_relay_events_total") > before[r]+batchEventsMax
+			})
 			if i >= 0 {
 				r = c.replicas[i]
 			}
@@ -591,8 +605,8 @@ func (c *chaos) stepClock(server string, offset time.Duration, meanwhile func())
 		meanwhile()
 	}
 	c.command(fmt.Sprintf("clock %s 0", server))
-	// Postgres counts wal_sender_timeout by its clock. A leader that hears of the step connects anew; one that is frozen
-	// before it hears keeps the slot for as long as the step, which is a stated limit.
+	// Postgres counts wal_sender_timeout by its clock. A leader that hears of the step connects anew; one
+	// that is frozen before it hears keeps the slot for as long as the step, which is a stated limit.
 	time.Sleep(2500 * time.Millisecond)
 }
 
@@ -782,7 +796,8 @@ func (c *chaos) audit() {
 	c.t.Helper()
 	for _, r := range c.all() {
 		log, err := os.ReadFile(r.log)
-		if err != nil || bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: ")) || bytes.Contains(log, []byte("DATA RACE")) {
+		if err != nil || bytes.Contains(log, []byte("\npanic: ")) ||
+			bytes.Contains(log, []byte("\nfatal error: ")) || bytes.Contains(log, []byte("DATA RACE")) {
 			c.t.Fatalf("a replica crashed, see %s (%v)", r.log, err)
 		}
 		select {
@@ -797,7 +812,8 @@ func (c *chaos) audit() {
 	if err != nil || findings > 0 {
 		c.t.Fatalf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}
-	c.t.Logf("audit in %v: %s", time.Since(began).Round(100*time.Millisecond), strings.TrimSpace(said.String()))
+	c.t.Logf("audit in %v: %s", time.Since(began).Round(100*time.Millisecond),
+		strings.TrimSpace(said.String()))
 }
 
 // finish ends the load and checks everything.
@@ -820,10 +836,12 @@ func (c *chaos) finish() {
 	checkLedger(c.t, c.env["DATABASE_URL"])
 	checkStream(c.t, c.cfg)
 	c.audit()
-	c.t.Logf("%d movements acknowledged, %d refused, the slowest took %v", len(c.load.acknowledged), c.load.refused, c.load.slowest.Round(time.Millisecond))
+	c.t.Logf("%d movements acknowledged, %d refused, the slowest took %v", len(c.load.acknowledged),
+		c.load.refused, c.load.slowest.Round(time.Millisecond))
 	for fault, took := range c.took {
 		slices.Sort(took)
-		c.t.Logf("takeover, %s: %d times, median %v, at most %v", fault, len(took), took[len(took)/2].Round(10*time.Millisecond), took[len(took)-1].Round(10*time.Millisecond))
+		c.t.Logf("takeover, %s: %d times, median %v, at most %v", fault, len(took),
+			took[len(took)/2].Round(10*time.Millisecond), took[len(took)-1].Round(10*time.Millisecond))
 	}
 	if c.t.Failed() {
 		for _, r := range c.replicas {
@@ -887,7 +905,9 @@ func TestChaosThreeBrokers(t *testing.T) {
 			c.command("kill " + name)
 			time.Sleep(6 * time.Second)
 			before := lastCheckpointOf(t, c.cfg).Events
-			eventually(t, 60*time.Second, "publishing with two brokers", func() bool { return lastCheckpointOf(t, c.cfg).Events > before })
+			eventually(t, 60*time.Second, "publishing with two brokers", func() bool {
+				return lastCheckpointOf(t, c.cfg).Events > before
+			})
 			c.command("start " + name)
 			c.leader(nil)
 			t.Logf("round %d, %s: %v", round+1, name, time.Since(began).Round(10*time.Millisecond))
@@ -972,7 +992,8 @@ func TestChaosPutBack(t *testing.T) {
 				response.Body.Close()
 				got := fmt.Sprintf("seq %d, balance %s", b.Seq, b.Balance)
 				if status := response.StatusCode; err != nil || status != 200 || got != want {
-					t.Errorf("wallet %d at %s: %d %s (%v), but %s in Postgres", id, r.url, status, got, err, want)
+					t.Errorf("wallet %d at %s: %d %s (%v), but %s in Postgres", id, r.url, status, got, err,
+						want)
 				}
 			}
 		}
@@ -1020,8 +1041,8 @@ func linuxOnly(t *testing.T, what string) {
 	}
 }
 
-// TestChaosFailover: the primary is killed under load and its synchronous standby promoted, with the slot synchronised to it, and
-// without: then the new primary has no slot, and the gap is filled from the ledger.
+// TestChaosFailover: the primary is killed under load and its synchronous standby promoted, with the slot
+// synchronised to it, and without: then the new primary has no slot, and the gap is filled from the ledger.
 func TestChaosFailover(t *testing.T) {
 	for _, synchronised := range []bool{true, false} {
 		t.Run(map[bool]string{true: "synchronised slot", false: "no slot"}[synchronised], func(t *testing.T) {
@@ -1039,20 +1060,26 @@ func TestChaosFailover(t *testing.T) {
 			admin := connect(t, s.DatabaseURL)
 			var version int
 			var folder string
-			if err := admin.QueryRow(context.Background(), `SELECT current_setting('server_version_num')::int, current_setting('data_directory')`).Scan(&version, &folder); err != nil {
+			if err := admin.QueryRow(context.Background(),
+				`SELECT current_setting('server_version_num')::int, current_setting('data_directory')`,
+			).Scan(&version, &folder); err != nil {
 				t.Fatal(err)
 			}
 			if version < 170000 {
-				t.Skip("before 17 there are no failover slots, and what was published may be lost with the primary: a stated non-guarantee")
+				t.Skip("before 17 there are no failover slots, and what was published may be lost with the " +
+					"primary: a stated non-guarantee")
 			}
 			port := c.startStandby(admin, folder, synchronised)
-			c.env = map[string]string{"DATABASE_URL": withHost(t, database, port), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s"}
+			c.env = map[string]string{"DATABASE_URL": withHost(t, database, port), "REDIS_URL": s.RedisURL,
+				"KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s"}
 			c.begin()
 			standby := connect(t, onlyHost(t, s.DatabaseURL, port))
 			if synchronised {
 				eventually(t, 90*time.Second, "slot on the standby", func() bool {
 					var ready bool
-					err := standby.QueryRow(context.Background(), `SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = $1 AND synced AND NOT temporary`, c.cfg.replicationSlot).Scan(&ready)
+					err := standby.QueryRow(context.Background(),
+						`SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = $1 AND synced
+							AND NOT temporary`, c.cfg.replicationSlot).Scan(&ready)
 					return err == nil && ready
 				})
 			}
@@ -1062,7 +1089,9 @@ func TestChaosFailover(t *testing.T) {
 			if _, err := standby.Exec(context.Background(), `SELECT pg_promote()`); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, 60*time.Second, "publishing from the new primary", func() bool { return lastCheckpointOf(t, c.cfg).Timeline == 2 })
+			eventually(t, 60*time.Second, "publishing from the new primary", func() bool {
+				return lastCheckpointOf(t, c.cfg).Timeline == 2
+			})
 			t.Logf("publishing %v after the primary's death", time.Since(began).Round(10*time.Millisecond))
 			time.Sleep(5 * time.Second)
 			c.finish()
@@ -1070,7 +1099,8 @@ func TestChaosFailover(t *testing.T) {
 	}
 }
 
-// startStandby copies the stack's Postgres and starts the copy as its synchronous standby; port is the copy's.
+// startStandby copies the stack's Postgres and starts the copy as its synchronous standby; port is the
+// copy's.
 func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) (port string) {
 	t := c.t
 	c.exec(admin, `SELECT pg_create_physical_replication_slot('standby1')`)
@@ -1097,7 +1127,11 @@ func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) 
 		t.Fatalf("%v: %s", err, out)
 	}
 	u, _ := url.Parse(c.servers.DatabaseURL)
-	settings := fmt.Sprintf("\nprimary_conninfo = 'host=127.0.0.1 port=%s user=%s dbname=postgres application_name=standby1'\nprimary_slot_name = 'standby1'\nhot_standby_feedback = on\nsync_replication_slots = %v\n",
+	settings := fmt.Sprintf("\n"+
+		"primary_conninfo = 'host=127.0.0.1 port=%s user=%s dbname=postgres application_name=standby1'\n"+
+		"primary_slot_name = 'standby1'\n"+
+		"hot_standby_feedback = on\n"+
+		"sync_replication_slots = %v\n",
 		u.Port(), u.User.Username(), synchronised)
 	conf, err := os.OpenFile(filepath.Join(copied, "postgresql.auto.conf"), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
@@ -1119,7 +1153,8 @@ func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) 
 			arguments[i] = copied
 		}
 	}
-	cmd := exec.Command(program, append(arguments, "-c", "port="+port, "-c", "wal_receiver_status_interval=1s")...)
+	arguments = append(arguments, "-c", "port="+port, "-c", "wal_receiver_status_interval=1s")
+	cmd := exec.Command(program, arguments...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if cmd.SysProcAttr, err = proctest.NotRoot(copied); err != nil { // Postgres will not be root
 		t.Fatal(err)
@@ -1132,7 +1167,9 @@ func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) 
 	primary := connect(t, c.servers.DatabaseURL)
 	eventually(t, 30*time.Second, "standby streams", func() bool {
 		var streams bool
-		err := primary.QueryRow(context.Background(), `SELECT count(*) = 1 FROM pg_stat_replication WHERE application_name = 'standby1' AND state = 'streaming'`).Scan(&streams)
+		err := primary.QueryRow(context.Background(),
+			`SELECT count(*) = 1 FROM pg_stat_replication WHERE application_name = 'standby1'
+				AND state = 'streaming'`).Scan(&streams)
 		return err == nil && streams
 	})
 	c.exec(primary, `ALTER SYSTEM SET synchronous_standby_names = 'standby1'`)
@@ -1147,7 +1184,8 @@ func withHost(t *testing.T, databaseURL, port string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Replace(databaseURL, u.Host, u.Host+",127.0.0.1:"+port, 1) + "&target_session_attrs=read-write"
+	both := u.Host + ",127.0.0.1:" + port
+	return strings.Replace(databaseURL, u.Host, both, 1) + "&target_session_attrs=read-write"
 }
 
 func onlyHost(t *testing.T, databaseURL, port string) string {
@@ -1158,7 +1196,8 @@ func onlyHost(t *testing.T, databaseURL, port string) string {
 	return strings.Replace(databaseURL, u.Host, "127.0.0.1:"+port, 1)
 }
 
-// TestMemoryIsBoundedWhileServersStandStill: Kafka, then Postgres is frozen under load. What piles up is refused or stays where it is.
+// TestMemoryIsBoundedWhileServersStandStill: Kafka, then Postgres is frozen under load. What piles up is
+// refused or stays where it is.
 func TestMemoryIsBoundedWhileServersStandStill(t *testing.T) {
 	linuxOnly(t, "what a process holds in memory")
 	s, err := startServers()
@@ -1166,7 +1205,8 @@ func TestMemoryIsBoundedWhileServersStandStill(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.stop)
-	r := newReplica(t, map[string]string{"DATABASE_URL": s.DatabaseURL, "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "RATE_LIMIT": "0"}, "memory")
+	r := newReplica(t, map[string]string{"DATABASE_URL": s.DatabaseURL, "REDIS_URL": s.RedisURL,
+		"KAFKA_BROKERS": s.KafkaBrokers, "RATE_LIMIT": "0"}, "memory")
 	r.start(t)
 	eventually(t, 20*time.Second, "leading", r.leads)
 	var stop atomic.Bool
@@ -1177,7 +1217,8 @@ func TestMemoryIsBoundedWhileServersStandStill(t *testing.T) {
 		clients.Go(func() {
 			for i := 0; !stop.Load(); i++ {
 				body := fmt.Sprintf(`{"amount":"1","idempotency_key":"%d-%d"}`, c, i)
-				response, err := client.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, c+1), "application/json", strings.NewReader(body))
+				response, err := client.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, c+1),
+					"application/json", strings.NewReader(body))
 				if err != nil {
 					t.Error(err)
 					return

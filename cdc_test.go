@@ -1,5 +1,5 @@
-// The relay's tests: its parts by themselves, then each fault that one process can stage, on the shared servers.
-// cdc_chaos_test.go kills real processes.
+// The relay's tests: its parts by themselves, then each fault that one process can stage, on the shared
+// servers. cdc_chaos_test.go kills real processes.
 
 package main
 
@@ -32,7 +32,8 @@ import (
 	"wallet/internal/metric"
 )
 
-// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the checkpoint's end.
+// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the
+// checkpoint's end.
 func TestCheckpointCoversWholeTransactions(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -54,7 +55,8 @@ func TestCheckpointCoversWholeTransactions(t *testing.T) {
 }
 
 func TestTimelineSwitch(t *testing.T) {
-	history, err := parseTimelineHistory([]byte("1\t0/3000060\tno recovery target specified\n\n2\t1/A0\tbefore 2026-01-02\n"))
+	const file = "1\t0/3000060\tno recovery target specified\n\n2\t1/A0\tbefore 2026-01-02\n"
+	history, err := parseTimelineHistory([]byte(file))
 	if err != nil || len(history) != 2 || history[1] != 0x3000060 || history[2] != 0x1000000A0 {
 		t.Fatalf("%v, %v", history, err)
 	}
@@ -98,7 +100,8 @@ func TestOutboxRow(t *testing.T) {
 	if string(e.payload) != "{}" {
 		t.Error("the event is in the connection's buffer")
 	}
-	for _, row := range [][]byte{outboxRow("", "7", "3", "", "", ""), outboxRow("", "x", "3", "", "", "{}"), outboxRow(), row[:1], outboxRow("", "7", "3", "", "", "{}")[:20]} {
+	for _, row := range [][]byte{outboxRow("", "7", "3", "", "", ""), outboxRow("", "x", "3", "", "", "{}"),
+		outboxRow(), row[:1], outboxRow("", "7", "3", "", "", "{}")[:20]} {
 		if e, err := c.decode(row); err == nil {
 			t.Errorf("%q was read as %+v", row, e)
 		}
@@ -129,7 +132,8 @@ func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
 	}
 	var metrics bytes.Buffer
 	r.writeMetrics(metric.NewWriter(&metrics))
-	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1", "wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
+	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1",
+		"wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
 		if !strings.Contains(metrics.String(), want+"\n") {
 			t.Errorf("metrics lack %s:\n%s", want, metrics.String())
 		}
@@ -151,7 +155,9 @@ func TestRelayResumes(t *testing.T) {
 				return
 			}
 			if i%2 == 0 {
-				connect(t, g.cfg.databaseURL).Exec(context.Background(), `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot)
+				connect(t, g.cfg.databaseURL).Exec(context.Background(),
+					`SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots
+						WHERE slot_name = $1`, g.cfg.replicationSlot)
 				time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 			}
 			r.stop()
@@ -166,8 +172,8 @@ func TestRelayResumes(t *testing.T) {
 	checkStream(t, g.cfg)
 }
 
-// TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a silent relay, nothing is
-// confirmed; then everything is there once.
+// TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a
+// silent relay, nothing is confirmed; then everything is there once.
 func TestRelayConfirmsOnlyPublished(t *testing.T) {
 	g := newRig(t)
 	r := startRelay(t, g.cfg)
@@ -176,11 +182,13 @@ func TestRelayConfirmsOnlyPublished(t *testing.T) {
 	r.await(t, "leader")
 	resume := pauseKafka(t)
 	var before pglogrepl.LSN
-	if err := g.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
+	if err := g.conn.QueryRow(context.Background(),
+		`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
 		t.Fatal(err)
 	}
 	g.deposit(t, 20)
-	for end := time.Now().Add(walSenderTimeout + 2*time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	end := time.Now().Add(walSenderTimeout + 2*time.Second)
+	for ; time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		if confirmed := g.slot(t); confirmed > before {
 			t.Fatalf("confirmed %v, but nothing after %v was published", confirmed, before)
 		}
@@ -206,7 +214,9 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 	began := time.Now()
 	active := true
 	for active && time.Since(began) < 20*time.Second {
-		if err := g.conn.QueryRow(context.Background(), `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&active); err != nil {
+		if err := g.conn.QueryRow(context.Background(),
+			`SELECT active FROM pg_replication_slots
+				WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&active); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -219,8 +229,8 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 	checkStream(t, g.cfg)
 }
 
-// TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit exactly at its end, and is not
-// to be taken for published.
+// TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit
+// exactly at its end, and is not to be taken for published.
 func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 	g := newRig(t)
 	ctx := context.Background()
@@ -234,14 +244,18 @@ func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 		}
 		insertByHand(t, tx, int64(1000+i), 2)
 		// Another transaction, without an outbox row; the idle checkpoint follows it.
-		if _, err := g.conn.Exec(ctx, `CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
+		if _, err := g.conn.Exec(ctx,
+			`CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
 			t.Fatal(err)
 		}
 		var end pglogrepl.LSN
-		if err := g.conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		if err := g.conn.QueryRow(ctx,
+			`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 20*time.Second, "idle checkpoint", func() bool { return lastCheckpointOf(t, g.cfg).end(t) >= end })
+		eventually(t, 20*time.Second, "idle checkpoint", func() bool {
+			return lastCheckpointOf(t, g.cfg).end(t) >= end
+		})
 		r.stop()
 		at := lastCheckpointOf(t, g.cfg).end(t)
 		if err := tx.Commit(ctx); err != nil {
@@ -262,7 +276,8 @@ func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 	}
 }
 
-// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it before Postgres does.
+// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it
+// before Postgres does.
 func TestIdleCheckpointMoves(t *testing.T) {
 	g := newRig(t)
 	r := startRelay(t, g.cfg)
@@ -270,7 +285,8 @@ func TestIdleCheckpointMoves(t *testing.T) {
 	g.deposit(t, 1)
 	foreign := func() (end pglogrepl.LSN) {
 		g.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
-		if err := g.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		if err := g.conn.QueryRow(context.Background(),
+			`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
 		return end
@@ -282,7 +298,8 @@ func TestIdleCheckpointMoves(t *testing.T) {
 	}
 	resume := pauseKafka(t)
 	end = foreign()
-	for until := time.Now().Add(idleInterval + 3*time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
+	until := time.Now().Add(idleInterval + 3*time.Second)
+	for ; time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
 		if confirmed := g.slot(t); confirmed >= end {
 			t.Fatalf("confirmed %v with Kafka away", confirmed)
 		}
@@ -309,7 +326,8 @@ func TestStandby(t *testing.T) {
 	standby.await(t, "standby")
 	moveAtRandom(t, 4, 50, 9, func() *running { return g.running })
 	checkStream(t, g.cfg)
-	if restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load(); restarts != 0 || takeovers != 0 {
+	restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load()
+	if restarts != 0 || takeovers != 0 {
 		t.Errorf("the standby disturbed the leader: %d restarts, %d takeovers", restarts, takeovers)
 	}
 	leader.stop()
@@ -323,9 +341,10 @@ func TestStandby(t *testing.T) {
 // TestRecoveryFillsTheGap: the slot dropped, or made anew, while no relay ran.
 func TestRecoveryFillsTheGap(t *testing.T) {
 	for name, sql := range map[string]string{
-		"dropped":   `SELECT pg_drop_replication_slot($1)`,
-		"made anew": `SELECT pg_drop_replication_slot($1), pg_create_logical_replication_slot($1, 'pgoutput')`,
-		"moved":     `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
+		"dropped": `SELECT pg_drop_replication_slot($1)`,
+		"made anew": `SELECT pg_drop_replication_slot($1),
+			pg_create_logical_replication_slot($1, 'pgoutput')`,
+		"moved": `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t)
@@ -344,21 +363,27 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 				t.Errorf("%d recoveries", n)
 			}
 			var open int
-			err := g.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1s'
+			err := g.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity
+				WHERE datname = current_database() AND pid <> pg_backend_pid()
+				AND xact_start < now() - interval '1s'
 				AND backend_type = 'client backend'`).Scan(&open)
 			if err != nil || open > 0 {
-				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back", open, err)
+				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back",
+					open, err)
 			}
 		})
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of slots.
+// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of
+// slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
 	g := newRig(t)
 	ctx := context.Background()
-	g.mustExec(t, `CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50); INSERT INTO hot SELECT generate_series(1, 50), 0`)
+	g.mustExec(t,
+		`CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50);
+		INSERT INTO hot SELECT generate_series(1, 50), 0`)
 	db, err := pgxpool.New(ctx, g.cfg.databaseURL+"&pool_max_conns=20")
 	if err != nil {
 		t.Fatal(err)
@@ -373,7 +398,8 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	for range 16 {
 		writing.Go(func() {
 			for !stop.Load() {
-				if _, err := db.Exec(ctx, `UPDATE hot SET n = n + 1 WHERE id = $1`, 1+rand.IntN(50)); err != nil {
+				if _, err := db.Exec(ctx, `UPDATE hot SET n = n + 1 WHERE id = $1`,
+					1+rand.IntN(50)); err != nil {
 					t.Error(err)
 					return
 				}
@@ -403,20 +429,24 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.past.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol); err != nil {
+		if _, err := l.past.Exec(ctx,
+			`SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;
+			SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol); err != nil {
 			t.Fatal(err)
 		}
 		l.forgetPast()
 		conn.Close(ctx)
 		var twice int
-		if err := g.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
+		if err := g.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil ||
+			twice != 0 {
 			t.Errorf("%d rows came back to life after %d slots, %v", twice, slots+1, err)
 		}
 	}
 	t.Logf("%d slots", slots)
 }
 
-// TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by recovery.
+// TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by
+// recovery.
 func TestHugeTransaction(t *testing.T) {
 	const n = 60_000
 	for _, name := range []string{"streamed", "recovered"} {
@@ -472,9 +502,10 @@ func TestAnotherDatabase(t *testing.T) {
 	g.conn.Close(context.Background())
 
 	admin := connect(t, stack(t).DatabaseURL)
-	name := g.cfg.databaseURL[strings.LastIndex(g.cfg.databaseURL, "/")+1 : strings.LastIndex(g.cfg.databaseURL, "?")]
+	name := databaseOf(g.cfg.databaseURL)
 	eventually(t, 10*time.Second, "copied", func() bool {
-		admin.Exec(context.Background(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
+		admin.Exec(context.Background(),
+			`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
 		_, err := admin.Exec(context.Background(), "CREATE DATABASE "+name+"_copy TEMPLATE "+name)
 		return err == nil
 	})
@@ -487,7 +518,9 @@ func TestAnotherDatabase(t *testing.T) {
 	refused := startRelay(t, g.cfg)
 	refused.await(t, "refused")
 	var slots int
-	if err := admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
+	if err := admin.QueryRow(context.Background(),
+		`SELECT count(*) FROM pg_replication_slots
+			WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
 		t.Errorf("a refused relay left %d slots, %v", slots, err)
 	}
 	refused.stop()
@@ -502,9 +535,10 @@ func TestAnotherDatabase(t *testing.T) {
 	former.await(t, "refused")
 }
 
-// TestPutBackVolume: Postgres' data folder becomes a copy of an earlier moment: the same system on the same timeline, whose
-// positions and numbers now mean something else. The relay refuses, also when the WAL has grown past the checkpoint before
-// it looks, and so does -adopt; the cache forgets what never was. New topics get the ledger as it is.
+// TestPutBackVolume: Postgres' data folder becomes a copy of an earlier moment: the same system on the same
+// timeline, whose positions and numbers now mean something else. The relay refuses, also when the WAL has
+// grown past the checkpoint before it looks, and so does -adopt; the cache forgets what never was. New topics
+// get the ledger as it is.
 func TestPutBackVolume(t *testing.T) {
 	for _, how := range []string{"at once", "overtaken", "nothing published since"} {
 		t.Run(how, func(t *testing.T) {
@@ -525,35 +559,43 @@ func TestPutBackVolume(t *testing.T) {
 				t.Helper()
 				for range n {
 					keys++
-					w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+keys%3), fmt.Sprintf(`{"amount":"1","idempotency_key":"p%d"}`, keys))
+					w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+keys%3),
+						fmt.Sprintf(`{"amount":"1","idempotency_key":"p%d"}`, keys))
 				}
 			}
 			deposit(w, 9)
 			checkStream(t, w.cfg)
 			var folder string
-			if err := connect(t, s.DatabaseURL).QueryRow(context.Background(), `SHOW data_directory`).Scan(&folder); err != nil {
+			if err := connect(t, s.DatabaseURL).QueryRow(context.Background(),
+				`SHOW data_directory`).Scan(&folder); err != nil {
 				t.Fatal(err)
 			}
 			copyFolder := func(from, to string) {
 				t.Helper()
 				s.command(t, "stop postgres")
-				if out, err := exec.Command("sh", "-c", `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`, "-", from, to).CombinedOutput(); err != nil {
+				const script = `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`
+				if out, err := exec.Command("sh", "-c", script, "-", from, to).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 				s.command(t, "start postgres")
-				eventually(t, 20*time.Second, "ready again", func() bool { return without.get("/readyz").status == 200 })
+				eventually(t, 20*time.Second, "ready again", func() bool {
+					return without.get("/readyz").status == 200
+				})
 			}
 			copyFolder(folder, folder+"-copy")
 			if quiet { // the checkpoint alone moves, over WAL that holds no event
 				admin := connect(t, env["DATABASE_URL"])
 				var end string
-				err := admin.QueryRow(context.Background(), `SELECT pg_current_wal_insert_lsn()::text FROM pg_logical_emit_message(false, 'filler', repeat('x', 1000000))`).Scan(&end)
+				err := admin.QueryRow(context.Background(),
+					`SELECT pg_current_wal_insert_lsn()::text
+						FROM pg_logical_emit_message(false, 'filler', repeat('x', 1000000))`).Scan(&end)
 				if err != nil {
 					t.Fatal(err)
 				}
 				eventually(t, 30*time.Second, "the checkpoint moved", func() bool {
 					var moved bool
-					err := admin.QueryRow(context.Background(), `SELECT $1::pg_lsn >= $2::pg_lsn`, lastCheckpointOf(t, w.cfg).EndLSN, end).Scan(&moved)
+					err := admin.QueryRow(context.Background(), `SELECT $1::pg_lsn >= $2::pg_lsn`,
+						lastCheckpointOf(t, w.cfg).EndLSN, end).Scan(&moved)
 					return err == nil && moved
 				})
 			} else {
@@ -571,7 +613,9 @@ func TestPutBackVolume(t *testing.T) {
 			if overtaken {
 				conn := connect(t, env["DATABASE_URL"])
 				for past := false; !past; {
-					if err := conn.QueryRow(context.Background(), `SELECT pg_current_wal_flush_lsn() > $1::pg_lsn FROM pg_logical_emit_message(false, 'filler', repeat('x', 100000))`,
+					if err := conn.QueryRow(context.Background(),
+						`SELECT pg_current_wal_flush_lsn() > $1::pg_lsn
+							FROM pg_logical_emit_message(false, 'filler', repeat('x', 100000))`,
 						published.EndLSN).Scan(&past); err != nil {
 						t.Fatal(err)
 					}
@@ -582,7 +626,8 @@ func TestPutBackVolume(t *testing.T) {
 			eventually(t, 30*time.Second, "refused", func() bool { return w.relay.state.Load() == "refused" })
 			deposit(w, 21)
 			for id := range 3 {
-				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id), fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
+				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id),
+					fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
 					fresh := w.get(path, "Cache-Control", "no-cache")
 					for _, replica := range []*running{w, without} {
 						if cached := replica.get(path); cached.body != fresh.body {
@@ -592,12 +637,15 @@ func TestPutBackVolume(t *testing.T) {
 				}
 			}
 			var refusal relayRefusal
-			if err := adopt(context.Background(), &w.cfg.relayConfig); errors.As(err, &refusal) == quiet || quiet && err != nil {
+			if err := adopt(context.Background(), &w.cfg.relayConfig); errors.As(err, &refusal) == quiet ||
+				quiet && err != nil {
 				t.Errorf("-adopt: %v", err)
 			}
 			if quiet { // the topic holds nothing that this ledger lacks: it goes on
 				deposit(w, 3)
-				eventually(t, 40*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
+				eventually(t, 40*time.Second, "leading", func() bool {
+					return w.relay.state.Load() == "leader"
+				})
 				checkStream(t, w.cfg)
 				return
 			}
@@ -605,7 +653,8 @@ func TestPutBackVolume(t *testing.T) {
 				t.Errorf("the checkpoint moved: %+v, was %+v", now, published)
 			}
 			w.end()
-			env["KAFKA_TOPIC"], env["KAFKA_CHECKPOINT_TOPIC"] = env["KAFKA_TOPIC"]+"-new", env["KAFKA_CHECKPOINT_TOPIC"]+"-new"
+			env["KAFKA_TOPIC"] += "-new"
+			env["KAFKA_CHECKPOINT_TOPIC"] += "-new"
 			w = start(t, env)
 			eventually(t, 30*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
 			deposit(w, 3)
@@ -649,8 +698,10 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 		"short":       {"retention.ms": "3600000"},
 	} {
 		g := newRig(t)
-		name := map[string]string{"events": g.cfg.kafkaTopic, "checkpoints": g.cfg.kafkaCheckpointTopic, "short": g.cfg.kafkaTopic}[topic]
-		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1, ConfigEntries: make(map[string]*string)}
+		name := map[string]string{"events": g.cfg.kafkaTopic, "checkpoints": g.cfg.kafkaCheckpointTopic,
+			"short": g.cfg.kafkaTopic}[topic]
+		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1,
+			ConfigEntries: make(map[string]*string)}
 		for key, value := range settings {
 			detail.ConfigEntries[key] = &value
 		}
@@ -663,8 +714,8 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 	}
 }
 
-// TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head is filled. An audit
-// compares what is left.
+// TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head
+// is filled. An audit compares what is left.
 func TestTruncatedTopic(t *testing.T) {
 	g := newRig(t)
 	r := startRelay(t, g.cfg)
@@ -679,7 +730,8 @@ func TestTruncatedTopic(t *testing.T) {
 	findings := func() {
 		t.Helper()
 		var said bytes.Buffer
-		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
+		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, &said); err != nil || n != 0 ||
+			!strings.Contains(said.String(), "head has been deleted") {
 			t.Errorf("%d findings, %v\n%s", n, err, said.String())
 		}
 	}
@@ -712,8 +764,8 @@ func TestTruncatedTopic(t *testing.T) {
 	r.await(t, "refused")
 }
 
-// TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction is open that began
-// long before. Nothing is missed, and nothing before the horizon is looked at.
+// TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction
+// is open that began long before. Nothing is missed, and nothing before the horizon is looked at.
 func TestRecoveryAsksNoClock(t *testing.T) {
 	for _, step := range []string{"-3 hours", "-2 days", "3 hours", "0"} {
 		t.Run(step, func(t *testing.T) {
@@ -739,7 +791,8 @@ func TestRecoveryAsksNoClock(t *testing.T) {
 				t.Fatal(err)
 			}
 			for i := range 10 {
-				g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i), `{"amount":"1","idempotency_key":"late"}`)
+				g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i),
+					`{"amount":"1","idempotency_key":"late"}`)
 			}
 			g.deposit(t, 5)
 			g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
@@ -775,8 +828,12 @@ func TestRecordsOfAnyTime(t *testing.T) {
 	admin := clusterAdmin(t, g.cfg)
 	limit := func(value string) {
 		t.Helper()
-		err := admin.IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{
-			"message.timestamp.after.max.ms": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}}, false)
+		err := admin.IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic,
+			map[string]sarama.IncrementalAlterConfigsEntry{
+				"message.timestamp.after.max.ms": {
+					Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value,
+				},
+			}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -805,19 +862,32 @@ func TestAuditFinds(t *testing.T) {
 		want  string
 	}{
 		"repeated": {func(t *testing.T, g *rig) { forge(t, g, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
-		"gap":      {func(t *testing.T, g *rig) { forge(t, g, "1", "1-9", `{}`) }, "those between are missing"},
-		"invented": {func(t *testing.T, g *rig) { forge(t, g, "99", "99-1", `{}`) }, "event 99-1 is in the topic, but the ledger ends at number 0"},
-		"foreign":  {func(t *testing.T, g *rig) { forge(t, g, "1", "2-2", `{}`) }, "not an event of this service"},
+		"gap": {func(t *testing.T, g *rig) {
+			forge(t, g, "1", "1-9", `{}`)
+		}, "those between are missing"},
+		"invented": {func(t *testing.T, g *rig) {
+			forge(t, g, "99", "99-1", `{}`)
+		}, "event 99-1 is in the topic, but the ledger ends at number 0"},
+		"foreign": {func(t *testing.T, g *rig) {
+			forge(t, g, "1", "2-2", `{}`)
+		}, "not an event of this service"},
 		"differing": {func(t *testing.T, g *rig) {
-			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
+			g.mustExec(t,
+				`ALTER TABLE entry DISABLE TRIGGER ALL;
+				UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
 		}, "at least one differs"},
 		"missing": {func(t *testing.T, g *rig) {
 			g.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
-				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x' FROM wallet WHERE id = 1`)
+				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x'
+					FROM wallet WHERE id = 1`)
 		}, "not in the topic"},
-		"balance": {func(t *testing.T, g *rig) { g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`) }, "wallet 2: its balance or time is not its last entry's"},
+		"balance": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`)
+		}, "wallet 2: its balance or time is not its last entry's"},
 		"leg": {func(t *testing.T, g *rig) {
-			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
+			g.mustExec(t,
+				`ALTER TABLE entry DISABLE TRIGGER ALL;
+				UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
 		}, "the other leg"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -850,7 +920,8 @@ func forge(t *testing.T, g *rig, key, id, value string) {
 		t.Fatal(err)
 	}
 	defer producer.Close()
-	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: g.cfg.kafkaTopic, Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
+	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: g.cfg.kafkaTopic,
+		Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
 		Headers: []sarama.RecordHeader{{Key: []byte("ce_id"), Value: []byte(id)}}})
 	if err != nil {
 		t.Fatal(err)
@@ -916,12 +987,15 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 	bytesMax := "100"
 	change := map[string]sarama.IncrementalAlterConfigsEntry{
 		"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}
-	err := clusterAdmin(t, g.cfg).IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, change, false)
+	err := clusterAdmin(t, g.cfg).IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, change,
+		false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
-	eventually(t, 10*time.Second, "refused for its size", func() bool { // the broker hears of the setting a moment later
+	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD",
+		Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
+	// The broker hears of the setting a moment later.
+	eventually(t, 10*time.Second, "refused for its size", func() bool {
 		producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 		if err != nil {
 			t.Fatal(err)
@@ -965,7 +1039,8 @@ func TestUnreachableKafka(t *testing.T) {
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), g.conn); err != nil || s.exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), g.conn); err != nil ||
+		s.exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()
@@ -975,7 +1050,8 @@ func TestUnreachableKafka(t *testing.T) {
 	}
 }
 
-// TestStreamEqualsLedger: three whole services, random moves between few wallets, and the stream holds what the ledger holds, in order.
+// TestStreamEqualsLedger: three whole services, random moves between few wallets, and the stream holds what
+// the ledger holds, in order.
 func TestStreamEqualsLedger(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers)
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
@@ -983,7 +1059,9 @@ func TestStreamEqualsLedger(t *testing.T) {
 	acknowledged := moveAtRandom(t, 12, 40, 6, func() *running { return replicas[rand.IntN(3)] })
 	checkLedger(t, env["DATABASE_URL"])
 	eventually(t, 30*time.Second, "a leader", func() bool {
-		return slices.ContainsFunc(replicas, func(w *running) bool { return w.relay.state.Load() == "leader" })
+		return slices.ContainsFunc(replicas, func(w *running) bool {
+			return w.relay.state.Load() == "leader"
+		})
 	})
 	checkStream(t, replicas[0].cfg)
 	if len(acknowledged) < 150 {
@@ -991,8 +1069,8 @@ func TestStreamEqualsLedger(t *testing.T) {
 	}
 }
 
-// TestEventArrivesWithinTensOfMilliseconds: on an otherwise idle system, an event does not wait for company, nor for sarama's back-off
-// (24-28 ms a transaction by its default, on a real broker).
+// TestEventArrivesWithinTensOfMilliseconds: on an otherwise idle system, an event does not wait for company,
+// nor for sarama's back-off (24-28 ms a transaction by its default, on a real broker).
 func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=1")
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
@@ -1029,8 +1107,9 @@ func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
 	}
 }
 
-// TestSecuredKafka: over TLS with client certificates and SASL, by each mechanism. A wrong setting costs nothing but time: the service takes
-// deposits and says in its log what is wrong, and with the right one their events follow.
+// TestSecuredKafka: over TLS with client certificates and SASL, by each mechanism. A wrong setting costs
+// nothing but time: the service takes deposits and says in its log what is wrong, and with the right one
+// their events follow.
 func TestSecuredKafka(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker has no secured listener")
@@ -1040,18 +1119,22 @@ func TestSecuredKafka(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.stop)
-	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "3"}
-	plain, err := readConfig(func(name string) string { return env[name] }) // the consumer's way, beside the one under test
+	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL,
+		"KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "3"}
+	// The consumer's way, beside the one under test.
+	plain, err := readConfig(func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
 	maps.Copy(env, s.SecureKafka)
 	deposits := 0
 	for _, c := range []struct{ settings, fault string }{
-		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"}, // not by that one
+		// Not by that one.
+		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"},
 		{"KAFKA_TLS_CA=" + testFolder + "/absent", "set KAFKA_TLS_CA to a file that can be read"},
 		{"KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "remote error: tls: "},
-		{"KAFKA_TLS=false KAFKA_TLS_CA= KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "run out of available brokers"}, // it hangs up without a word
+		// It hangs up without a word.
+		{"KAFKA_TLS=false KAFKA_TLS_CA= KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "run out of available brokers"},
 		{"KAFKA_SASL_MECHANISM= KAFKA_SASL_USER= KAFKA_SASL_PASSWORD=", "run out of available brokers"},
 		{"KAFKA_SASL_MECHANISM=PLAIN KAFKA_SASL_PASSWORD=wrong", "Invalid username or password"},
 		{"KAFKA_SASL_MECHANISM=PLAIN", ""},
@@ -1069,7 +1152,9 @@ func TestSecuredKafka(t *testing.T) {
 			deposit := func() {
 				t.Helper()
 				deposits++
-				response, err := http.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, 1+deposits%5), "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, deposits)))
+				url := fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, 1+deposits%5)
+				body := fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, deposits)
+				response, err := http.Post(url, "application/json", strings.NewReader(body))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1085,7 +1170,8 @@ func TestSecuredKafka(t *testing.T) {
 				eventually(t, 30*time.Second, "leading", r.leads)
 				restarts := r.metric("wallet_relay_restarts_total")
 				deposit()
-				time.Sleep(4 * time.Second) // longer than the broker lets a session live: it is authenticated again
+				// Longer than the broker lets a session live: it is authenticated again.
+				time.Sleep(4 * time.Second)
 				deposit()
 				checkStream(t, plain)
 				if again := r.metric("wallet_relay_restarts_total"); again != restarts {
@@ -1102,7 +1188,9 @@ func TestSecuredKafka(t *testing.T) {
 					log, _ = os.ReadFile(r.log)
 					return bytes.Contains(log, []byte(c.fault))
 				})
-				eventually(t, 5*time.Second, "the fault counted", func() bool { return r.metric("wallet_relay_restarts_total") > 0 })
+				eventually(t, 5*time.Second, "the fault counted", func() bool {
+					return r.metric("wallet_relay_restarts_total") > 0
+				})
 				if takeovers := r.metric("wallet_relay_takeovers_total"); takeovers != 0 || !r.isReady() {
 					t.Errorf("%v takeovers, ready: %v", takeovers, r.isReady())
 				}

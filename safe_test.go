@@ -42,7 +42,9 @@ func hashed(name, scopes, key string) string {
 
 func TestKeysAndScopes(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "keys")
-	os.WriteFile(file, []byte("# one a line\n"+hashed("writer", "write", "w-key")+" # rotates\n"+hashed("operator", "operate+read", "o-key")+"\n"), 0o600)
+	lines := "# one a line\n" + hashed("writer", "write", "w-key") + " # rotates\n" +
+		hashed("operator", "operate+read", "o-key") + "\n"
+	os.WriteFile(file, []byte(lines), 0o600)
 	w := start(t, testEnv(t, "API_KEYS="+hashed("reader", "read", "r-key"), "API_KEYS_FILE="+file))
 	deposit := func(headers ...string) answer {
 		return w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, headers...)
@@ -83,7 +85,8 @@ func TestKeysAndScopes(t *testing.T) {
 		return recorder.Code
 	}
 	for _, path := range []string{"/metrics", "/debug/pprof/", "/debug/pprof/heap"} {
-		if a, b, c := operator(path, "none"), operator(path, "w-key"), operator(path, "o-key"); a != 401 || b != 403 || c != 200 {
+		if a, b, c := operator(path, "none"), operator(path, "w-key"), operator(path, "o-key"); a != 401 ||
+			b != 403 || c != 200 {
 			t.Errorf("%s: %d without a key, %d with one for writing, %d with the operator's", path, a, b, c)
 		}
 	}
@@ -92,9 +95,12 @@ func TestKeysAndScopes(t *testing.T) {
 	}
 }
 
-// TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told that it may.
+// TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told
+// that it may.
 func TestWithoutKeysOnlyLoopback(t *testing.T) {
-	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true, "[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false, "example.com:8080": false} {
+	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true,
+		"[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false,
+		"example.com:8080": false} {
 		cfg := &config{listenAddr: address, readConns: 1}
 		cfg.databaseURL, cfg.writers = "postgres://localhost/x", 1
 		if _, err := newService(cfg); (err == nil) != allowed {
@@ -124,10 +130,13 @@ func TestBadKeysNameTheirSetting(t *testing.T) {
 		cfg  config
 		want string
 	}{
-		{config{apiKeys: good + ",b:admin:00"}, "write each API key as NAME:SCOPES:HASH, .*[(]key 2 is not so[)]$"},
-		{config{apiKeysFile: file}, "^put a line NAME:SCOPES:HASH into API_KEYS_FILE .* open the service to everybody$"},
+		{config{apiKeys: good + ",b:admin:00"},
+			"write each API key as NAME:SCOPES:HASH, .*[(]key 2 is not so[)]$"},
+		{config{apiKeysFile: file},
+			"^put a line NAME:SCOPES:HASH into API_KEYS_FILE .* open the service to everybody$"},
 		{config{apiKeysFile: file + "x"}, "^set API_KEYS_FILE to a file that can be read: open "},
-		{config{apiKeys: good, tlsCert: file}, "^set TLS_CERT and TLS_KEY to files [(]PEM[)] that belong together: "},
+		{config{apiKeys: good, tlsCert: file},
+			"^set TLS_CERT and TLS_KEY to files [(]PEM[)] that belong together: "},
 	} {
 		c.cfg.databaseURL, c.cfg.readConns, c.cfg.writers = "postgres://localhost/x", 1, 1
 		if _, err := newService(&c.cfg); err == nil || !regexp.MustCompile(c.want).MatchString(err.Error()) {
@@ -137,8 +146,10 @@ func TestBadKeysNameTheirSetting(t *testing.T) {
 }
 
 func TestRateLimit(t *testing.T) {
-	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20", "API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
-	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization", "Bearer b-key")
+	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20",
+		"API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization",
+		"Bearer b-key")
 	var refused int
 	for range 40 {
 		a := w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key")
@@ -171,7 +182,9 @@ func TestRateLimit(t *testing.T) {
 	if a := w.get("/readyz"); a.status != 200 {
 		t.Errorf("probes are limited: %s", a)
 	}
-	eventually(t, 3*time.Second, "tokens again", func() bool { return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200 })
+	eventually(t, 3*time.Second, "tokens again", func() bool {
+		return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200
+	})
 }
 
 // makeCertificate writes a self-signed certificate for 127.0.0.1.
@@ -181,7 +194,8 @@ func makeCertificate(tb testing.TB, certFile, keyFile string, serial int64) *x50
 	if err != nil {
 		tb.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "wallet"}, NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "wallet"},
+		NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
 		tb.Fatal(err)
@@ -236,8 +250,9 @@ func TestDashboardAndAlerts(t *testing.T) {
 	recorder := httptest.NewRecorder()
 	w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
 	measured := recorder.Body.String()
+	well := regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`)
 	for _, line := range strings.Split(strings.TrimSpace(measured), "\n") {
-		if !regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`).MatchString(line) {
+		if !well.MatchString(line) {
 			t.Errorf("not Prometheus text: %s", line)
 		}
 	}
@@ -451,7 +466,8 @@ const (
 
 var (
 	postRoutes = []string{creations, deposits, withdrawals, transfers}
-	getRoutes  = []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history", "/v1/transactions/1-1"}
+	getRoutes  = []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
+		"/v1/transactions/1-1"}
 )
 
 // everywhere calls each route in a way that is right but for the cause that a test has set up.
@@ -474,8 +490,8 @@ func (h *held) everywhere(t *testing.T, headers ...string) {
 	}
 }
 
-// members are the members of a right body for a route, each followed by a comma, without the key. A creation has id
-// where a transfer has to_id.
+// members are the members of a right body for a route, each followed by a comma, without the key. A creation
+// has id where a transfer has to_id.
 func members(target string) string {
 	switch target {
 	case creations:
@@ -487,8 +503,8 @@ func members(target string) string {
 	}
 }
 
-// TestContract causes every answer that the OpenAPI document lists, each refusal in a subtest of its cause. It finds
-// each answer documented: status, code and shape.
+// TestContract causes every answer that the OpenAPI document lists, each refusal in a subtest of its cause.
+// It finds each answer documented: status, code and shape.
 func TestContract(t *testing.T) {
 	h := newHeld(t)
 	if h.contract.OpenAPI != "3.1.0" {
@@ -516,7 +532,8 @@ func TestContract(t *testing.T) {
 		cause string
 		do    func(t *testing.T)
 	}{
-		{"nothing", each(append(slices.Clone(getRoutes), "/v1/transactions/1-3", "/openapi.json", "/healthz", "/readyz"),
+		{"nothing", each(append(slices.Clone(getRoutes), "/v1/transactions/1-3", "/openapi.json", "/healthz",
+			"/readyz"),
 			func(t *testing.T, target string) { h.get(t, target) })},
 		{"amounts", each(movements, func(t *testing.T, target string) {
 			for _, amount := range []string{"x", "1e3", "-1", "123456789012345678901", "0.001"} {
@@ -647,9 +664,12 @@ func TestBombs(t *testing.T) {
 	w := start(t, testEnv(t))
 	began := time.Now()
 	for _, body := range []string{
-		`{"amount":"1e1000000000","idempotency_key":"k"}`, `{"amount":1e1000000000,"idempotency_key":"k"}`, `{"amount":1e-1000000000,"idempotency_key":"k"}`,
-		`{"amount":"` + strings.Repeat("9", 4000) + `","idempotency_key":"k"}`, `{"amount":0.` + strings.Repeat("1", 4000) + `,"idempotency_key":"k"}`,
-		strings.Repeat("[", 4000), strings.Repeat(`{"amount":`, 400), `{"` + strings.Repeat("a", 4000) + `":1}`, strings.Repeat(" ", 4000),
+		`{"amount":"1e1000000000","idempotency_key":"k"}`, `{"amount":1e1000000000,"idempotency_key":"k"}`,
+		`{"amount":1e-1000000000,"idempotency_key":"k"}`,
+		`{"amount":"` + strings.Repeat("9", 4000) + `","idempotency_key":"k"}`,
+		`{"amount":0.` + strings.Repeat("1", 4000) + `,"idempotency_key":"k"}`,
+		strings.Repeat("[", 4000), strings.Repeat(`{"amount":`, 400),
+		`{"` + strings.Repeat("a", 4000) + `":1}`, strings.Repeat(" ", 4000),
 		`{"amount":"\u0031"` + strings.Repeat(" ", 3000) + `,"idempotency_key":""}`, "\xff\xfe{", "\x00",
 	} {
 		if a := w.post("/v1/wallets/1/deposit", body); a.status < 400 || a.status >= 500 {
@@ -686,13 +706,16 @@ func raw(tb testing.TB, address, request string) (statuses []int) {
 func TestSmuggling(t *testing.T) {
 	w := start(t, testEnv(t))
 	address := w.http.Listener.Addr().String()
-	hidden := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 36\r\n\r\n" + `{"amount":"1","idempotency_key":"s"}`
+	const head = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\n"
+	const end = "0\r\n\r\n" // the last chunk
+	hidden := head + "Content-Type: application/json\r\nContent-Length: 36\r\n\r\n" +
+		`{"amount":"1","idempotency_key":"s"}`
 	for name, request := range map[string]string{
-		"both lengths":        "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden,
-		"two lengths":         "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd" + hidden,
-		"a length with a +":   "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: +4\r\n\r\nabcd" + hidden,
-		"an obscured chunked": "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + hidden,
-		"a folded header":     "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
+		"both lengths":        head + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n" + end + hidden,
+		"two lengths":         head + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd" + hidden,
+		"a length with a +":   head + "Content-Length: +4\r\n\r\nabcd" + hidden,
+		"an obscured chunked": head + "Transfer-Encoding: xchunked\r\n\r\n" + end + hidden,
+		"a folded header":     head + "X: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
 		"no host":             "POST /v1/wallets/1/deposit HTTP/1.1\r\n\r\n" + hidden,
 		"two hosts":           "GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + hidden,
 		"a bare LF in a name": "GET /healthz HTTP/1.1\r\nHost: x\r\nX\n: y\r\n\r\n" + hidden,
@@ -712,19 +735,24 @@ func TestSmuggling(t *testing.T) {
 func TestPathTricks(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
-	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance", "/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance", "/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
-		a := raw(t, w.http.Listener.Addr().String(), "GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance",
+		"/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance",
+		"/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
+		a := raw(t, w.http.Listener.Addr().String(),
+			"GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 		if len(a) != 1 || a[0] < 300 {
 			t.Errorf("%s: %v", path, a)
 		}
 	}
-	long := raw(t, w.http.Listener.Addr().String(), "GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
+	long := raw(t, w.http.Listener.Addr().String(),
+		"GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
 	if len(long) > 0 && long[0] != 431 {
 		t.Errorf("2 MiB of headers: %v", long)
 	}
 }
 
-// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for them.
+// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for
+// them.
 func TestSlowClientsHoldNothing(t *testing.T) {
 	w := start(t, testEnv(t))
 	var cut atomic.Int64
@@ -736,9 +764,10 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 		}
 		slow.Go(func() {
 			defer conn.Close()
-			text := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX-Slow: "
+			const head = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\n"
+			text := head + "X-Slow: "
 			if i%2 == 0 { // the head is there, the body drips
-				text = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+				text = head + "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
 			}
 			fmt.Fprint(conn, text)
 			for range 30 {
@@ -752,7 +781,8 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 	}
 	for i := range 50 {
 		began := time.Now()
-		response, err := http.Post("http://"+w.direct+"/v1/wallets/1/deposit", "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i)))
+		response, err := http.Post("http://"+w.direct+"/v1/wallets/1/deposit", "application/json",
+			strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i)))
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("a deposit beside slow clients: %v %v", response, err)
 		}
@@ -767,13 +797,17 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 	}
 }
 
-// TestFlood: at ten times what can be written, the surplus is refused at once, and what is accepted takes no longer than with the queue just full,
-// without a flood; memory stays bounded. What can be written is made small, so that the flood is not about who gets the processor.
+// TestFlood: at ten times what can be written, the surplus is refused at once, and what is accepted takes no
+// longer than with the queue just full, without a flood; memory stays bounded. What can be written is made
+// small, so that the flood is not about who gets the processor.
 func TestFlood(t *testing.T) {
 	const queue = 20
-	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue), "REQUESTS_MAX=60"))
+	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue),
+		"REQUESTS_MAX=60"))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"seed"}`)
-	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(), `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
+	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(),
+		`CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
 		CREATE TRIGGER slow BEFORE INSERT ON entry FOR EACH STATEMENT EXECUTE FUNCTION slow()`); err != nil {
 		t.Fatal(err)
 	}
@@ -787,7 +821,8 @@ func TestFlood(t *testing.T) {
 				for i := 0; time.Since(began) < how; i++ {
 					body := fmt.Sprintf(`{"amount":"1","idempotency_key":"%d-%d-%d"}`, clients, c, i)
 					at := time.Now()
-					response, err := client.Post(w.http.URL+fmt.Sprintf("/v1/wallets/%d/deposit", 1+c%50), "application/json", strings.NewReader(body))
+					response, err := client.Post(w.http.URL+fmt.Sprintf("/v1/wallets/%d/deposit", 1+c%50),
+						"application/json", strings.NewReader(body))
 					if err != nil {
 						t.Error(err)
 						return
@@ -800,7 +835,8 @@ func TestFlood(t *testing.T) {
 					case response.StatusCode == 503 && response.Header.Get("Retry-After") != "":
 						refused++
 					default:
-						t.Errorf("%d, Retry-After %q", response.StatusCode, response.Header.Get("Retry-After"))
+						t.Errorf("%d, Retry-After %q", response.StatusCode,
+							response.Header.Get("Retry-After"))
 					}
 					mu.Unlock()
 					if response.StatusCode == 503 {
@@ -821,7 +857,8 @@ func TestFlood(t *testing.T) {
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	t.Logf("calm: %d served, median %v, p99 %v; flood: %d served, median %v, p99 %v, %d refused; heap %d MB",
-		len(calm), calm.at(.5), calm.at(.99), len(flooded), flooded.at(.5), flooded.at(.99), refused, memory.HeapAlloc>>20)
+		len(calm), calm.at(.5), calm.at(.99), len(flooded), flooded.at(.5), flooded.at(.99), refused,
+		memory.HeapAlloc>>20)
 	if len(calm) < 50 || refused < 9*len(flooded) {
 		t.Fatal("that was no flood")
 	}
@@ -834,12 +871,16 @@ func TestFlood(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that the contract lists, and whole.
+// FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that
+// the contract lists, and whole.
 func FuzzRequest(f *testing.F) {
 	f.Add("POST", "/v1/wallets/1/deposit", "", "k", "application/json", "", []byte(`{"amount":"1"}`))
-	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "", []byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
-	f.Add("POST", "/v1/wallets", "", "", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
-	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", []byte(nil))
+	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
+		[]byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
+	f.Add("POST", "/v1/wallets", "", "", "application/json",
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
+	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "",
+		[]byte(nil))
 	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
 	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
 	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
@@ -854,7 +895,9 @@ func FuzzRequest(f *testing.F) {
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
 		for op := range l.queue {
-			if op.walletID < 1 || op.kind != kindCreation && (!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 || op.toID == op.walletID {
+			if op.walletID < 1 || op.kind != kindCreation &&
+				(!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 ||
+				op.toID == op.walletID {
 				panic(fmt.Sprintf("in the queue: %+v", op))
 			}
 			op.err = refuse("balance_limit", "refused by the test")
@@ -872,7 +915,8 @@ func FuzzRequest(f *testing.F) {
 		}
 		r.URL.Path, r.URL.RawQuery, r.RequestURI = "/"+strings.TrimPrefix(path, "/"), query, "/"
 		r.RemoteAddr = "192.0.2.1:1"
-		for name, value := range map[string]string{"Idempotency-Key": key, "Content-Type": contentType, "Traceparent": trace, "X-Request-Id": trace} {
+		for name, value := range map[string]string{"Idempotency-Key": key, "Content-Type": contentType,
+			"Traceparent": trace, "X-Request-Id": trace} {
 			if value != "" {
 				r.Header.Set(name, value)
 			}

@@ -1,8 +1,10 @@
-// The tests' harness: the servers, the service under test and what looks at it. Tests stand in the other files.
+// The tests' harness: the servers, the service under test and what looks at it. Tests stand in the other
+// files.
 //
-// The first test that needs servers starts `dev services` (Postgres, Redis, Kafka) once for the whole run. Each test
-// has a database, a slot and topics of its own. `servers` are those servers, `running` is a service in this process,
-// `replica` is one as a process of its own, `rig` is a running service with relays beside it.
+// The first test that needs servers starts `dev services` (Postgres, Redis, Kafka) once for the whole run.
+// Each test has a database, a slot and topics of its own. `servers` are those servers, `running` is a service
+// in this process, `replica` is one as a process of its own, `rig` is a running service with relays beside
+// it.
 
 package main
 
@@ -51,11 +53,12 @@ import (
 
 // servers is what `dev services` printed, and the way to its commands.
 type servers struct {
-	DatabaseURL  string                     `json:"database_url"`
-	RedisURL     string                     `json:"redis_url"`
-	KafkaBrokers string                     `json:"kafka_brokers"`
-	SecureKafka  map[string]string          `json:"secure_kafka"` // with -secure: the settings for the brokers' other listeners
-	PIDs         map[string]json.RawMessage `json:"pids"`
+	DatabaseURL  string `json:"database_url"`
+	RedisURL     string `json:"redis_url"`
+	KafkaBrokers string `json:"kafka_brokers"`
+	// With -secure: the settings for the brokers' other listeners.
+	SecureKafka map[string]string          `json:"secure_kafka"`
+	PIDs        map[string]json.RawMessage `json:"pids"`
 
 	mu     sync.Mutex // one command at a time
 	stdin  io.WriteCloser
@@ -75,7 +78,8 @@ var (
 func TestMain(m *testing.M) {
 	slog.SetDefault(slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if os.Getenv("WALLET_TEST_LOG") != "" {
-		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr,
+			&slog.HandlerOptions{Level: slog.LevelDebug})))
 	}
 	var err error
 	if testFolder, err = os.MkdirTemp("/var/tmp", "wallet-test-"); err != nil {
@@ -116,8 +120,8 @@ func buildDev() (string, error) {
 	return binary, nil
 }
 
-// startServers starts servers of the kinds that WALLET_TEST_KAFKA, WALLET_TEST_POSTGRES and WALLET_TEST_REDIS name, with further
-// flags; they end with this process, however it ends.
+// startServers starts servers of the kinds that WALLET_TEST_KAFKA, WALLET_TEST_POSTGRES and WALLET_TEST_REDIS
+// name, with further flags; they end with this process, however it ends.
 func startServers(flags ...string) (*servers, error) {
 	binary, err := devBinary()
 	if err != nil {
@@ -129,7 +133,8 @@ func startServers(flags ...string) (*servers, error) {
 	}
 	os.Chmod(data, 0o755)
 	args := []string{"services", "-data", data}
-	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA", "-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
+	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA",
+		"-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
 		if value := os.Getenv(variable); value != "" {
 			args = append(args, flag, value)
 		}
@@ -197,6 +202,11 @@ func (s *servers) database(tb testing.TB) string {
 	return base[:strings.LastIndex(base, "/")+1] + name + "?" + query
 }
 
+// databaseOf is the name of a URL's database.
+func databaseOf(url string) string {
+	return url[strings.LastIndex(url, "/")+1 : strings.LastIndex(url, "?")]
+}
+
 func connect(tb testing.TB, url string) *pgx.Conn {
 	tb.Helper()
 	conn, err := pgx.Connect(context.Background(), url)
@@ -253,7 +263,8 @@ func start(tb testing.TB, env map[string]string) *running {
 		tb.Fatal(err)
 	}
 	listener := newListener(tb)
-	w := &running{service: s, http: httptest.NewUnstartedServer(s.api.public), direct: listener.Addr().String(), env: env}
+	w := &running{service: s, http: httptest.NewUnstartedServer(s.api.public),
+		direct: listener.Addr().String(), env: env}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx, listener) }()
@@ -341,7 +352,8 @@ func (w *running) mustPost(tb testing.TB, status int, path, body string, headers
 func (w *running) mustCount(tb testing.TB) (counts string) {
 	tb.Helper()
 	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry), (SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
+		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry),
+			(SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -364,19 +376,32 @@ func checkLedger(tb testing.TB, databaseURL string) {
 	tb.Helper()
 	conn := connect(tb, databaseURL)
 	for rule, query := range map[string]string{
-		"entries are contiguous from 1": `SELECT wallet_id, count(*), min(seq), max(seq) FROM entry GROUP BY 1 HAVING min(seq) <> 1 OR max(seq) <> count(*)`,
-		"a wallet stands where its last entry says": `SELECT w.id, w.seq, w.balance FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-			WHERE w.seq > 0 AND (e.wallet_id IS NULL OR e.balance <> w.balance OR e.created_at <> w.entry_at)`,
-		"no entry is beyond its wallet": `SELECT e.wallet_id, e.seq, w.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id WHERE e.seq > w.seq`,
-		"each balance is the one before plus the amount": `SELECT wallet_id, seq, balance FROM (SELECT *, lag(balance, 1, 0::numeric) OVER w AS before, lag(created_at) OVER w AS at_before
-			FROM entry WINDOW w AS (PARTITION BY wallet_id ORDER BY seq)) e WHERE balance <> before + amount OR created_at < at_before`,
-		"the legs of a transfer fit": `SELECT a.wallet_id, a.seq FROM entry a LEFT JOIN entry b ON b.wallet_id = a.counterparty_id AND b.seq = a.counterparty_seq
-			WHERE a.kind IN ('transfer_out', 'transfer_in') AND (b.wallet_id IS NULL OR b.counterparty_id <> a.wallet_id OR b.counterparty_seq <> a.seq
-			OR a.amount + b.amount <> 0 OR a.created_at <> b.created_at OR a.idempotency_key <> b.idempotency_key OR a.kind = b.kind)`,
-		"money is conserved per currency": `SELECT w.currency, sum(w.balance), d.sum FROM wallet w JOIN (SELECT w.currency, sum(e.amount) FROM entry e JOIN wallet w ON w.id = e.wallet_id
-			WHERE e.kind IN ('deposit', 'withdrawal') GROUP BY 1) d ON d.currency = w.currency GROUP BY 1, 3 HAVING sum(w.balance) <> d.sum`,
-		"a key posts once": `SELECT wallet_id, idempotency_key, count(*) FROM entry WHERE kind <> 'transfer_in' GROUP BY 1, 2 HAVING count(*) > 1`,
-		"an outbox row for each entry": `SELECT e.wallet_id, e.seq, count(o.seq) FROM entry e LEFT JOIN outbox o ON o.aggregate_id = e.wallet_id AND o.seq = e.seq
+		"entries are contiguous from 1": `SELECT wallet_id, count(*), min(seq), max(seq) FROM entry GROUP BY 1
+			HAVING min(seq) <> 1 OR max(seq) <> count(*)`,
+		"a wallet stands where its last entry says": `SELECT w.id, w.seq, w.balance FROM wallet w
+			LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+			WHERE w.seq > 0
+			  AND (e.wallet_id IS NULL OR e.balance <> w.balance OR e.created_at <> w.entry_at)`,
+		"no entry is beyond its wallet": `SELECT e.wallet_id, e.seq, w.seq FROM entry e
+			JOIN wallet w ON w.id = e.wallet_id WHERE e.seq > w.seq`,
+		"each balance is the one before plus the amount": `SELECT wallet_id, seq, balance
+			FROM (SELECT *, lag(balance, 1, 0::numeric) OVER w AS before, lag(created_at) OVER w AS at_before
+			      FROM entry WINDOW w AS (PARTITION BY wallet_id ORDER BY seq)) e
+			WHERE balance <> before + amount OR created_at < at_before`,
+		"the legs of a transfer fit": `SELECT a.wallet_id, a.seq FROM entry a
+			LEFT JOIN entry b ON b.wallet_id = a.counterparty_id AND b.seq = a.counterparty_seq
+			WHERE a.kind IN ('transfer_out', 'transfer_in')
+			  AND (b.wallet_id IS NULL OR b.counterparty_id <> a.wallet_id OR b.counterparty_seq <> a.seq
+			       OR a.amount + b.amount <> 0 OR a.created_at <> b.created_at
+			       OR a.idempotency_key <> b.idempotency_key OR a.kind = b.kind)`,
+		"money is conserved per currency": `SELECT w.currency, sum(w.balance), d.sum FROM wallet w
+			JOIN (SELECT w.currency, sum(e.amount) FROM entry e JOIN wallet w ON w.id = e.wallet_id
+			      WHERE e.kind IN ('deposit', 'withdrawal') GROUP BY 1) d ON d.currency = w.currency
+			GROUP BY 1, 3 HAVING sum(w.balance) <> d.sum`,
+		"a key posts once": `SELECT wallet_id, idempotency_key, count(*) FROM entry
+			WHERE kind <> 'transfer_in' GROUP BY 1, 2 HAVING count(*) > 1`,
+		"an outbox row for each entry": `SELECT e.wallet_id, e.seq, count(o.seq) FROM entry e
+			LEFT JOIN outbox o ON o.aggregate_id = e.wallet_id AND o.seq = e.seq
 			GROUP BY 1, 2 HAVING count(o.seq) <> 1`,
 	} {
 		rows, _ := conn.Query(context.Background(), query)
@@ -413,9 +438,12 @@ type movement struct {
 	answer          string
 }
 
-// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations acknowledged. A client
-// repeats a request with the same key until it is answered with something final, as clients are told to.
-func moveAtRandom(tb testing.TB, clients, each, wallets int, replica func() *running) (acknowledged []movement) {
+// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations
+// acknowledged. A client repeats a request with the same key until it is answered with something final, as
+// clients are told to.
+func moveAtRandom(
+	tb testing.TB, clients, each, wallets int, replica func() *running,
+) (acknowledged []movement) {
 	tb.Helper()
 	var mu sync.Mutex
 	var working sync.WaitGroup
@@ -428,11 +456,14 @@ func moveAtRandom(tb testing.TB, clients, each, wallets int, replica func() *run
 				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
 				switch dice.IntN(4) {
 				case 0:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+					m.path = fmt.Sprintf("/v1/wallets/%d/deposit", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
 				case 1:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/withdraw", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+					m.path = fmt.Sprintf("/v1/wallets/%d/withdraw", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
 				default:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
+					m.path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
 				}
 				deadline := time.Now().Add(60 * time.Second)
 				for {
@@ -469,7 +500,8 @@ func checkAcknowledged(tb testing.TB, w *running, acknowledged []movement) {
 	tb.Helper()
 	before := w.mustCount(tb)
 	for _, m := range acknowledged {
-		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer || a.header.Get("Idempotent-Replayed") != "true" {
+		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer ||
+			a.header.Get("Idempotent-Replayed") != "true" {
 			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
 		}
 	}
@@ -668,7 +700,8 @@ func (r *replica) stop(tb testing.TB) {
 	}
 }
 
-var replicaClient = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+var replicaClient = &http.Client{Timeout: 8 * time.Second,
+	Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 
 func (r *replica) leads() bool { return r.metric(`wallet_relay_state{state="leader"}`) == 1 }
 
@@ -800,7 +833,9 @@ func dropSlotAtEnd(t testing.TB, slot string) {
 		}
 		defer conn.Close(context.Background())
 		eventually(t, 10*time.Second, "slot dropped", func() bool {
-			_, err := conn.Exec(context.Background(), `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1`, slot)
+			_, err := conn.Exec(context.Background(),
+				`SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
+					WHERE slot_name = $1`, slot)
 			return err == nil
 		})
 	})
@@ -828,7 +863,8 @@ func (g *rig) deposit(t *testing.T, n int) {
 	t.Helper()
 	for range n {
 		g.keys++
-		g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+g.keys%5), fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, g.keys))
+		g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+g.keys%5),
+			fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, g.keys))
 	}
 }
 
@@ -871,7 +907,8 @@ func (g *rig) begin(t *testing.T) pgx.Tx {
 func (g *rig) awaitHorizon(t *testing.T) {
 	t.Helper()
 	var next int64
-	if err := g.conn.QueryRow(context.Background(), `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
+	if err := g.conn.QueryRow(context.Background(),
+		`SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
 		t.Fatal(err)
 	}
 	g.deposit(t, 1) // a horizon moves only when there are events
@@ -885,8 +922,9 @@ func (g *rig) awaitHorizon(t *testing.T) {
 func (g *rig) setClock(t *testing.T, step string) {
 	t.Helper()
 	g.end()
-	name := g.cfg.databaseURL[strings.LastIndex(g.cfg.databaseURL, "/")+1 : strings.LastIndex(g.cfg.databaseURL, "?")]
-	g.mustExec(t, `CREATE SCHEMA clock; CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+	name := databaseOf(g.cfg.databaseURL)
+	g.mustExec(t, `CREATE SCHEMA clock;
+		CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
 		AS $$ SELECT pg_catalog.clock_timestamp() + interval '`+step+`' $$;
 		ALTER DATABASE `+name+` SET search_path = clock, pg_catalog, public`)
 	g.running = start(t, g.env)
@@ -955,27 +993,34 @@ func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
 	t.Helper()
 	ctx := context.Background()
 	var at time.Time
-	if err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance) VALUES ($1, $2::bigint, now(), now(), 'USD', $2::bigint) RETURNING entry_at`, walletID, n).Scan(&at); err != nil {
+	err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance)
+		VALUES ($1, $2::bigint, now(), now(), 'USD', $2::bigint) RETURNING entry_at`, walletID, n).Scan(&at)
+	if err != nil {
 		t.Fatal(err)
 	}
-	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0), CreatedAt: at}
+	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0),
+		CreatedAt: at}
 	next := func() *entry {
 		e.Seq++
 		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
 		return &e
 	}
-	_, err := tx.CopyFrom(ctx, pgx.Identifier{"entry"}, []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
+	columns := []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}
+	rows := pgx.CopyFromSlice(n, func(int) ([]any, error) {
 		e := next()
 		return []any{e.WalletID, e.Seq, e.CreatedAt, e.Kind, 1, e.Seq, e.Key}, nil
-	}))
+	})
+	_, err = tx.CopyFrom(ctx, pgx.Identifier{"entry"}, columns, rows)
 	if err != nil {
 		t.Fatal(err)
 	}
 	e.Seq = 0
-	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, []string{"aggregate_id", "seq", "event_type", "payload"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
+	columns = []string{"aggregate_id", "seq", "event_type", "payload"}
+	rows = pgx.CopyFromSlice(n, func(int) ([]any, error) {
 		e := next()
 		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
-	}))
+	})
+	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, columns, rows)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1004,7 +1049,8 @@ func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	return p.end
 }
 
-// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own consumer.
+// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own
+// consumer.
 func checkStream(t *testing.T, cfg *config) {
 	t.Helper()
 	checkAudit(t, cfg)
@@ -1037,7 +1083,8 @@ func checkAudit(t *testing.T, cfg *config) {
 	}
 }
 
-// consume yields the committed events: at least want of them, unless none comes for some seconds, and any that follow at once.
+// consume yields the committed events: at least want of them, unless none comes for some seconds, and any
+// that follow at once.
 func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
 	return func(yield func(*sarama.ConsumerMessage) bool) {
 		conf := sarama.NewConfig()
@@ -1090,12 +1137,13 @@ func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMess
 // Connections that break
 // -----------------------------------------------------------------------------------------------------------
 
-// proxy is one replica's way to one server. It can break a connection in the middle of a message, and turn into a hole that
-// takes everything and gives nothing.
+// proxy is one replica's way to one server. It can break a connection in the middle of a message, and turn
+// into a hole that takes everything and gives nothing.
 type proxy struct {
 	listener net.Listener
 	target   string
-	frames   func(frame []byte) // of the server's answers, to rewrite in place; nil: bytes are carried as they come
+	// Of the server's answers, to rewrite in place; nil: bytes are carried as they come.
+	frames func(frame []byte)
 
 	answersLost  atomic.Int64 // so many COMMITs more are done, and cut off before the answer passes
 	requestsLost atomic.Int64 // so many COMMITs more are cut off before Postgres hears of them
@@ -1209,11 +1257,13 @@ func takeOne(n *atomic.Int64) bool {
 	}
 }
 
-// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a conversation.
+// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a
+// conversation.
 type cutter struct {
 	listener net.Listener
 	target   string
-	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and before the answer returns.
+	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and
+	// before the answer returns.
 	cut  atomic.Pointer[func(message []byte) (before, after bool)]
 	cuts atomic.Int64
 }
@@ -1289,7 +1339,8 @@ func (c *cutter) carry(client net.Conn) {
 	}
 }
 
-// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel as parameters.
+// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel
+// as parameters.
 func commitMessage(marker string) func([]byte) bool {
 	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
 }

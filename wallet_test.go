@@ -1,4 +1,5 @@
-// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them by itself.
+// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them by
+// itself.
 
 package main
 
@@ -23,15 +24,18 @@ import (
 
 // TestAppendDecimal: as decimal.String, whatever the size, sign and places.
 func TestAppendDecimal(t *testing.T) {
-	for _, text := range []string{"0", "0.00", "1", "-1", "0.5", "-0.05", "10.50", "-100", "1000000", "999999999999999999", "-999999999999999999", "0.000000000000000001",
-		"-0.999999999999999999", "99999999999999999999.999999999999999999", "1e3", "-12e2", "123456789012345678901234567890e-5"} {
+	for _, text := range []string{"0", "0.00", "1", "-1", "0.5", "-0.05", "10.50", "-100", "1000000",
+		"999999999999999999", "-999999999999999999", "0.000000000000000001",
+		"-0.999999999999999999", "99999999999999999999.999999999999999999", "1e3", "-12e2",
+		"123456789012345678901234567890e-5"} {
 		d := dec(text)
 		if got := decimalText(d); got != d.String() {
 			t.Errorf("%s is written %s, want %s", text, got, d)
 		}
 	}
 	for range 10_000 {
-		d := decimal.New(rand.Int64()>>rand.IntN(64), -int32(rand.IntN(20))).Mul(decimal.New(1-2*rand.Int64N(2), 0))
+		d := decimal.New(rand.Int64()>>rand.IntN(64),
+			-int32(rand.IntN(20))).Mul(decimal.New(1-2*rand.Int64N(2), 0))
 		if got := string(appendDecimal([]byte("-0."), d)); got != "-0."+d.String() {
 			t.Fatalf("%s is written %s", d, got)
 		}
@@ -49,25 +53,29 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	checkLedger(t, env["DATABASE_URL"])
 	checkAcknowledged(t, replicas[0], acknowledged)
 	var entries int
-	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
+	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
 	if err != nil || entries != len(acknowledged) {
 		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
 	}
 }
 
-// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers each.
+// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers
+// each.
 func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 	env := testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=3")
 	replicas := []*running{start(t, env), start(t, env)}
 	for id := 1; id <= 2; id++ {
-		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1000","idempotency_key":"seed"}`)
+		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id),
+			`{"amount":"1000","idempotency_key":"seed"}`)
 	}
 	var working sync.WaitGroup
 	for c := range 16 {
 		working.Go(func() {
 			for i := range 25 {
 				body := fmt.Sprintf(`{"amount":"1","to_id":%d,"idempotency_key":"%d-%d"}`, 2-c%2, c, i)
-				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2), body); a.status != 200 {
+				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2),
+					body); a.status != 200 {
 					t.Errorf("transfer: %s", a)
 				}
 			}
@@ -88,7 +96,8 @@ func TestMissingWalletsAreMadeOnce(t *testing.T) {
 	for c := range 20 {
 		working.Go(func() {
 			for i := range 20 {
-				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i), fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
+				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i),
+					fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
 					t.Errorf("deposit: %s", a)
 				}
 			}
@@ -105,8 +114,8 @@ func TestMissingWalletsAreMadeOnce(t *testing.T) {
 // Faults of Postgres
 // -----------------------------------------------------------------------------------------------------------
 
-// TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once after it was done. Either way
-// the operation is applied once, and its client gets its answer.
+// TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once
+// after it was done. Either way the operation is applied once, and its client gets its answer.
 func TestLostConnectionAtCommit(t *testing.T) {
 	for _, when := range []string{"failed", "succeeded but reported as failed"} {
 		t.Run(when, func(t *testing.T) {
@@ -127,14 +136,16 @@ func TestLostConnectionAtCommit(t *testing.T) {
 				return when == "failed", when != "failed"
 			}
 			proxy.cut.Store(&cut)
-			a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			a := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+				`{"amount":"10","idempotency_key":"marker-of-this-test"}`)
 			if a.json(t)["balance"] != "90" || proxy.cuts.Load() != 1 || w.ledger.reruns.Load() != 1 {
 				t.Errorf("%s after %d cuts and %d reruns", a, proxy.cuts.Load(), w.ledger.reruns.Load())
 			}
 			if a.header.Get("Idempotent-Replayed") != "" {
 				t.Error("a request that was sent once is called a replay") // it was the service's own rerun
 			}
-			again := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			again := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+				`{"amount":"10","idempotency_key":"marker-of-this-test"}`)
 			if again.header.Get("Idempotent-Replayed") != "true" || again.body != a.body {
 				t.Errorf("sent again: %s, first %s", again, a)
 			}
@@ -146,8 +157,8 @@ func TestLostConnectionAtCommit(t *testing.T) {
 	}
 }
 
-// TestCacheAfterALostAnswer: the balance is cached; then a movement's COMMIT is answered to nobody, and it is the rerun
-// that answers. A cached read at another replica shows the movement.
+// TestCacheAfterALostAnswer: the balance is cached; then a movement's COMMIT is answered to nobody, and it is
+// the rerun that answers. A cached read at another replica shows the movement.
 func TestCacheAfterALostAnswer(t *testing.T) {
 	env := testEnv(t)
 	proxy, through := newCutter(t, env["DATABASE_URL"])
@@ -159,13 +170,17 @@ func TestCacheAfterALostAnswer(t *testing.T) {
 	inUse(t, cached.balances)
 	for round := range 20 {
 		key := fmt.Sprintf("marker-of-round-%d-", round)
-		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"d%d"}`, round))
+		w.mustPost(t, 200, "/v1/wallets/1/deposit",
+			fmt.Sprintf(`{"amount":"1","idempotency_key":"d%d"}`, round))
 		cached.get("/v1/wallets/1/balance")
 		isCommit := commitMessage(key)
 		var messages atomic.Int64
-		cut := func(message []byte) (before, after bool) { return false, isCommit(message) && messages.Add(1) == 2 }
+		cut := func(message []byte) (before, after bool) {
+			return false, isCommit(message) && messages.Add(1) == 2
+		}
 		proxy.cut.Store(&cut)
-		a := w.mustPost(t, 200, "/v1/wallets/1/transfer", fmt.Sprintf(`{"amount":"1","to_id":2,"idempotency_key":%q}`, key))
+		a := w.mustPost(t, 200, "/v1/wallets/1/transfer",
+			fmt.Sprintf(`{"amount":"1","to_id":2,"idempotency_key":%q}`, key))
 		seq := fmt.Sprint(a.json(t)["from_seq"])
 		for _, path := range []string{"/v1/wallets/1/balance", "/v1/wallets/1/balance?min_seq=" + seq} {
 			if b := cached.get(path); fmt.Sprint(b.json(t)["seq"]) != seq {
@@ -178,8 +193,9 @@ func TestCacheAfterALostAnswer(t *testing.T) {
 	}
 }
 
-// TestCacheAfterARetryElsewhere: a writer dies between its commit and its put; the client sends its request to another
-// replica, which answers with a replay. So does a movement that this replica knows of only by a refusal or a read.
+// TestCacheAfterARetryElsewhere: a writer dies between its commit and its put; the client sends its request
+// to another replica, which answers with a replay. So does a movement that this replica knows of only by a
+// refusal or a read.
 func TestCacheAfterARetryElsewhere(t *testing.T) {
 	env := testEnv(t)
 	dies := maps.Clone(env)
@@ -193,8 +209,10 @@ func TestCacheAfterARetryElsewhere(t *testing.T) {
 		"refusal": func(string) answer {
 			return w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"r"}`)
 		},
-		"wallet":      func(string) answer { return w.get("/v1/wallets/1") },
-		"fresh":       func(string) answer { return w.get("/v1/wallets/1/balance", "Cache-Control", "no-cache") },
+		"wallet": func(string) answer { return w.get("/v1/wallets/1") },
+		"fresh": func(string) answer {
+			return w.get("/v1/wallets/1/balance", "Cache-Control", "no-cache")
+		},
 		"history":     func(string) answer { return w.get("/v1/wallets/1/history") },
 		"transaction": func(string) answer { return w.get(fmt.Sprintf("/v1/transactions/1-%d", seq)) },
 	} {
@@ -237,7 +255,9 @@ func TestPostgresCrashes(t *testing.T) {
 	acknowledged := moveAtRandom(t, 8, 150, 20, func() *running { return replicas[rand.IntN(2)] })
 	close(stop)
 	crashing.Wait()
-	eventually(t, 10*time.Second, "ready again", func() bool { return replicas[0].get("/readyz").status == 200 })
+	eventually(t, 10*time.Second, "ready again", func() bool {
+		return replicas[0].get("/readyz").status == 200
+	})
 	if replicas[0].ledger.reruns.Load()+replicas[1].ledger.reruns.Load() == 0 {
 		t.Error("no batch met a crash")
 	}
@@ -245,7 +265,8 @@ func TestPostgresCrashes(t *testing.T) {
 	checkAcknowledged(t, replicas[0], acknowledged)
 }
 
-// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again when it is back.
+// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again when it is
+// back.
 func TestPostgresAway(t *testing.T) {
 	s, err := startServers()
 	if err != nil {
@@ -261,7 +282,8 @@ func TestPostgresAway(t *testing.T) {
 	if a := w.get("/v1/wallets/1/balance"); a.status != 503 || a.header.Get("Retry-After") == "" {
 		t.Errorf("balance: %s", a)
 	}
-	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`); a.status != 503 || a.header.Get("Retry-After") == "" || a.code() != "unavailable" {
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`); a.status != 503 ||
+		a.header.Get("Retry-After") == "" || a.code() != "unavailable" {
 		t.Errorf("deposit: %s", a)
 	}
 	if a := w.get("/healthz"); a.status != 200 {
@@ -279,13 +301,15 @@ func holdWallet(t *testing.T, w *running, id int64) pgx.Tx {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = $1 FOR UPDATE`, id); err != nil {
+	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = $1 FOR UPDATE`,
+		id); err != nil {
 		t.Fatal(err)
 	}
 	return tx
 }
 
-// TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are answered.
+// TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are
+// answered.
 func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	for id := 1; id <= 4; id++ {
@@ -296,7 +320,8 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	var clients sync.WaitGroup
 	for id := 1; id <= 4; id++ {
 		clients.Go(func() {
-			statuses[id] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"b"}`).status
+			statuses[id] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id),
+				`{"amount":"1","idempotency_key":"b"}`).status
 		})
 	}
 	clients.Wait()
@@ -308,7 +333,8 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few to be worth it as they are.
+// TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few
+// to be worth it as they are.
 func TestStalledBatchHoldsUpNobody(t *testing.T) {
 	w := start(t, testEnv(t))
 	for id := 1; id <= 2; id++ {
@@ -319,7 +345,9 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 	go func() { stalled <- w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) }()
 	eventually(t, 400*time.Millisecond, "the first batch waits for the lock", func() bool {
 		var waiting int
-		err := tx.QueryRow(context.Background(), `SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`).Scan(&waiting)
+		err := tx.QueryRow(context.Background(),
+			`SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity
+				WHERE datname = current_database())`).Scan(&waiting)
 		return err == nil && waiting > 0
 	})
 	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"b"}`)
@@ -336,7 +364,8 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 func TestBadNeighbour(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	conn := connect(t, w.env["DATABASE_URL"])
-	if _, err := conn.Exec(context.Background(), `ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
+	if _, err := conn.Exec(context.Background(),
+		`ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
 		t.Fatal(err)
 	}
 	// Hold the writer, so that the next operations come in one batch.
@@ -350,14 +379,16 @@ func TestBadNeighbour(t *testing.T) {
 			if i == 13 {
 				key = "bad"
 			}
-			answers[i] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%3), fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key))
+			answers[i] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%3),
+				fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key))
 		})
 	}
 	time.Sleep(300 * time.Millisecond)
 	tx.Rollback(context.Background())
 	clients.Wait()
 	for i, a := range answers {
-		if i == 13 && (a.status != 500 || a.code() != "internal" || strings.Contains(a.body, "of_this_test")) {
+		if i == 13 && (a.status != 500 || a.code() != "internal" ||
+			strings.Contains(a.body, "of_this_test")) {
 			t.Errorf("the bad one: %s", a)
 		}
 		if i != 13 && a.status != 200 {
@@ -370,7 +401,8 @@ func TestBadNeighbour(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestStalledWriterIsThrownOut: a writer that stops between its two round trips holds its locks for 2 s at the most.
+// TestStalledWriterIsThrownOut: a writer that stops between its two round trips holds its locks for 2 s at
+// the most.
 func TestStalledWriterIsThrownOut(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
@@ -382,10 +414,12 @@ func TestStalledWriterIsThrownOut(t *testing.T) {
 	if _, err := conn.Exec(context.Background(), `BEGIN`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := conn.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR NO KEY UPDATE`); err != nil {
+	if _, err := conn.Exec(context.Background(),
+		`SELECT FROM wallet WHERE id = 1 FOR NO KEY UPDATE`); err != nil {
 		t.Fatal(err)
 	}
-	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) // waits, runs again, succeeds
+	// Waits, runs again, succeeds.
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
 	if _, err := conn.Exec(context.Background(), `COMMIT`); err == nil {
 		t.Error("the stalled transaction could still commit")
 	}
@@ -420,14 +454,17 @@ func TestLeastPrivilege(t *testing.T) {
 		return v.String()
 	}
 	for _, statement := range []string{
-		"CREATE ROLE " + role("owner") + " LOGIN", "CREATE ROLE " + role("service") + " LOGIN", "CREATE ROLE " + role("relay") + " LOGIN REPLICATION",
+		"CREATE ROLE " + role("owner") + " LOGIN",
+		"CREATE ROLE " + role("service") + " LOGIN",
+		"CREATE ROLE " + role("relay") + " LOGIN REPLICATION",
 		"ALTER DATABASE " + strings.Trim(u.Path, "/") + " OWNER TO " + role("owner"),
 	} {
 		if _, err := admin.Exec(context.Background(), statement); err != nil {
 			t.Fatal(err)
 		}
 	}
-	env["DATABASE_URL"], env["MIGRATE_URL"], env["REPLICATION_URL"] = as(role("service")), as(role("owner")), as(role("relay"))
+	env["DATABASE_URL"], env["MIGRATE_URL"] = as(role("service")), as(role("owner"))
+	env["REPLICATION_URL"] = as(role("relay"))
 	w := start(t, env)
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"2","to_id":2,"idempotency_key":"b"}`)
@@ -440,34 +477,44 @@ func TestLeastPrivilege(t *testing.T) {
 	refused := func(name, code, statement string) {
 		t.Helper()
 		var pgErr *pgconn.PgError
-		if _, err := connect(t, as(name)).Exec(context.Background(), statement); !errors.As(err, &pgErr) || pgErr.Code != code {
+		if _, err := connect(t, as(name)).Exec(context.Background(), statement); !errors.As(err, &pgErr) ||
+			pgErr.Code != code {
 			t.Errorf("as %s: %s: %v, want SQLSTATE %s", name, statement, err, code)
 		}
 	}
 	for _, statement := range []string{
-		`UPDATE entry SET amount = 1`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE wallet SET id = 5`,
-		`UPDATE currency SET scale = 5`, `INSERT INTO currency VALUES ('XYZ', 2)`, `DELETE FROM outbox`, `UPDATE outbox SET payload = ''`, `CREATE TABLE t ()`,
-		`ALTER TABLE entry DISABLE TRIGGER ALL`, `DROP TABLE entry`, `DROP PUBLICATION wallet_outbox`, `INSERT INTO wallet_schema VALUES (2)`,
+		`UPDATE entry SET amount = 1`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`,
+		`UPDATE wallet SET currency = 'EUR'`, `UPDATE wallet SET id = 5`,
+		`UPDATE currency SET scale = 5`, `INSERT INTO currency VALUES ('XYZ', 2)`, `DELETE FROM outbox`,
+		`UPDATE outbox SET payload = ''`, `CREATE TABLE t ()`,
+		`ALTER TABLE entry DISABLE TRIGGER ALL`, `DROP TABLE entry`, `DROP PUBLICATION wallet_outbox`,
+		`INSERT INTO wallet_schema VALUES (2)`,
 		`SELECT pg_create_logical_replication_slot('x', 'pgoutput')`,
 	} {
 		refused(role("service"), "42501", statement)
 	}
-	for _, statement := range []string{`SELECT * FROM entry`, `INSERT INTO wallet (id, created_at, currency) VALUES (9, now(), 'USD')`, `SELECT outbox_make_partitions('1 day')`} {
+	for _, statement := range []string{`SELECT * FROM entry`,
+		`INSERT INTO wallet (id, created_at, currency) VALUES (9, now(), 'USD')`,
+		`SELECT outbox_make_partitions('1 day')`} {
 		refused(role("relay"), "42501", statement)
 	}
-	for _, statement := range []string{`UPDATE entry SET amount = amount`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE currency SET scale = 1`} {
+	for _, statement := range []string{`UPDATE entry SET amount = amount`, `DELETE FROM entry`,
+		`TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`,
+		`UPDATE currency SET scale = 1`} {
 		refused(role("owner"), "23001", statement) // by trigger: not even the owner, unawares
 	}
 	checkLedger(t, u.String())
 }
 
-// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by itself, by its name.
+// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by itself, by its
+// name.
 func TestConstraintsStateTheRules(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	conn := connect(t, w.env["DATABASE_URL"])
 	insert := func(values string) string {
-		return `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key) VALUES (` + values + `)`
+		return `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq,
+			created_at, kind, amount, balance, idempotency_key) VALUES (` + values + `)`
 	}
 	for _, c := range []struct{ constraint, statement string }{
 		{"balance_not_negative", `UPDATE wallet SET balance = -0.01`},
@@ -475,11 +522,19 @@ func TestConstraintsStateTheRules(t *testing.T) {
 		{"wallet_without_entries_is_empty", `UPDATE wallet SET seq = 0`},
 		{"wallet_id_positive", `INSERT INTO wallet (id, created_at, currency) VALUES (0, now(), 'USD')`},
 		{"wallet_currency_known", `INSERT INTO wallet (id, created_at, currency) VALUES (2, now(), 'QQQ')`},
-		{"entry_fits_wallet", insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},                                                               // no such wallet
-		{"entry_fits_wallet", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'k'`)},                                                                // beyond its wallet
-		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now(), 'deposit', 2, 7, 'k'`)}, // another balance
-		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now() + '1s', 'deposit', 1, 6, 'k'`)},
-		{"entry_fits_wallet", `CREATE TEMP TABLE wallet AS SELECT 99::bigint AS id, 1::bigint AS seq, 1::numeric AS balance, now() AS entry_at; ` + insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)}, // a decoy
+		// No such wallet.
+		{"entry_fits_wallet", insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
+		// Beyond its wallet.
+		{"entry_fits_wallet", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'k'`)},
+		// Another balance.
+		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` +
+			insert(`1, 2, NULL, NULL, now(), 'deposit', 2, 7, 'k'`)},
+		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` +
+			insert(`1, 2, NULL, NULL, now() + '1s', 'deposit', 1, 6, 'k'`)},
+		// A decoy.
+		{"entry_fits_wallet",
+			`CREATE TEMP TABLE wallet AS SELECT 99::bigint AS id, 1::bigint AS seq, 1::numeric AS balance,
+				now() AS entry_at; ` + insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
 		{"entry_pkey", insert(`1, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
 		{"idempotency_key_posts_once", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'a'`)},
 		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'deposit', -1, 4, 'k'`)},
@@ -495,21 +550,24 @@ func TestConstraintsStateTheRules(t *testing.T) {
 		{"currency_scale_in_range", `INSERT INTO currency VALUES ('ABC', 19)`},
 	} {
 		var pgErr *pgconn.PgError
-		if _, err := conn.Exec(context.Background(), c.statement); !errors.As(err, &pgErr) || pgErr.ConstraintName != c.constraint {
+		if _, err := conn.Exec(context.Background(), c.statement); !errors.As(err, &pgErr) ||
+			pgErr.ConstraintName != c.constraint {
 			t.Errorf("%s: %v, want %s", c.statement, err, c.constraint)
 		}
 	}
 }
 
-// TestNoSequentialScanOnARequestPath: every statement of a request finds its rows by an index, also in a database that is new and
-// was never analysed.
+// TestNoSequentialScanOnARequestPath: every statement of a request finds its rows by an index, also in a
+// database that is new and was never analysed.
 func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	w := start(t, testEnv(t))
 	var body string
-	if err := w.reads.QueryRow(context.Background(), `SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
+	if err := w.reads.QueryRow(context.Background(),
+		`SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
 		t.Fatal(err)
 	}
-	// Analysed while nearly empty is the worst case: to read the whole of such a table looks cheap, and the plan stays.
+	// Analysed while nearly empty is the worst case: to read the whole of such a table looks cheap, and the
+	// plan stays.
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	for _, analysed := range []bool{false, true} {
 		if analysed {
@@ -524,22 +582,27 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 func checkPlans(t *testing.T, w *running, seqSince string) {
 	t.Helper()
 	for name, query := range map[string]string{
-		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
-		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectPageUp, "history backwards": selectPageDown,
-		"seq_since": seqSince, // EXPLAIN of a call does not show it
+		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets,
+		"findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
+		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectPageUp,
+		"history backwards": selectPageDown,
+		"seq_since":         seqSince, // EXPLAIN of a call does not show it
 	} {
 		conn, err := w.reads.Acquire(context.Background())
 		if err != nil {
 			t.Fatal(err)
 		}
-		nulls := "(" + strings.TrimSuffix(strings.Repeat("NULL, ", len(slicesOfParameters(query))), ", ") + ")"
+		nulls := strings.Repeat("NULL, ", len(parametersOf(query)))
+		nulls = "(" + strings.TrimSuffix(nulls, ", ") + ")"
 		plan := ""
 		err = pgx.BeginFunc(context.Background(), conn, func(tx pgx.Tx) error {
-			if _, err := tx.Exec(context.Background(), "PREPARE of_this_test AS "+strings.TrimRight(query, "\n ")); err != nil {
+			if _, err := tx.Exec(context.Background(),
+				"PREPARE of_this_test AS "+strings.TrimRight(query, "\n ")); err != nil {
 				return err
 			}
 			defer tx.Exec(context.Background(), "DEALLOCATE of_this_test")
-			rows, _ := tx.Query(context.Background(), "EXPLAIN EXECUTE of_this_test "+nulls, pgx.QueryExecModeSimpleProtocol)
+			rows, _ := tx.Query(context.Background(), "EXPLAIN EXECUTE of_this_test "+nulls,
+				pgx.QueryExecModeSimpleProtocol)
 			lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 			plan = strings.Join(lines, "\n")
 			return err
@@ -548,10 +611,12 @@ func checkPlans(t *testing.T, w *running, seqSince string) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") || strings.Contains(plan, "JIT") {
+		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") ||
+			strings.Contains(plan, "JIT") {
 			t.Errorf("%s:\n%s", name, plan)
 		}
-		for _, scan := range regexp.MustCompile(`Index (?:Only )?Scan[^\n]*\n\s*([^\n]*)`).FindAllStringSubmatch(plan, -1) {
+		scans := regexp.MustCompile(`Index (?:Only )?Scan[^\n]*\n\s*([^\n]*)`)
+		for _, scan := range scans.FindAllStringSubmatch(plan, -1) {
 			if !strings.HasPrefix(scan[1], "Index Cond") {
 				t.Errorf("%s reads a whole index:\n%s", name, plan)
 			}
@@ -559,7 +624,7 @@ func checkPlans(t *testing.T, w *running, seqSince string) {
 	}
 }
 
-func slicesOfParameters(query string) map[string]bool {
+func parametersOf(query string) map[string]bool {
 	found := make(map[string]bool)
 	for _, p := range regexp.MustCompile(`\$\d+`).FindAllString(query, -1) {
 		found[p] = true
@@ -572,7 +637,8 @@ func slicesOfParameters(query string) map[string]bool {
 // -----------------------------------------------------------------------------------------------------------
 
 func FuzzAmount(f *testing.F) {
-	for _, seed := range []string{"10.50", "0", "-1", "1e9", "NaN", "99999999999999999999.999999999999999999", "1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
+	for _, seed := range []string{"10.50", "0", "-1", "1e9", "NaN", "99999999999999999999.999999999999999999",
+		"1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -585,7 +651,8 @@ func FuzzAmount(f *testing.F) {
 			return
 		}
 		whole, fraction, _ := strings.Cut(s, ".")
-		if len(whole) > wholeDigitsMax || len(fraction) > decimalsMax || int(a.decimals) != len(fraction) || !a.IsPositive() {
+		if len(whole) > wholeDigitsMax || len(fraction) > decimalsMax || int(a.decimals) != len(fraction) ||
+			!a.IsPositive() {
 			t.Fatalf("%q was taken as %s with %d decimals", s, a, a.decimals)
 		}
 		// What was taken is exactly what was written.
@@ -608,7 +675,8 @@ func FuzzCursor(f *testing.F) {
 	})
 }
 
-// TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the wallets, and nobody starves.
+// TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the
+// wallets, and nobody starves.
 func TestWritersShareNoWallet(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=2"))
 	conn := connect(t, w.env["DATABASE_URL"])
@@ -625,14 +693,19 @@ func TestWritersShareNoWallet(t *testing.T) {
 		case <-time.After(time.Millisecond):
 		}
 		var active, waiting int
-		if err := conn.QueryRow(context.Background(), `SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event IN ('transactionid', 'tuple')) FROM pg_stat_activity
-			WHERE datname = current_database() AND application_name = 'wallet write' AND state <> 'idle'`).Scan(&active, &waiting); err != nil {
+		if err := conn.QueryRow(context.Background(),
+			`SELECT count(*),
+				count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event IN ('transactionid', 'tuple'))
+			FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = 'wallet write'
+			  AND state <> 'idle'`).Scan(&active, &waiting); err != nil {
 			t.Fatal(err)
 		}
 		busy, waits = busy+active, waits+waiting
 	}
 	if waits > 0 || busy == 0 {
-		t.Errorf("of %d batches seen at Postgres in %d samples, %d waited for another's lock", busy, samples, waits)
+		t.Errorf("of %d batches seen at Postgres in %d samples, %d waited for another's lock", busy, samples,
+			waits)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
 }

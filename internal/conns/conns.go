@@ -1,9 +1,10 @@
-// Package conns is the connections of an HTTP/1.1 load generator that shares a machine with the server it loads. One
-// goroutine drives all of them: it sends whole requests, which it writes by hand, and waits for whole responses. A
-// client of net/http would cost as much processor time as the server.
+// Package conns is the connections of an HTTP/1.1 load generator that shares a machine with the server it
+// loads. One goroutine drives all of them: it sends whole requests, which it writes by hand, and waits for
+// whole responses. A client of net/http would cost as much processor time as the server.
 //
-// On Linux epoll tells which connections have a response. Elsewhere a goroutine reads each, at twice the cost.
-// A response must have a Content-Length and the status 200: anything else is an error, and ends the run.
+// On Linux epoll tells which connections have a response. Elsewhere a goroutine reads each, at twice the
+// cost. A response must have a Content-Length and the status 200: anything else is an error, and ends the
+// run.
 package conns
 
 import (

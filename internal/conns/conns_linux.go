@@ -10,8 +10,8 @@ import (
 	"unsafe"
 )
 
-// Set is connections to one server, numbered from 0. One goroutine uses it. The sockets block: a write ends when all
-// is written, and a read begins when epoll says that there is something.
+// Set is connections to one server, numbered from 0. One goroutine uses it. The sockets block: a write ends
+// when all is written, and a read begins when epoll says that there is something.
 type Set struct {
 	epoll    int
 	sockets  []int
@@ -74,7 +74,8 @@ func (s *Set) Send(c int, request []byte) error {
 	return nil
 }
 
-// Answered waits for responses, at most so long or Never, and yields the connections that have one, as it reads them.
+// Answered waits for responses, at most so long or Never, and yields the connections that have one, as it
+// reads them.
 func (s *Set) Answered(most time.Duration) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		var n int
@@ -99,7 +100,8 @@ func (s *Set) Answered(most time.Duration) iter.Seq2[int, error] {
 
 // receive reads a response: one read, which finds something there, unless the server wrote it in parts.
 func (s *Set) receive(c int) error {
-	length, err := systemCall(syscall.SYS_READ, s.sockets[c], unsafe.Pointer(&s.response[0]), len(s.response), 0)
+	length, err := systemCall(syscall.SYS_READ, s.sockets[c], unsafe.Pointer(&s.response[0]), len(s.response),
+		0)
 	for n := length; ; length += n {
 		if err != nil {
 			return err
@@ -114,10 +116,10 @@ func (s *Set) receive(c int) error {
 	}
 }
 
-// systemCall is one that Go's scheduler does not know of. The scheduler would see a goroutine that never yields, take
-// its processor away every 10 ms in the midst of a call, and poll every 20 us for a while each time. That is a sixth
-// of all that the load generator spends. The call must not block, since the garbage collector waits for it. Only
-// epoll's may, because a signal ends it.
+// systemCall is one that Go's scheduler does not know of. The scheduler would see a goroutine that never
+// yields, take its processor away every 10 ms in the midst of a call, and poll every 20 us for a while each
+// time. That is a sixth of all that the load generator spends. The call must not block, since the garbage
+// collector waits for it. Only epoll's may, because a signal ends it.
 func systemCall(number, fd int, buffer unsafe.Pointer, length, timeout int) (int, error) {
 	n, _, err := syscall.RawSyscall6(uintptr(number), uintptr(fd), uintptr(buffer), uintptr(length),
 		uintptr(timeout), 0, 0)

@@ -14,8 +14,8 @@ const (
 	ok      = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 )
 
-// serve answers each connection's first request with the given pieces, a moment apart, and hangs up after the last
-// if told to.
+// serve answers each connection's first request with the given pieces, a moment apart, and hangs up after the
+// last if told to.
 func serve(t *testing.T, hangsUp bool, pieces ...string) (address string) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

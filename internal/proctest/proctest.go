@@ -1,6 +1,6 @@
-// Package proctest tells tests of real servers what the system knows of a process: how it was started, what it holds
-// in memory, and as whom a copy of it may run. It reads /proc, so only Linux answers; elsewhere each function says
-// so by an error or by 0.
+// Package proctest tells tests of real servers what the system knows of a process: how it was started, what
+// it holds in memory, and as whom a copy of it may run. It reads /proc, so only Linux answers; elsewhere each
+// function says so by an error or by 0.
 package proctest
 
 import (
@@ -10,7 +10,8 @@ import (
 	"strings"
 )
 
-// CommandLine is the program that a process runs, as an absolute path, and its arguments without the program's name.
+// CommandLine is the program that a process runs, as an absolute path, and its arguments without the
+// program's name.
 func CommandLine(pid int) (program string, arguments []string, err error) {
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
@@ -23,8 +24,8 @@ func CommandLine(pid int) (program string, arguments []string, err error) {
 	return program, strings.Split(strings.TrimRight(string(line), "\x00"), "\x00")[1:], nil
 }
 
-// Memory is one of the sizes in a process' /proc status, in MB (2^20 bytes): "VmRSS" is what it holds now, "VmHWM"
-// the most that it ever held. It is 0 if there is no such process or size.
+// Memory is one of the sizes in a process' /proc status, in MB (2^20 bytes): "VmRSS" is what it holds now,
+// "VmHWM" the most that it ever held. It is 0 if there is no such process or size.
 func Memory(pid int, size string) float64 {
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	_, rest, _ := strings.Cut(string(status), "\n"+size+":")

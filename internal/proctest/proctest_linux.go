@@ -8,9 +8,9 @@ import (
 // nobody is the user that root's children are in a namespace of their own.
 const nobody = 65534
 
-// NotRoot has a child of root run as somebody else who may use a folder, since some servers refuse to be root. That
-// is the folder's owner. If the owner is root, it is nobody in a user namespace of its own, where nobody may touch
-// root's files. Of another user's child it returns nil: no change is needed.
+// NotRoot has a child of root run as somebody else who may use a folder, since some servers refuse to be
+// root. That is the folder's owner. If the owner is root, it is nobody in a user namespace of its own, where
+// nobody may touch root's files. Of another user's child it returns nil: no change is needed.
 func NotRoot(folder string) (*syscall.SysProcAttr, error) {
 	if os.Getuid() != 0 {
 		return nil, nil
