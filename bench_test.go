@@ -1,5 +1,5 @@
-// How fast: the whole service as a process of its own, against Postgres' own one transaction per transfer, in
-// one run on one machine. The baselines write the same rows into the same tables; the load generator shares
+// How fast: the service as a process of its own, against plain Postgres with one transaction per transfer, in
+// one run on one machine. The baselines write the same rows into the same tables. The load generator shares
 // the machine with all of them.
 //
 //	WALLET_TEST_KAFKA=apache go test -run '^$' -bench . -benchtime 1x .
@@ -191,8 +191,7 @@ func findPgbench() string {
 	return found[len(found)-1]
 }
 
-// benchBaseline are the numbers of clients that the baselines are driven with, a turn each; 0 leaves them
-// out.
+// benchBaseline is how many clients drive the baselines, a turn for each number. 0 leaves them out.
 var benchBaseline = []int{8, 16, 32}
 
 func init() {
@@ -232,8 +231,7 @@ func pgbench(b *testing.B, program, databaseURL, script string, clients, wallets
 	return rate
 }
 
-// baselines drives both ways with clients, through pgx and through pgbench, and returns the better rate of
-// each.
+// baselines drives both ways with clients, by pgx and by pgbench, and returns the better rate of each.
 func (r *replica) baselines(
 	b *testing.B, db *pgxpool.Pool, pick pair, wallets, clients int,
 ) (byStatements, byFunction float64) {
@@ -438,8 +436,7 @@ func benchService(b *testing.B, wallets int, settings ...string) (r *replica, ba
 		b.Fatal(err)
 	}
 	b.Cleanup(baseline.Close)
-	// sarama and the slot may be busy with the rows of the seed, which have no events: they were never
-	// posted.
+	// The seed's rows were never posted, so there are no events for the relay to be busy with.
 	for _, statement := range []string{
 		baselineFunction,
 		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at)
@@ -815,8 +812,7 @@ func consumeKeys(b *testing.B, topic string) *keyTimes {
 // Reads, growth, start
 // -----------------------------------------------------------------------------------------------------------
 
-// BenchmarkBalance is whether Redis earns its place: balances a second from the cache, and from Postgres'
-// primary key.
+// BenchmarkBalance is whether Redis earns its place: balances a second from it, and by Postgres' primary key.
 func BenchmarkBalance(b *testing.B) {
 	r, _ := benchService(b, *benchWallets)
 	pick := anyOf(*benchWallets)

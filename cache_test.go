@@ -84,8 +84,8 @@ func TestOnlyNewerBalancesAreKept(t *testing.T) {
 	want(t, c, 11)
 }
 
-// TestPutsOnce: what a process has put it does not put again, until the database begins another life: there,
-// a lower seq may be the newest.
+// TestPutsOnce: what a process has put it does not put again. When the database begins another life it does:
+// there, a lower seq may be the newest.
 func TestPutsOnce(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())
 	for range 3 {
@@ -115,8 +115,8 @@ func TestFillAfterAnOutageDoesNotPinTheOld(t *testing.T) {
 	want(t, c, 6)
 }
 
-// TestLateFill: a reader misses, reads Postgres and stalls; a newer balance is put; the key is evicted; the
-// fill arrives.
+// TestLateFill: a reader misses, reads Postgres and stalls. A newer balance is put, then the key is evicted.
+// Only now does the reader's fill arrive.
 func TestLateFill(t *testing.T) {
 	a, b := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
 	late := look(t, a)

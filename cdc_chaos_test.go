@@ -1,6 +1,6 @@
-// The loop that kills: the service as real processes on real Apache Kafka and Postgres, under random load
-// from clients that retry until acknowledged, while every part is killed, frozen, cut off or replaced, again
-// and again. After it, ledger and topic must hold every acknowledged movement exactly once.
+// The loop that kills: real processes of the service on real Apache Kafka and Postgres, under random load.
+// Clients retry until they are acknowledged. Every part is killed, frozen, cut off or replaced, again and
+// again. In the end, ledger and topic must hold every acknowledged movement exactly once.
 //
 //	WALLET_TEST_KAFKA=apache go test -run TestChaos -v -timeout 60m -chaos 30m .
 //
@@ -260,8 +260,7 @@ func (l *load) end() {
 	l.working.Wait()
 }
 
-// check: every acknowledged movement is in the ledger (the database's constraints keep it from being there
-// twice).
+// check: every acknowledged movement is in the ledger. Not twice, since the database's constraints forbid it.
 func (l *load) check(t *testing.T, databaseURL string) {
 	t.Helper()
 	rows, _ := connect(t, databaseURL).Query(context.Background(),
@@ -287,8 +286,7 @@ func (l *load) check(t *testing.T, databaseURL string) {
 	}
 }
 
-// slotKeepSize is what a slot may keep of the WAL: above a huge transaction's, low enough to be exceeded on
-// purpose.
+// slotKeepSize is what a slot may keep of the WAL: a huge transaction fits, and a test can exceed it.
 const slotKeepSize = "1GB"
 
 // chaos is one run.
@@ -756,8 +754,7 @@ var moreFaults = []fault{
 		}
 	}},
 	{"replicas start while Kafka stands still", func(c *chaos) {
-		// The relay has rows in hand that are older than what others answer meanwhile, in a generation that a
-		// start begins.
+		// A start begins a generation of the cache. The relay has older rows in hand than others answer then.
 		c.command("pause kafka")
 		time.Sleep(1500 * time.Millisecond)
 		c.writer.kill()
@@ -1099,8 +1096,7 @@ func TestChaosFailover(t *testing.T) {
 	}
 }
 
-// startStandby copies the stack's Postgres and starts the copy as its synchronous standby; port is the
-// copy's.
+// startStandby copies the stack's Postgres, starts the copy as its synchronous standby and returns its port.
 func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) (port string) {
 	t := c.t
 	c.exec(admin, `SELECT pg_create_physical_replication_slot('standby1')`)

@@ -32,8 +32,7 @@ import (
 	"wallet/internal/metric"
 )
 
-// TestCheckpointCoversWholeTransactions: a transaction is dropped if and only if it committed before the
-// checkpoint's end.
+// TestCheckpointCoversWholeTransactions: those before the checkpoint's end are dropped, and no others.
 func TestCheckpointCoversWholeTransactions(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -375,8 +374,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see awaitTransactions. Without it this finds rows twice within some tens of
-// slots.
+// TestExportedSnapshotHarmsNoRow: without awaitTransactions this finds rows twice within some tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
 	g := newRig(t)
@@ -445,8 +443,7 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Logf("%d slots", slots)
 }
 
-// TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by
-// recovery.
+// TestHugeTransaction: it passes in pieces, by stream and by recovery, though the relay ends in the middle.
 func TestHugeTransaction(t *testing.T) {
 	const n = 60_000
 	for _, name := range []string{"streamed", "recovered"} {

@@ -252,8 +252,7 @@ func TestRefusedOperationMaySucceedLaterWithItsKey(t *testing.T) {
 	}
 }
 
-// TestKeyOfPayerAndPayee: a transfer carries the payer's key to the payee's entry, where the payee may use it
-// as well.
+// TestKeyOfPayerAndPayee: a payer's key is in the payee's entry too, and yet the payee may use the same key.
 func TestKeyOfPayerAndPayee(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"10","idempotency_key":"same"}`)
@@ -645,8 +644,7 @@ func TestForeignTablesAreRefused(t *testing.T) {
 	}
 }
 
-// TestReplicasMigrateTogether: whichever comes first applies the schema, and running it again changes
-// nothing.
+// TestReplicasMigrateTogether: the first applies the schema, and applying it again changes nothing.
 func TestReplicasMigrateTogether(t *testing.T) {
 	env := testEnv(t)
 	cfg, err := readConfig(func(n string) string { return env[n] })
@@ -817,8 +815,7 @@ func TestReadmeRunsAsPrinted(t *testing.T) {
 	}
 }
 
-// TestReadmeTables: every setting, route and problem that the README lists is the code's, and the other way
-// round.
+// TestReadmeTables: the README lists every setting and route of the code, and no other setting.
 func TestReadmeTables(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {

@@ -104,8 +104,7 @@ func TestEventEqualsEntry(t *testing.T) {
 	}
 }
 
-// TestOutboxPartitions: they exist days ahead; past ones go when they are old enough and wholly published,
-// not before.
+// TestOutboxPartitions: they exist days ahead. Past ones go when they are old enough and wholly published.
 func TestOutboxPartitions(t *testing.T) {
 	w := start(t, testEnv(t))
 	ctx := context.Background()

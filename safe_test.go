@@ -707,12 +707,13 @@ func TestSmuggling(t *testing.T) {
 	w := start(t, testEnv(t))
 	address := w.http.Listener.Addr().String()
 	const head = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\n"
+	const length = "Content-Length: 4\r\n"
 	const end = "0\r\n\r\n" // the last chunk
 	hidden := head + "Content-Type: application/json\r\nContent-Length: 36\r\n\r\n" +
 		`{"amount":"1","idempotency_key":"s"}`
 	for name, request := range map[string]string{
-		"both lengths":        head + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n" + end + hidden,
-		"two lengths":         head + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd" + hidden,
+		"both lengths":        head + length + "Transfer-Encoding: chunked\r\n\r\n" + end + hidden,
+		"two lengths":         head + length + "Content-Length: 5\r\n\r\nabcd" + hidden,
 		"a length with a +":   head + "Content-Length: +4\r\n\r\nabcd" + hidden,
 		"an obscured chunked": head + "Transfer-Encoding: xchunked\r\n\r\n" + end + hidden,
 		"a folded header":     head + "X: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
@@ -751,8 +752,7 @@ func TestPathTricks(t *testing.T) {
 	}
 }
 
-// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for
-// them.
+// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody waits for them.
 func TestSlowClientsHoldNothing(t *testing.T) {
 	w := start(t, testEnv(t))
 	var cut atomic.Int64
@@ -798,8 +798,8 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 }
 
 // TestFlood: at ten times what can be written, the surplus is refused at once, and what is accepted takes no
-// longer than with the queue just full, without a flood; memory stays bounded. What can be written is made
-// small, so that the flood is not about who gets the processor.
+// longer than with the queue just full. What can be written is made small, so that the flood is not about who
+// gets the processor.
 func TestFlood(t *testing.T) {
 	const queue = 20
 	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue),

@@ -1,10 +1,12 @@
-// The tests' harness: the servers, the service under test and what looks at it. Tests stand in the other
-// files.
+// The tests' harness: the servers, the service under test and what looks at it. The tests are elsewhere.
 //
 // The first test that needs servers starts `dev services` (Postgres, Redis, Kafka) once for the whole run.
-// Each test has a database, a slot and topics of its own. `servers` are those servers, `running` is a service
-// in this process, `replica` is one as a process of its own, `rig` is a running service with relays beside
-// it.
+// Each test has a database, a slot and topics of its own.
+//
+//   - servers are those servers, or some that a test may kill;
+//   - running is a service in this process;
+//   - replica is a service as a process of its own;
+//   - rig is a running service with relays to start and stop beside it.
 
 package main
 
@@ -1049,8 +1051,7 @@ func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	return p.end
 }
 
-// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own
-// consumer.
+// checkStream audits ledger and topic, and reads the topic a second time by sarama's own consumer.
 func checkStream(t *testing.T, cfg *config) {
 	t.Helper()
 	checkAudit(t, cfg)
@@ -1234,8 +1235,7 @@ func (p *proxy) hole() (end func()) {
 // commitAnswer is Postgres' CommandComplete for a COMMIT: whoever sees it pass knows that it was done.
 var commitAnswer = []byte("C\x00\x00\x00\x0bCOMMIT\x00")
 
-// commitName is what pgx calls the prepared statement: once a connection knows it, the word itself travels
-// no more.
+// commitName is pgx's name of the prepared COMMIT. A connection that knows it sends the word no more.
 var commitName = func() []byte {
 	sum := sha256.Sum256([]byte("COMMIT"))
 	return fmt.Appendf(nil, "stmtcache_%x", sum[:24])
@@ -1257,8 +1257,7 @@ func takeOne(n *atomic.Int64) bool {
 	}
 }
 
-// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a
-// conversation.
+// cutter is a service's way to Postgres. It cuts a connection at the moment that a test picks.
 type cutter struct {
 	listener net.Listener
 	target   string
@@ -1339,8 +1338,7 @@ func (c *cutter) carry(client net.Conn) {
 	}
 }
 
-// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel
-// as parameters.
+// commitMessage tells messages by a parameter: statements go by name, and the rows travel as parameters.
 func commitMessage(marker string) func([]byte) bool {
 	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
 }

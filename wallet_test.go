@@ -1,5 +1,4 @@
-// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them by
-// itself.
+// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them.
 
 package main
 
@@ -60,8 +59,7 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	}
 }
 
-// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers
-// each.
+// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with four writers.
 func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 	env := testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=3")
 	replicas := []*running{start(t, env), start(t, env)}
@@ -265,8 +263,7 @@ func TestPostgresCrashes(t *testing.T) {
 	checkAcknowledged(t, replicas[0], acknowledged)
 }
 
-// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again when it is
-// back.
+// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again after.
 func TestPostgresAway(t *testing.T) {
 	s, err := startServers()
 	if err != nil {
@@ -308,8 +305,7 @@ func holdWallet(t *testing.T, w *running, id int64) pgx.Tx {
 	return tx
 }
 
-// TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are
-// answered.
+// TestLockedWalletDoesNotFailItsNeighbours: one wallet is held for long, and the others' operations go on.
 func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	for id := 1; id <= 4; id++ {
@@ -401,8 +397,7 @@ func TestBadNeighbour(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestStalledWriterIsThrownOut: a writer that stops between its two round trips holds its locks for 2 s at
-// the most.
+// TestStalledWriterIsThrownOut: one that stops between its two round trips holds its locks for at most 2 s.
 func TestStalledWriterIsThrownOut(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
@@ -506,8 +501,7 @@ func TestLeastPrivilege(t *testing.T) {
 	checkLedger(t, u.String())
 }
 
-// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by itself, by its
-// name.
+// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by its own name.
 func TestConstraintsStateTheRules(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
@@ -566,8 +560,7 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 		`SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
 		t.Fatal(err)
 	}
-	// Analysed while nearly empty is the worst case: to read the whole of such a table looks cheap, and the
-	// plan stays.
+	// Analysed while nearly empty is the worst case: reading the whole table looks cheap, and the plan stays.
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	for _, analysed := range []bool{false, true} {
 		if analysed {

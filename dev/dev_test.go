@@ -1,6 +1,5 @@
 // The stack is tested as its users meet it: the built program, its standard input and output, signals, and
-// what is left of it afterwards. The lock on the data folder is the proof that nothing is: every child holds
-// it.
+// what is left of it afterwards. Every child holds the lock on the data folder: when it is free, nothing is.
 
 package main
 

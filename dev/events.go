@@ -1,5 +1,4 @@
-// Looking at the events without Kafka's tools: one JSON line per record, as a read_committed consumer sees
-// the topic.
+// Looks at the events without Kafka's tools: a JSON line per record, as a read_committed consumer sees them.
 
 package main
 
@@ -102,8 +101,7 @@ func newEvent(r *kgo.Record) event {
 	return e
 }
 
-// untilTopic returns when the topic exists, and whether that took a wait. Brokers that do not answer are an
-// error.
+// untilTopic returns when the topic exists, and whether it waited. It fails if no broker answers.
 func untilTopic(ctx context.Context, cfg eventsConfig) (waited bool, err error) {
 	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(cfg.brokers, ",")...),
 		kgo.RetryTimeout(5*time.Second))

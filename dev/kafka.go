@@ -244,8 +244,7 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
 func (b *broker) log() string    { return filepath.Join(b.data, "log") }
 
-// format writes the configuration, whose ports are new each time, and makes the folder a member of the
-// cluster.
+// format writes the configuration, whose ports are always new, and makes the folder a member of the cluster.
 func (a *apache) format(ctx context.Context, b *broker) error {
 	if err := os.MkdirAll(b.data, 0o755); err != nil {
 		return err

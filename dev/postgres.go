@@ -1,10 +1,8 @@
 // Postgres: where its programs come from, who it runs as, and a cluster of its own in the data folder. The
-// programs are those of Maven Central's io.zonky.test.postgres archives, pinned by checksum, or the machine's
-// own.
+// programs are the machine's own, or those of Maven Central's io.zonky.test.postgres, pinned by checksum.
 //
-// The cluster is in the state a killed machine leaves behind, at worst: fsync is on, and initdb works beside
-// the final place. A data folder holds one cluster per major version, so that another version never touches
-// it.
+// At worst the cluster is as a killed machine leaves it: fsync is on, and initdb works in another place.
+// A data folder holds one cluster per major version, so that no other version touches it.
 
 package main
 
@@ -329,8 +327,7 @@ func newPostgres(ctx context.Context, procs *processes, choice, data string, por
 	if err := errors.Join(os.RemoveAll(tmp), os.Mkdir(tmp, 0o700), as.own(tmp)); err != nil {
 		return nil, err
 	}
-	// --no-sync: a power failure in the first seconds costs an empty cluster; waiting costs seconds on a busy
-	// disk.
+	// --no-sync saves seconds on a busy disk. A power failure in the first seconds costs an empty cluster.
 	initdb := as.command(filepath.Join(p.bin, "initdb"), "-D", tmp, "-U", "postgres", "-A", "trust", "-E",
 		"UTF8", "--no-locale", "--no-sync")
 	initdb.Dir = tmp // one that it may be in
@@ -380,8 +377,7 @@ func (p *postgres) url(database string) string {
 	return fmt.Sprintf("postgres://postgres@127.0.0.1:%d/%s?sslmode=disable", p.port, database)
 }
 
-// ready waits until it takes connections, crash recovery included, and sees to it that the database wallet
-// exists.
+// ready waits until it takes connections, crash recovery included, and makes the database wallet if need be.
 func (p *postgres) ready(ctx context.Context) error {
 	for {
 		conn, err := pgx.Connect(ctx, p.url("postgres"))

@@ -33,8 +33,7 @@ type credentials struct {
 	password string // secureUser's
 }
 
-// newCredentials makes certificates anew at each start, but the password once: the controller's data has it
-// too.
+// newCredentials makes new certificates at each start, but one password: the controller's data has it too.
 func newCredentials(dir string) (*credentials, error) {
 	c := &credentials{dir: dir}
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -95,8 +95,7 @@ const addressFile = "stack.json"
 // ours are the names that a data folder may hold; -fresh removes these and nothing else.
 var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressFile}
 
-// runStack is the whole life of a stack; it returns when ctx ends, a server dies, or with services input
-// ends.
+// runStack is a stack's life. It returns when ctx ends or a server dies, and with services at end of input.
 func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
 	s := &stack{cfg: cfg, out: out, began: time.Now(), died: make(chan *child, 16)}
 	// Stacks that start at the same time search from different places: between finding a port and using it
@@ -175,8 +174,7 @@ func (s *stack) openData(ctx context.Context) error {
 		if err == nil {
 			break
 		}
-		// The servers hold the lock too. When the stack that started them was killed, they need a moment to
-		// end.
+		// The servers hold the lock too. If their stack was killed, they need a moment to end.
 		owner, _ := os.ReadFile(filepath.Join(s.cfg.data, "lock"))
 		pid, _ := strconv.Atoi(string(owner))
 		if _, alive := processTable()[pid]; alive || time.Since(s.began) > 2*endWait {

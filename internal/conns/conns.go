@@ -3,8 +3,7 @@
 // whole responses. A client of net/http would cost as much processor time as the server.
 //
 // On Linux epoll tells which connections have a response. Elsewhere a goroutine reads each, at twice the
-// cost. A response must have a Content-Length and the status 200: anything else is an error, and ends the
-// run.
+// cost. A response must have a Content-Length and the status 200. Anything else is an error.
 package conns
 
 import (

@@ -74,8 +74,7 @@ func (s *Set) Send(c int, request []byte) error {
 	return nil
 }
 
-// Answered waits for responses, at most so long or Never, and yields the connections that have one, as it
-// reads them.
+// Answered waits for responses, at most so long or Never. It reads them and yields their connections.
 func (s *Set) Answered(most time.Duration) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		var n int

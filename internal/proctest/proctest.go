@@ -1,6 +1,6 @@
 // Package proctest tells tests of real servers what the system knows of a process: how it was started, what
-// it holds in memory, and as whom a copy of it may run. It reads /proc, so only Linux answers; elsewhere each
-// function says so by an error or by 0.
+// it holds in memory, and as whom a copy of it may run. It reads /proc, so only Linux answers. Elsewhere its
+// functions return an error or 0.
 package proctest
 
 import (
@@ -10,8 +10,7 @@ import (
 	"strings"
 )
 
-// CommandLine is the program that a process runs, as an absolute path, and its arguments without the
-// program's name.
+// CommandLine is the program that a process runs, as an absolute path, and its arguments after its name.
 func CommandLine(pid int) (program string, arguments []string, err error) {
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
