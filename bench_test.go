@@ -1,9 +1,11 @@
-// How fast: the whole service as a process of its own, against Postgres' own one transaction per transfer, in one run on one machine.
-// The baselines write the same rows into the same tables; the load generator shares the machine with all of them.
+// How fast: the service as a process of its own, against plain Postgres with one transaction per transfer, in
+// one run on one machine. The baselines write the same rows into the same tables. The load generator shares
+// the machine with all of them.
 //
 //	WALLET_TEST_KAFKA=apache go test -run '^$' -bench . -benchtime 1x .
 //
-// Metrics that end in -us and begin with a process' name are what a transfer, event or read cost it, in microseconds of processor time.
+// Metrics that end in -us and begin with a process' name are what a transfer, event or read cost it, in
+// microseconds of processor time.
 
 package main
 
@@ -14,7 +16,6 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -32,6 +33,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"wallet/internal/conns"
 	"wallet/internal/money"
 )
 
@@ -41,17 +43,20 @@ var (
 	benchBacklog = flag.Int("bench.backlog", 2_000_000, "events that the relay catches up with")
 	benchFor     = flag.Duration("bench.for", 6*time.Second, "how long each side is driven")
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
-	benchSet     = flag.String("bench.set", "", "settings of the service under test, NAME=value separated by blanks")
-	large        = flag.Bool("large", false, "BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; some minutes, about 20 GB")
+	benchSet     = flag.String("bench.set", "",
+		"settings of the service under test, NAME=value separated by blanks")
+	large = flag.Bool("large", false,
+		"BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; some minutes, about 20 GB")
 )
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The baselines
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // baselineFunction is Postgres' own best: one round trip and one commit a transfer.
 const baselineFunction = `
-CREATE OR REPLACE FUNCTION transfer_once(from_id bigint, to_id bigint, sum numeric, key text, payload text) RETURNS numeric LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION transfer_once(from_id bigint, to_id bigint, sum numeric, key text, payload text)
+RETURNS numeric LANGUAGE plpgsql AS $$
 DECLARE
     a wallet; b wallet; at timestamptz := clock_timestamp();
 BEGIN
@@ -67,24 +72,33 @@ BEGIN
     IF a.balance < sum THEN RAISE EXCEPTION 'insufficient funds'; END IF;
     UPDATE wallet SET balance = a.balance - sum, seq = a.seq + 1, entry_at = at WHERE id = from_id;
     UPDATE wallet SET balance = b.balance + sum, seq = b.seq + 1, entry_at = at WHERE id = to_id;
-    INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key) VALUES
+    INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq,
+            created_at, kind, amount, balance, idempotency_key) VALUES
         (from_id, a.seq + 1, to_id, b.seq + 1, at, 'transfer_out', -sum, a.balance - sum, key),
         (to_id, b.seq + 1, from_id, a.seq + 1, at, 'transfer_in', sum, b.balance + sum, key);
-    INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES (from_id, a.seq + 1, 'wallet.entry.v1', payload), (to_id, b.seq + 1, 'wallet.entry.v1', payload);
+    INSERT INTO outbox (aggregate_id, seq, event_type, payload)
+    VALUES (from_id, a.seq + 1, 'wallet.entry.v1', payload), (to_id, b.seq + 1, 'wallet.entry.v1', payload);
     RETURN a.balance - sum;
 END $$`
 
-const benchPayload = `{"wallet_id":12345,"seq":123,"transaction_id":"12345-123","kind":"transfer_out","currency":"USD","amount":"-0.01","balance_before":"1000000","balance_after":"999999.99",` +
-	`"counterparty":{"wallet_id":54321,"seq":321},"idempotency_key":"0123456789abcdef","created_at":"2026-01-02T03:04:05.123456Z"}`
+const benchPayload = `{"wallet_id":12345,"seq":123,"transaction_id":"12345-123",` +
+	`"kind":"transfer_out","currency":"USD",` +
+	`"amount":"-0.01","balance_before":"1000000","balance_after":"999999.99",` +
+	`"counterparty":{"wallet_id":54321,"seq":321},"idempotency_key":"0123456789abcdef",` +
+	`"created_at":"2026-01-02T03:04:05.123456Z"}`
 
 // statement by statement: what a service normally does.
 const (
-	lockOne     = `SELECT seq, balance::text FROM wallet WHERE id = $1 FOR NO KEY UPDATE`
-	findKey     = `SELECT count(*) FROM entry WHERE wallet_id = $1 AND idempotency_key = $2 AND kind <> 'transfer_in'`
-	updateOne   = `UPDATE wallet SET balance = balance + $2::text::numeric, seq = $3, entry_at = $4 WHERE id = $1`
-	insertEntry = `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+	lockOne = `SELECT seq, balance::text FROM wallet WHERE id = $1 FOR NO KEY UPDATE`
+	findKey = `SELECT count(*) FROM entry WHERE wallet_id = $1 AND idempotency_key = $2
+		AND kind <> 'transfer_in'`
+	updateOne = `UPDATE wallet SET balance = balance + $2::text::numeric, seq = $3, entry_at = $4
+		WHERE id = $1`
+	insertEntry = `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind,
+		amount, balance, idempotency_key)
 		VALUES ($1, $2, $3, $4, $5, $6::text::entry_kind, $7::text::numeric, $8::text::numeric, $9)`
-	insertEvent = `INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES ($1, $2, 'wallet.entry.v1', $3)`
+	insertEvent = `INSERT INTO outbox (aggregate_id, seq, event_type, payload)
+		VALUES ($1, $2, 'wallet.entry.v1', $3)`
 )
 
 func transferByFunction(ctx context.Context, db *pgxpool.Conn, from, to int64, key string) error {
@@ -116,7 +130,8 @@ func transferByStatements(ctx context.Context, db *pgxpool.Conn, from, to int64,
 			if _, err := tx.Exec(ctx, updateOne, leg.id, leg.amount, seqs[leg.id]+1, at); err != nil {
 				return err
 			}
-			if _, err := tx.Exec(ctx, insertEntry, leg.id, seqs[leg.id]+1, leg.other, seqs[leg.other]+1, at, leg.kind, leg.amount, after, key); err != nil {
+			if _, err := tx.Exec(ctx, insertEntry, leg.id, seqs[leg.id]+1, leg.other, seqs[leg.other]+1, at,
+				leg.kind, leg.amount, after, key); err != nil {
 				return err
 			}
 			if _, err := tx.Exec(ctx, insertEvent, leg.id, seqs[leg.id]+1, benchPayload); err != nil {
@@ -127,7 +142,8 @@ func transferByStatements(ctx context.Context, db *pgxpool.Conn, from, to int64,
 	})
 }
 
-// pgbenchScripts are the two ways again, for Postgres' own load generator: a client in C, prepared statements. :wallets is set by -D.
+// pgbenchScripts are the two ways again, for Postgres' own load generator: a client in C, prepared
+// statements. :wallets is set by -D.
 var pgbenchScripts = map[string]string{
 	"statements": `
 \set a random(1, :wallets)
@@ -143,13 +159,17 @@ SELECT seq AS aseq, balance AS abalance FROM wallet WHERE id = :a FOR NO KEY UPD
 \endif
 SELECT count(*) FROM entry WHERE wallet_id = :a AND idempotency_key = 'p' || :key AND kind <> 'transfer_in';
 UPDATE wallet SET balance = balance - 0.01, seq = seq + 1, entry_at = now() WHERE id = :a;
-INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+idempotency_key)
     VALUES (:a, :aseq + 1, :b, :bseq + 1, now(), 'transfer_out', -0.01, :abalance - 0.01, 'p' || :key);
-INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES (:a, :aseq + 1, 'wallet.entry.v1', 'PAYLOAD');
+INSERT INTO outbox (aggregate_id, seq, event_type, payload)
+VALUES (:a, :aseq + 1, 'wallet.entry.v1', 'PAYLOAD');
 UPDATE wallet SET balance = balance + 0.01, seq = seq + 1, entry_at = now() WHERE id = :b;
-INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key)
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+idempotency_key)
     VALUES (:b, :bseq + 1, :a, :aseq + 1, now(), 'transfer_in', 0.01, :bbalance + 0.01, 'p' || :key);
-INSERT INTO outbox (aggregate_id, seq, event_type, payload) VALUES (:b, :bseq + 1, 'wallet.entry.v1', 'PAYLOAD');
+INSERT INTO outbox (aggregate_id, seq, event_type, payload)
+VALUES (:b, :bseq + 1, 'wallet.entry.v1', 'PAYLOAD');
 COMMIT;
 `,
 	"function": `
@@ -172,11 +192,13 @@ func findPgbench() string {
 	return found[len(found)-1]
 }
 
-// benchBaseline are the numbers of clients that the baselines are driven with, a turn each; 0 leaves them out.
+// benchBaseline is how many clients drive the baselines, a turn for each number. 0 leaves them out.
 var benchBaseline = []int{8, 16, 32}
 
 func init() {
-	flag.Func("bench.baseline", "clients of the baselines, a turn each, separated by commas; 0 leaves them out (default 8,16,32)", func(text string) error {
+	const help = "clients of the baselines, a turn each, separated by commas; 0 leaves them out " +
+		"(default 8,16,32)"
+	flag.Func("bench.baseline", help, func(text string) error {
 		benchBaseline = nil
 		for n := range strings.SplitSeq(text, ",") {
 			clients, err := strconv.Atoi(n)
@@ -195,10 +217,12 @@ var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+) \(without`)
 func pgbench(b *testing.B, program, databaseURL, script string, clients, wallets int) float64 {
 	b.Helper()
 	file := filepath.Join(b.TempDir(), "script.sql")
-	if err := os.WriteFile(file, []byte(strings.ReplaceAll(script, "PAYLOAD", benchPayload)), 0o644); err != nil {
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(script, "PAYLOAD", benchPayload)),
+		0o644); err != nil {
 		b.Fatal(err)
 	}
-	out, err := exec.Command(program, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-T", strconv.Itoa(max(1, int(benchFor.Seconds()/2))),
+	out, err := exec.Command(program, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", "2", "-T",
+		strconv.Itoa(max(1, int(benchFor.Seconds()/2))),
 		"-D", "wallets="+strconv.Itoa(wallets), "-f", file, databaseURL).CombinedOutput()
 	tps := pgbenchTPS.FindSubmatch(out)
 	if err != nil || tps == nil {
@@ -208,21 +232,25 @@ func pgbench(b *testing.B, program, databaseURL, script string, clients, wallets
 	return rate
 }
 
-// baselines drives both ways with clients, through pgx and through pgbench, and returns the better rate of each.
-func (r *replica) baselines(b *testing.B, db *pgxpool.Pool, pick pair, wallets, clients int) (byStatements, byFunction float64) {
+// baselines drives both ways with clients, by pgx and by pgbench, and returns the better rate of each.
+func (r *replica) baselines(
+	b *testing.B, db *pgxpool.Pool, pick pair, wallets, clients int,
+) (byStatements, byFunction float64) {
 	b.Helper()
 	byStatements, _ = driveSQL(b, db, clients, *benchFor/2, pick, transferByStatements)
 	byFunction, _ = driveSQL(b, db, clients, *benchFor/2, pick, transferByFunction)
 	if program := findPgbench(); program != "" {
-		byStatements = max(byStatements, pgbench(b, program, r.env["DATABASE_URL"], pgbenchScripts["statements"], clients, wallets))
-		byFunction = max(byFunction, pgbench(b, program, r.env["DATABASE_URL"], pgbenchScripts["function"], clients, wallets))
+		byStatements = max(byStatements, pgbench(b, program, r.env["DATABASE_URL"],
+			pgbenchScripts["statements"], clients, wallets))
+		byFunction = max(byFunction, pgbench(b, program, r.env["DATABASE_URL"], pgbenchScripts["function"],
+			clients, wallets))
 	}
 	return byStatements, byFunction
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Driving
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // pair picks the two wallets of a transfer.
 type pair func(dice *rand.Rand) (from, to int64)
@@ -238,27 +266,21 @@ func anyOf(n int) pair {
 	}
 }
 
-// latencies are those of one run, sorted.
-type latencies []time.Duration
-
-func (l latencies) at(q float64) time.Duration {
-	if len(l) == 0 {
-		return 0
-	}
-	return l[min(len(l)-1, int(q*float64(len(l))))]
-}
-
 func (l latencies) report(b *testing.B, prefix string) {
 	b.ReportMetric(float64(l.at(.5).Microseconds())/1000, prefix+"p50-ms")
 	b.ReportMetric(float64(l.at(.99).Microseconds())/1000, prefix+"p99-ms")
 }
 
-// driveSQL has clients at work until the time is up, and returns how many transfers they did a second and how long each took.
-func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pick pair, transfer func(ctx context.Context, db *pgxpool.Conn, from, to int64, key string) error) (float64, latencies) {
+// driveSQL has clients at work until the time is up, and returns how many transfers they did a second and how
+// long each took.
+func driveSQL(
+	b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pick pair,
+	transfer func(ctx context.Context, db *pgxpool.Conn, from, to int64, key string) error,
+) (float64, latencies) {
 	b.Helper()
 	all, run := make([]latencies, clients), newRun()
 	var failed atomic.Pointer[error]
-	var running sync.WaitGroup
+	var working sync.WaitGroup
 	begin := make(chan struct{})
 	var began time.Time
 	for c := range clients {
@@ -266,14 +288,15 @@ func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pi
 		if err != nil {
 			b.Fatal(err)
 		}
-		running.Go(func() {
+		working.Go(func() {
 			defer conn.Release()
 			dice := newDice()
 			<-begin
 			for i := 0; time.Since(began) < how && failed.Load() == nil; i++ {
 				from, to := pick(dice)
 				at := time.Now()
-				if err := transfer(context.Background(), conn, from, to, string(appendKey(nil, run, c, i))); err != nil {
+				if err := transfer(context.Background(), conn, from, to,
+					string(appendKey(nil, run, c, i))); err != nil {
 					failed.Store(&err)
 					return
 				}
@@ -283,7 +306,7 @@ func driveSQL(b *testing.B, db *pgxpool.Pool, clients int, how time.Duration, pi
 	}
 	began = time.Now()
 	close(begin)
-	running.Wait()
+	working.Wait()
 	took := time.Since(began)
 	if err := failed.Load(); err != nil {
 		b.Fatal(*err)
@@ -306,25 +329,24 @@ func appendKey(dst []byte, run string, client, i int) []byte {
 
 // httpLoad is what HTTP clients do, each over a connection of its own: one request after another.
 type httpLoad struct {
-	clients  int
-	how      time.Duration
-	pace     time.Duration                                       // the least time from one of a client's requests to its next
+	clients int
+	how     time.Duration
+	// The least time from one of a client's requests to its next.
+	pace     time.Duration
 	write    func(dst []byte, from, to int64, key []byte) []byte // appends one request
 	answered func(key []byte)                                    // told of each response, if not nil
 }
 
-// never is when clients without a pace are due while all wait.
-const never = time.Duration(math.MaxInt64)
-
-// drive has the clients at work until the time is up, and returns how much they did a second and how long each request took. It speaks
-// HTTP/1.1 by hand, for all of them in one goroutine: the load generator shares the machine, and net/http's client costs as much as the server.
+// drive has the clients at work until the time is up, and returns how much they did a second and how long
+// each request took. It speaks HTTP/1.1 by hand, for all of them in one goroutine: the load generator shares
+// the machine, and net/http's client costs as much as the server.
 func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond float64, took latencies) {
 	b.Helper()
-	conns, err := dial(address, l.clients)
+	set, err := conns.Dial(address, l.clients)
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer conns.close()
+	defer set.Close()
 	clients := make([]struct {
 		sent, due time.Duration // its last request, its next one
 		n         int           // its requests so far
@@ -337,7 +359,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 	var request, key []byte
 	began := time.Now()
 	for {
-		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, never)
+		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, conns.Never)
 		for c := range clients {
 			client := &clients[c]
 			if !client.waits && max(now, client.due) >= l.how {
@@ -353,7 +375,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 				key = appendKey(key[:0], run, c, client.n)
 				request = l.write(request[:0], from, to, key)
 				client.sent, client.waits = time.Since(began), true
-				if err := conns.send(c, request); err != nil {
+				if err := set.Send(c, request); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -361,7 +383,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 		if !busy {
 			break
 		}
-		for c, err := range conns.answered(rest) {
+		for c, err := range set.Answered(rest) {
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -388,40 +410,22 @@ func writeTransfer(dst []byte, from, to int64, key []byte) []byte {
 	body := strconv.AppendInt(append(room[:0], `{"to_id":`...), to, 10)
 	body = append(append(append(body, `,"amount":"0.01","idempotency_key":"`...), key...), `"}`...)
 	dst = strconv.AppendInt(append(dst, "POST /v1/wallets/"...), from, 10)
-	dst = append(dst, "/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
+	dst = append(dst,
+		"/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
 	dst = append(strconv.AppendInt(dst, int64(len(body)), 10), "\r\n\r\n"...)
 	return append(dst, body...)
 }
 
-// wholeOK is whether a response has arrived to its end; one that is not a 200 is an error.
-func wholeOK(response []byte) (bool, error) {
-	head, body, found := bytes.Cut(response, []byte("\r\n\r\n"))
-	if !found {
-		return false, nil
-	}
-	_, rest, found := bytes.Cut(head, []byte("\r\nContent-Length: "))
-	digits, _, _ := bytes.Cut(rest, []byte("\r\n"))
-	length, err := strconv.Atoi(string(digits))
-	if !found || err != nil || len(body) > length {
-		return false, fmt.Errorf("not a response with a length: %s", response)
-	}
-	if len(body) < length {
-		return false, nil
-	}
-	if !bytes.HasPrefix(response, []byte("HTTP/1.1 200 ")) {
-		return false, fmt.Errorf("%s", response)
-	}
-	return true, nil
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The service and what it costs
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// benchService is a service as a process, on fresh tables with funded wallets, and a pool for the baselines on the same tables.
+// benchService is a service as a process, on fresh tables with funded wallets, and a pool for the baselines
+// on the same tables.
 func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
 	b.Helper()
-	env := testEnv(b, append(append([]string{"REQUESTS_MAX=100000"}, settings...), strings.Fields(*benchSet)...)...)
+	env := testEnv(b, append(append([]string{"REQUESTS_MAX=100000"}, settings...),
+		strings.Fields(*benchSet)...)...)
 	r = newReplica(b, env, fmt.Sprintf("bench-%d", names.Add(1)))
 	if env["KAFKA_BROKERS"] != "" {
 		dropSlotAtEnd(b, env["REPLICATION_SLOT"])
@@ -433,11 +437,14 @@ func benchService(b *testing.B, wallets int, settings ...string) (r *replica, ba
 		b.Fatal(err)
 	}
 	b.Cleanup(baseline.Close)
-	// sarama and the slot may be busy with the rows of the seed, which have no events: they were never posted.
+	// The seed's rows were never posted, so there are no events for the relay to be busy with.
 	for _, statement := range []string{
 		baselineFunction,
-		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at) SELECT g, 'USD', now(), 1, 1000000, now() FROM generate_series(1, ` + strconv.Itoa(wallets) + `) g`,
-		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key) SELECT id, 1, entry_at, 'deposit', 1000000, 1000000, 'seed' FROM wallet`,
+		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at)
+			SELECT g, 'USD', now(), 1, 1000000, now()
+			FROM generate_series(1, ` + strconv.Itoa(wallets) + `) g`,
+		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key)
+			SELECT id, 1, entry_at, 'deposit', 1000000, 1000000, 'seed' FROM wallet`,
 		`VACUUM ANALYZE`, `CHECKPOINT`,
 	} {
 		if _, err := baseline.Exec(context.Background(), statement); err != nil {
@@ -512,25 +519,19 @@ func (r *replica) cpu(b *testing.B) cost {
 	return total
 }
 
-// memory is the service's resident set in MB, now or at its highest.
-func (r *replica) memory(which string) float64 {
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.cmd.Process.Pid))
-	_, rest, _ := strings.Cut(string(status), "\n"+which+":")
-	kB, _ := strconv.ParseFloat(strings.Fields(rest + " 0 ")[0], 64)
-	return kB / 1024
-}
-
-// profile writes the service's CPU profile of the next seconds, and what Postgres spent on each statement where it keeps count, if
-// -bench.profile names a folder.
+// profile writes the service's CPU profile of the next seconds, and what Postgres spent on each statement
+// where it keeps count, if -bench.profile names a folder.
 func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
 	if *benchProfile == "" {
 		return func() {}
 	}
 	name := filepath.Join(*benchProfile, strings.NewReplacer("/", "-", "Benchmark", "").Replace(b.Name()))
 	db := connect(b, r.env["DATABASE_URL"])
-	_, err := db.Exec(context.Background(), `CREATE EXTENSION IF NOT EXISTS pg_stat_statements; SELECT pg_stat_statements_reset()`)
+	_, err := db.Exec(context.Background(),
+		`CREATE EXTENSION IF NOT EXISTS pg_stat_statements; SELECT pg_stat_statements_reset()`)
 	counted := err == nil
-	cmd := exec.Command("curl", "-s", "-o", name+".pprof", fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.operate, int(seconds.Seconds())))
+	cmd := exec.Command("curl", "-s", "-o", name+".pprof",
+		fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.operate, int(seconds.Seconds())))
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
@@ -539,7 +540,10 @@ func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
 		if !counted {
 			return
 		}
-		rows, _ := db.Query(context.Background(), `SELECT format('%10s calls %10s us each %12s rows %12s WAL bytes  %s', calls, round((1000 * mean_exec_time)::numeric, 1), rows, wal_bytes, left(regexp_replace(query, '\s+', ' ', 'g'), 150))
+		rows, _ := db.Query(context.Background(),
+			`SELECT format('%10s calls %10s us each %12s rows %12s WAL bytes  %s', calls,
+				round((1000 * mean_exec_time)::numeric, 1), rows, wal_bytes,
+				left(regexp_replace(query, '\s+', ' ', 'g'), 150))
 			FROM pg_stat_statements ORDER BY total_exec_time DESC LIMIT 20`)
 		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err == nil {
@@ -551,9 +555,9 @@ func (r *replica) profile(b *testing.B, seconds time.Duration) (wait func()) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Writes
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // BenchmarkTransfers is the claim: transfers a second over HTTP, and how many times the baselines' that is.
 func BenchmarkTransfers(b *testing.B) {
@@ -584,17 +588,22 @@ func BenchmarkTransfers(b *testing.B) {
 						driveHTTP(b, r.address(), 16, time.Second, pick) // connections, prepared statements
 					}
 					if c.relay { // works off the baselines' events first
-						eventually(b, 60*time.Second, "the relay has caught up", func() bool { return r.leads() && r.metric("wallet_relay_lag_bytes") < 100_000 })
+						eventually(b, 60*time.Second, "the relay has caught up", func() bool {
+							return r.leads() && r.metric("wallet_relay_lag_bytes") < 100_000
+						})
 					}
-					events, transactions := r.metric("wallet_relay_events_total"), r.metric("wallet_relay_batches_total")
+					events := r.metric("wallet_relay_events_total")
+					transactions := r.metric("wallet_relay_batches_total")
 					before, profiled := r.cpu(b), r.profile(b, *benchFor)
 					rate, turn := driveHTTP(b, r.address(), *benchClients, *benchFor, pick)
 					spent.add(before, r.cpu(b))
 					rates, l = append(rates, rate), append(l, turn...)
 					profiled()
 					if c.relay {
-						b.ReportMetric(float64(r.awaitEvents(b, events+2*float64(len(turn))).Milliseconds()), "relay-behind-ms")
-						b.ReportMetric(2*float64(len(turn))/(r.metric("wallet_relay_batches_total")-transactions), "events/transaction")
+						b.ReportMetric(float64(r.awaitEvents(b, events+2*float64(len(turn))).Milliseconds()),
+							"relay-behind-ms")
+						transactions = r.metric("wallet_relay_batches_total") - transactions
+						b.ReportMetric(2*float64(len(turn))/transactions, "events/transaction")
 					}
 				}
 				slices.Sort(rates)
@@ -620,7 +629,9 @@ func BenchmarkTransfers(b *testing.B) {
 func (r *replica) awaitEvents(b *testing.B, events float64) time.Duration {
 	b.Helper()
 	began := time.Now()
-	eventually(b, 60*time.Second, "the relay has caught up", func() bool { return r.metric("wallet_relay_events_total") >= events })
+	eventually(b, 60*time.Second, "the relay has caught up", func() bool {
+		return r.metric("wallet_relay_events_total") >= events
+	})
 	return time.Since(began)
 }
 
@@ -628,8 +639,10 @@ func (r *replica) awaitEvents(b *testing.B, events float64) time.Duration {
 func checkBalances(b *testing.B, db *pgxpool.Pool) {
 	b.Helper()
 	var wrong int
-	err := db.QueryRow(context.Background(), `SELECT count(*) FROM wallet w JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-		WHERE e.balance <> w.balance OR (SELECT sum(balance) FROM wallet) <> 1000000 * (SELECT count(*) FROM wallet)`).Scan(&wrong)
+	err := db.QueryRow(context.Background(), `
+		SELECT count(*) FROM wallet w JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+		WHERE e.balance <> w.balance
+		   OR (SELECT sum(balance) FROM wallet) <> 1000000 * (SELECT count(*) FROM wallet)`).Scan(&wrong)
 	if err != nil || wrong > 0 {
 		b.Fatalf("%d wallets are wrong, %v", wrong, err)
 	}
@@ -657,11 +670,12 @@ func BenchmarkLatency(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The relay
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// BenchmarkCatchUp is a relay that comes back to a backlog: transactions of 1,000 outbox rows, as the writers commit them under load.
+// BenchmarkCatchUp is a relay that comes back to a backlog: transactions of 1,000 outbox rows, as the writers
+// commit them under load.
 func BenchmarkCatchUp(b *testing.B) {
 	r, db := benchService(b, 1, "REDIS_URL=", "KAFKA_BROKERS="+stack(b).KafkaBrokers)
 	var rate float64
@@ -671,13 +685,17 @@ func BenchmarkCatchUp(b *testing.B) {
 		for first := 0; first < *benchBacklog; first += 1000 {
 			if _, err := db.Exec(context.Background(), `
 				INSERT INTO outbox (aggregate_id, seq, event_type, payload)
-				SELECT 1 + g % 10000, 2 + g / 10000, 'wallet.entry.v1', overlay($1::text placing lpad(g::text, 16, '0') from position('0123456789abcdef' in $1::text) for 16)
+				SELECT 1 + g % 10000, 2 + g / 10000, 'wallet.entry.v1',
+				       overlay($1::text placing lpad(g::text, 16, '0')
+				               from position('0123456789abcdef' in $1::text) for 16)
 				FROM generate_series($2::bigint, $2::bigint + 999) g`, benchPayload, first); err != nil {
 				b.Fatal(err)
 			}
 		}
 		r.start(b)
-		eventually(b, 60*time.Second, "leading", func() bool { return r.metric("wallet_relay_events_total") > 0 })
+		eventually(b, 60*time.Second, "leading", func() bool {
+			return r.metric("wallet_relay_events_total") > 0
+		})
 		before, profiled := r.cpu(b), r.profile(b, *benchFor)
 		began, first := time.Now(), r.metric("wallet_relay_events_total")
 		eventually(b, 5*time.Minute, "the backlog is published", func() bool {
@@ -695,8 +713,8 @@ func BenchmarkCatchUp(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkEventLatency is the time from a transfer's answer to its event at a read_committed consumer: at half of the write path's
-// maximum, and one event at a time.
+// BenchmarkEventLatency is the time from a transfer's answer to its event at a read_committed consumer: at
+// half of the write path's maximum, and one event at a time.
 func BenchmarkEventLatency(b *testing.B) {
 	env := []string{"KAFKA_BROKERS=" + stack(b).KafkaBrokers}
 	r, _ := benchService(b, *benchWallets, env...)
@@ -721,11 +739,15 @@ func BenchmarkEventLatency(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// eventLatency has clients make transfers, one in a pace each, and returns how long after its answer each event arrived (0 if before).
-func (r *replica) eventLatency(b *testing.B, arrivals *keyTimes, clients int, how, pace time.Duration, pick pair) latencies {
+// eventLatency has clients make transfers, one in a pace each, and returns how long after its answer each
+// event arrived (0 if before).
+func (r *replica) eventLatency(
+	b *testing.B, arrivals *keyTimes, clients int, how, pace time.Duration, pick pair,
+) latencies {
 	b.Helper()
 	answered := &keyTimes{at: make(map[string]time.Time)}
-	httpLoad{clients, how, pace, writeTransfer, func(key []byte) { answered.add(string(key)) }}.drive(b, r.address(), pick)
+	note := func(key []byte) { answered.add(string(key)) }
+	httpLoad{clients, how, pace, writeTransfer, note}.drive(b, r.address(), pick)
 	var l latencies
 	for key, at := range answered.at {
 		eventually(b, 30*time.Second, "the event of "+key, func() bool { return !arrivals.of(key).IsZero() })
@@ -753,7 +775,8 @@ func (k *keyTimes) of(key string) time.Time {
 	return k.at[key]
 }
 
-// consumeKeys reads a topic as a read_committed consumer until the benchmark ends, and notes when each payer's event arrived.
+// consumeKeys reads a topic as a read_committed consumer until the benchmark ends, and notes when each
+// payer's event arrived.
 func consumeKeys(b *testing.B, topic string) *keyTimes {
 	b.Helper()
 	conf := sarama.NewConfig()
@@ -787,11 +810,11 @@ func consumeKeys(b *testing.B, topic string) *keyTimes {
 	return arrivals
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Reads, growth, start
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// BenchmarkBalance is whether Redis earns its place: balances a second from the cache, and from Postgres' primary key.
+// BenchmarkBalance is whether Redis earns its place: balances a second from it, and by Postgres' primary key.
 func BenchmarkBalance(b *testing.B) {
 	r, _ := benchService(b, *benchWallets)
 	pick := anyOf(*benchWallets)
@@ -806,7 +829,8 @@ func BenchmarkBalance(b *testing.B) {
 		for range 2 { // in turns; the first fills the cache
 			for _, side := range sides {
 				before := r.cpu(b)
-				rate, l := httpLoad{clients: 64, how: *benchFor / 2, write: read(side.header)}.drive(b, r.address(), pick)
+				reads := httpLoad{clients: 64, how: *benchFor / 2, write: read(side.header)}
+				rate, l := reads.drive(b, r.address(), pick)
 				rates[side.name] = rate
 				b.ReportMetric(rate, side.name+"-reads/s")
 				l.report(b, side.name+"-")
@@ -820,7 +844,8 @@ func BenchmarkBalance(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkStart is from the process' start against running servers to its first ready answer, and how long until its relay leads.
+// BenchmarkStart is from the process' start against running servers to its first ready answer, and how long
+// until its relay leads.
 func BenchmarkStart(b *testing.B) {
 	r, _ := benchService(b, 1, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
 	for b.Loop() {
@@ -843,8 +868,8 @@ func BenchmarkStart(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkGrowth is what a large ledger costs: writes among 10,000 active wallets and uniformly among all, and reads of one wallet,
-// against an empty ledger's, in one run.
+// BenchmarkGrowth is what a large ledger costs: writes among 10,000 active wallets and uniformly among all,
+// and reads of one wallet, against an empty ledger's, in one run.
 func BenchmarkGrowth(b *testing.B) {
 	if !*large {
 		b.Skip("pass -large: it fills about 20 GB")
@@ -852,13 +877,16 @@ func BenchmarkGrowth(b *testing.B) {
 	const wallets, entries = 10_000_000, 50_000_000
 	small, _ := benchService(b, *benchWallets, "REDIS_URL=")
 	r, db := benchService(b, 1, "REDIS_URL=")
+	deep := page{from: 1, to: 4, descending: true, limit: 20}
 	reads := map[string]string{
-		"balance": "/balance", "first-page": "/history?limit=20", "deep-page": "/history?limit=20&cursor=" + page{from: 1, to: 4, descending: true, limit: 20}.cursor(),
+		"balance": "/balance", "first-page": "/history?limit=20",
+		"deep-page":     "/history?limit=20&cursor=" + deep.cursor(),
 		"between-times": "/history?limit=20&since=2020-01-01T00:00:00Z&until=2040-01-01T00:00:00Z",
 	}
 	read := func(r *replica, path string, how time.Duration) time.Duration {
 		_, l := httpLoad{clients: 1, how: how, write: func(dst []byte, from, _ int64, _ []byte) []byte {
-			return fmt.Appendf(dst, "GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n", from, path)
+			return fmt.Appendf(dst,
+				"GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n", from, path)
 		}}.drive(b, r.address(), anyOf(*benchWallets))
 		return l.at(.5)
 	}
@@ -878,7 +906,9 @@ func BenchmarkGrowth(b *testing.B) {
 			rate, _ = driveHTTP(b, r.address(), *benchClients, *benchFor, anyOf(wallets))
 			uniform = append(uniform, rate)
 		}
-		b.Logf("transfers/s on an empty ledger %.0f, among 10,000 wallets of the large one %.0f, among all %.0f", empty, active, uniform)
+		b.Logf("transfers/s on an empty ledger %.0f, among 10,000 wallets of the large one %.0f, "+
+			"among all %.0f",
+			empty, active, uniform)
 		for _, rates := range [][]float64{empty, active, uniform} {
 			slices.Sort(rates)
 		}
@@ -900,16 +930,19 @@ func BenchmarkGrowth(b *testing.B) {
 func grow(b *testing.B, db *pgxpool.Pool, wallets, each int) {
 	b.Helper()
 	for _, statement := range []string{
-		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at) SELECT g, 'USD', now(), $2, 1000000, now() FROM generate_series(2, $1::bigint) g`,
+		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at)
+			SELECT g, 'USD', now(), $2, 1000000, now() FROM generate_series(2, $1::bigint) g`,
 		`ALTER TABLE entry DROP CONSTRAINT entry_pkey`,
 		`DROP INDEX idempotency_key_posts_once`,
 		`ALTER TABLE entry DROP CONSTRAINT IF EXISTS entry_wallet_exists`,
 		`ALTER TABLE entry DISABLE TRIGGER USER`,
 		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key)
-			SELECT w, s, now(), 'deposit', 1000000 / $2::numeric, 1000000 / $2::numeric * s, 'seed-' || s FROM generate_series(1, $2::bigint) s, generate_series(2, $1::bigint) w`,
+			SELECT w, s, now(), 'deposit', 1000000 / $2::numeric, 1000000 / $2::numeric * s, 'seed-' || s
+			FROM generate_series(1, $2::bigint) s, generate_series(2, $1::bigint) w`,
 		`SET LOCAL maintenance_work_mem = '1GB'`,
 		`ALTER TABLE entry ADD PRIMARY KEY (wallet_id, seq)`,
-		`CREATE UNIQUE INDEX idempotency_key_posts_once ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in'`,
+		`CREATE UNIQUE INDEX idempotency_key_posts_once ON entry (wallet_id, idempotency_key)
+			WHERE kind <> 'transfer_in'`,
 		`ALTER TABLE entry ENABLE TRIGGER USER`,
 		`VACUUM ANALYZE`, `CHECKPOINT`,
 	} {
@@ -950,7 +983,8 @@ func BenchmarkBatches(b *testing.B) {
 				batch := make([]*operation, size)
 				for i := range batch {
 					from, to := pick(dice)
-					batch[i] = &operation{kind: kindTransferOut, walletID: from, toID: to, amount: cent, key: run + "-" + strconv.Itoa(n*size+i), ctx: context.Background()}
+					batch[i] = &operation{kind: kindTransferOut, walletID: from, toID: to, amount: cent,
+						key: run + "-" + strconv.Itoa(n*size+i), ctx: context.Background()}
 				}
 				l.post(batch, make(map[int64]cachedBalance))
 				if batch[0].err != nil {

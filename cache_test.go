@@ -23,9 +23,9 @@ func testCache(tb testing.TB, redisURL, ledger string) *cache {
 	c := idleCache(tb, redisURL)
 	c.enter(ledger, "1")
 	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { c.run(ctx) })
-	tb.Cleanup(func() { cancel(); running.Wait() })
+	var working sync.WaitGroup
+	working.Go(func() { c.run(ctx) })
+	tb.Cleanup(func() { cancel(); working.Wait() })
 	inUse(tb, c)
 	return c
 }
@@ -33,17 +33,13 @@ func testCache(tb testing.TB, redisURL, ledger string) *cache {
 // idleCache is a cache that does nothing by itself.
 func idleCache(tb testing.TB, redisURL string) *cache {
 	tb.Helper()
-	c, err := newCache(cacheConfig{redisURL: redisURL, cacheTTL: time.Minute, cacheTimeout: 200 * time.Millisecond})
+	c, err := newCache(cacheConfig{redisURL: redisURL, cacheTTL: time.Minute,
+		cacheTimeout: 200 * time.Millisecond})
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { c.redis.Close() })
 	return c
-}
-
-func inUse(tb testing.TB, c *cache) {
-	tb.Helper()
-	eventually(tb, 5*time.Second, "cache in use", func() bool { _, _, ok := c.usable(); return ok })
 }
 
 // put puts wallet 1's balance, which is ten times its seq.
@@ -88,8 +84,8 @@ func TestOnlyNewerBalancesAreKept(t *testing.T) {
 	want(t, c, 11)
 }
 
-// TestPutsOnce: what a process has put it does not put again, until the database begins another life: there, a lower seq
-// may be the newest.
+// TestPutsOnce: what a process has put it does not put again. When the database begins another life it does:
+// there, a lower seq may be the newest.
 func TestPutsOnce(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())
 	for range 3 {
@@ -105,7 +101,8 @@ func TestPutsOnce(t *testing.T) {
 	want(t, c, 4)
 }
 
-// TestFillAfterAnOutageDoesNotPinTheOld: a reader read seq 5, then the put of seq 6 was lost; the reader's fill comes last.
+// TestFillAfterAnOutageDoesNotPinTheOld: a reader read seq 5, then the put of seq 6 was lost; the reader's
+// fill comes last.
 func TestFillAfterAnOutageDoesNotPinTheOld(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())
 	late := look(t, c)
@@ -118,7 +115,8 @@ func TestFillAfterAnOutageDoesNotPinTheOld(t *testing.T) {
 	want(t, c, 6)
 }
 
-// TestLateFill: a reader misses, reads Postgres and stalls; a newer balance is put; the key is evicted; the fill arrives.
+// TestLateFill: a reader misses, reads Postgres and stalls. A newer balance is put, then the key is evicted.
+// Only now does the reader's fill arrive.
 func TestLateFill(t *testing.T) {
 	a, b := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
 	late := look(t, a)
@@ -137,8 +135,8 @@ func evict(t *testing.T, c *cache) {
 	}
 }
 
-// TestLatePut: a writer commits and stalls before its put; a newer balance is put and answered by another replica; then
-// the key is evicted, or a third replica begins a new generation; the put arrives.
+// TestLatePut: a writer commits and stalls before its put; a newer balance is put and answered by another
+// replica; then the key is evicted, or a third replica begins a new generation; the put arrives.
 func TestLatePut(t *testing.T) {
 	for _, how := range []string{"evicted", "new generation", "another life"} {
 		t.Run(how, func(t *testing.T) {
@@ -174,8 +172,8 @@ func TestLatePut(t *testing.T) {
 	}
 }
 
-// TestNothingIsReadUntilWhatWasLostIsMadeUpFor: a put fails; only a new generation that began afterwards lets this
-// replica read again, and its next put begins one by itself.
+// TestNothingIsReadUntilWhatWasLostIsMadeUpFor: a put fails; only a new generation that began afterwards lets
+// this replica read again, and its next put begins one by itself.
 func TestNothingIsReadUntilWhatWasLostIsMadeUpFor(t *testing.T) {
 	c := idleCache(t, stack(t).RedisURL)
 	c.enter(t.Name(), "1")
@@ -224,8 +222,8 @@ func (d *duringSet) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// TestFrozenWriter: a writer is stopped between its commit and its put, for longer than a call to Redis may take. When it
-// goes on, its call has timed out; nobody serves the older balance once it has answered.
+// TestFrozenWriter: a writer is stopped between its commit and its put, for longer than a call to Redis may
+// take. When it goes on, its call has timed out; nobody serves the older balance once it has answered.
 func TestFrozenWriter(t *testing.T) {
 	frozen, other := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
 	put(other, look(t, other), 5)
@@ -236,8 +234,8 @@ func TestFrozenWriter(t *testing.T) {
 	want(t, frozen, 6)
 }
 
-// TestRedisComesBackAtOneReplicaFirst: another replica serves again already when this one, which takes Redis for away
-// still, answers a movement.
+// TestRedisComesBackAtOneReplicaFirst: another replica serves again already when this one, which takes Redis
+// for away still, answers a movement.
 func TestRedisComesBackAtOneReplicaFirst(t *testing.T) {
 	late, other := idleCache(t, stack(t).RedisURL), testCache(t, stack(t).RedisURL, t.Name())
 	late.enter(t.Name(), "1")
@@ -272,8 +270,8 @@ func (o *timesOut) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// TestAnotherLifeSeesNothing: after a failover "only if newer" must not pin balances that never were, and another replica,
-// which has not heard of it, must not go on serving them.
+// TestAnotherLifeSeesNothing: after a failover "only if newer" must not pin balances that never were, and
+// another replica, which has not heard of it, must not go on serving them.
 func TestAnotherLifeSeesNothing(t *testing.T) {
 	c, other := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
 	put(c, look(t, c), 5)
@@ -297,7 +295,8 @@ func TestLedgersShareNothing(t *testing.T) {
 	want(t, b, 2)
 }
 
-// TestRedisComesBackWithOlderData: a snapshot that lacks the last puts. Its connections die unnoticed while nobody uses them.
+// TestRedisComesBackWithOlderData: a snapshot that lacks the last puts. Its connections die unnoticed while
+// nobody uses them.
 func TestRedisComesBackWithOlderData(t *testing.T) {
 	s, err := startServers()
 	if err != nil {
@@ -318,7 +317,8 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 	s.command(t, "kill redis")
 	s.command(t, "start redis")
 	inspector := idleCache(t, s.RedisURL)
-	if was := inspector.redis.Get(context.Background(), a.keys.Load().wallet(1)).Val(); !strings.HasSuffix(was, " 5 USD 50") {
+	was := inspector.redis.Get(context.Background(), a.keys.Load().wallet(1)).Val()
+	if !strings.HasSuffix(was, " 5 USD 50") {
 		t.Fatalf("Redis came back with %q: this test has proven nothing", was)
 	}
 	if seen, _, ok := b.get(context.Background(), 1, 0); ok && seen.seq < 6 {
@@ -330,8 +330,9 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 	}
 }
 
-// TestCacheInAllOrders drives readers, writers and faults on a real Redis, one step at a time, in an order drawn at
-// random: every step may be late by any number of others. No read may be behind what was answered before it began.
+// TestCacheInAllOrders drives readers, writers and faults on a real Redis, one step at a time, in an order
+// drawn at random: every step may be late by any number of others. No read may be behind what was answered
+// before it began.
 func TestCacheInAllOrders(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	dice := rand.New(rand.NewPCG(seed, 0))
@@ -363,7 +364,8 @@ func TestCacheInAllOrders(t *testing.T) {
 		case n < 530 && !busy[id]: // a movement: into the WAL, where the relay finds it; visible; put, answer
 			before := c.ticket()
 			busy[id] = true
-			told := map[int64]cachedBalance{id: {id, committed[id] + 1, "USD", fmt.Sprint(10 * (committed[id] + 1)), "0"}}
+			told := map[int64]cachedBalance{id: {id, committed[id] + 1, "USD",
+				fmt.Sprint(10 * (committed[id] + 1)), "0"}}
 			late = append(late, func() {
 				early := caches[dice.IntN(len(caches))].ticket()
 				early.early = true
@@ -391,7 +393,9 @@ func TestCacheInAllOrders(t *testing.T) {
 			if ok {
 				hits++
 				if b.seq < least || b.seq < minSeq {
-					t.Fatalf("seed %d, step %d: wallet %d is served at seq %d, but %d was answered and %d asked for", seed, step, id, b.seq, least, minSeq)
+					t.Fatalf("seed %d, step %d: wallet %d is served at seq %d, but %d was answered and "+
+						"%d asked for",
+						seed, step, id, b.seq, least, minSeq)
 				}
 				answer(min(b.seq, committed[id])) // the relay's may be ahead
 				break
@@ -424,7 +428,8 @@ func TestCacheInAllOrders(t *testing.T) {
 	t.Logf("seed %d: %d steps, %d hits", seed, steps, hits)
 }
 
-// TestRedisAway: without Redis everything is answered from Postgres in time; when it is back, with old data, nothing old is served.
+// TestRedisAway: without Redis everything is answered from Postgres in time; when it is back, with old data,
+// nothing old is served.
 func TestRedisAway(t *testing.T) {
 	s, err := startServers()
 	if err != nil {
@@ -452,7 +457,8 @@ func TestRedisAway(t *testing.T) {
 				t.Error("the cache was not used")
 			}
 			s.command(t, fault[0])
-			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) // its put is lost
+			// Its put is lost.
+			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
 			balance("2")
 			balance("2")
 			if w.balances.errors.Load() == 0 {
@@ -461,7 +467,8 @@ func TestRedisAway(t *testing.T) {
 			s.command(t, fault[1]) // a paused Redis still holds the old balance
 			inUse(t, w.balances)
 			hits := w.balances.hits.Load()
-			eventually(t, 10*time.Second, "a hit again", func() bool { // on a starved machine a call may time out once more
+			// On a starved machine a call may time out once more.
+			eventually(t, 10*time.Second, "a hit again", func() bool {
 				balance("2")
 				return w.balances.hits.Load() > hits
 			})

@@ -1,5 +1,5 @@
-// The relay's tests: its parts by themselves, then each fault that one process can stage, on the shared servers.
-// cdc_chaos_test.go kills real processes.
+// The relay's tests: its parts by themselves, then each fault that one process can stage, on the shared
+// servers. cdc_chaos_test.go kills real processes.
 
 package main
 
@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,7 +25,6 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/shopspring/decimal"
 
 	"wallet/internal/kafka"
 	"wallet/internal/logs"
@@ -52,279 +50,24 @@ func TestKafkaRefusalsNameSettings(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // On servers
-// ---------------------------------------------------------------------------------------------------------------------
-
-// bench is a service that writes, with no relay, and relays to start and stop beside it.
-type bench struct {
-	*wallets
-	cfg  *config
-	conn *pgx.Conn
-	keys int
-}
-
-func newBench(t *testing.T, more ...string) *bench {
-	t.Helper()
-	env := testEnv(t, append([]string{"REDIS_URL=", "KAFKA_PARTITIONS=3"}, more...)...)
-	b := &bench{wallets: start(t, env)}
-	b.cfg = b.config(t, "")
-	b.conn = connect(t, env["DATABASE_URL"])
-	dropSlotAtEnd(t, b.cfg.replicationSlot)
-	return b
-}
-
-// dropSlotAtEnd: a slot left behind would keep the shared cluster's WAL.
-func dropSlotAtEnd(t testing.TB, slot string) {
-	t.Cleanup(func() {
-		conn, err := pgx.Connect(context.Background(), stack(t).DatabaseURL)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close(context.Background())
-		eventually(t, 10*time.Second, "slot dropped", func() bool {
-			_, err := conn.Exec(context.Background(), `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1`, slot)
-			return err == nil
-		})
-	})
-}
-
-func (b *bench) config(t *testing.T, databaseURL string) *config {
-	env := map[string]string{"KAFKA_BROKERS": stack(t).KafkaBrokers}
-	for name, value := range b.env {
-		if _, set := env[name]; !set {
-			env[name] = value
-		}
-	}
-	if databaseURL != "" {
-		env["DATABASE_URL"] = databaseURL
-	}
-	cfg, err := readConfig(func(name string) string { return env[name] })
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cfg
-}
-
-// relaying is a relay that runs.
-type relaying struct {
-	*relay
-	stop func()
-}
-
-func startRelay(t *testing.T, cfg *config) *relaying {
-	t.Helper()
-	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := r.run(ctx); err != nil {
-			t.Error(err)
-		}
-	}()
-	stopped := false
-	r.stop = func() {
-		if !stopped {
-			stopped = true
-			cancel()
-			<-done
-			db.Close()
-		}
-	}
-	t.Cleanup(r.stop)
-	return r
-}
-
-func (r *relaying) await(t *testing.T, state string) {
-	t.Helper()
-	eventually(t, 30*time.Second, "relay "+state, func() bool { return r.state.Load() == state })
-}
-
-// deposit makes n entries, over a few wallets.
-func (b *bench) deposit(t *testing.T, n int) {
-	t.Helper()
-	for range n {
-		b.keys++
-		b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+b.keys%5), fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, b.keys))
-	}
-}
-
-// insertByHand writes n entries of one wallet, outbox rows included, in the given transaction.
-func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
-	t.Helper()
-	ctx := context.Background()
-	var at time.Time
-	if err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance) VALUES ($1, $2::bigint, now(), now(), 'USD', $2::bigint) RETURNING entry_at`, walletID, n).Scan(&at); err != nil {
-		t.Fatal(err)
-	}
-	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0), CreatedAt: at}
-	next := func() *entry {
-		e.Seq++
-		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
-		return &e
-	}
-	_, err := tx.CopyFrom(ctx, pgx.Identifier{"entry"}, []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-		e := next()
-		return []any{e.WalletID, e.Seq, e.CreatedAt, e.Kind, 1, e.Seq, e.Key}, nil
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	e.Seq = 0
-	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, []string{"aggregate_id", "seq", "event_type", "payload"}, pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-		e := next()
-		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// checkStream audits ledger and topic, and reads the topic a second time by other means: sarama's own consumer.
-func checkStream(t *testing.T, cfg *config) {
-	t.Helper()
-	checkAudit(t, cfg)
-	conn := connect(t, cfg.databaseURL)
-	var want int
-	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
-		t.Fatal(err)
-	}
-	seqs := make(map[string]int64)
-	got := 0
-	for m := range consume(t, cfg, want) {
-		got++
-		id := string(m.Key)
-		seqs[id]++
-		if want := id + "-" + strconv.FormatInt(seqs[id], 10); string(m.Headers[1].Value) != want {
-			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
-		}
-	}
-	if got != want {
-		t.Errorf("%d events for %d entries", got, want)
-	}
-}
-
-func checkAudit(t *testing.T, cfg *config) {
-	t.Helper()
-	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), &cfg.relayConfig, &said)
-	if err != nil || findings != 0 {
-		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
-	}
-}
-
-// consume yields the committed events: at least want of them, unless none comes for some seconds, and any that follow at once.
-func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
-	return func(yield func(*sarama.ConsumerMessage) bool) {
-		conf := sarama.NewConfig()
-		conf.Consumer.IsolationLevel = sarama.ReadCommitted
-		consumer, err := sarama.NewConsumer(cfg.kafkaBrokers, conf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer consumer.Close()
-		partitions, err := consumer.Partitions(cfg.kafkaTopic)
-		if err != nil {
-			t.Fatal(err)
-		}
-		messages := make(chan *sarama.ConsumerMessage)
-		stop := make(chan struct{})
-		defer close(stop)
-		for _, p := range partitions {
-			pc, err := consumer.ConsumePartition(cfg.kafkaTopic, p, sarama.OffsetOldest)
-			if err != nil {
-				t.Fatal(err)
-			}
-			go func() {
-				for m := range pc.Messages() {
-					select {
-					case messages <- m:
-					case <-stop:
-					}
-				}
-			}()
-			defer pc.AsyncClose()
-		}
-		for got := 0; ; got++ {
-			patience := 5 * time.Second
-			if got >= want {
-				patience = 500 * time.Millisecond
-			}
-			select {
-			case m := <-messages:
-				if !yield(m) {
-					return
-				}
-			case <-time.After(patience):
-				return
-			}
-		}
-	}
-}
-
-func (b *bench) slot(t *testing.T) (confirmed pglogrepl.LSN) {
-	t.Helper()
-	r := relay{cfg: &b.cfg.relayConfig}
-	s, err := r.readSlot(context.Background(), b.conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s.Confirmed
-}
-
-// onFreeSlot runs sql with the slot's name once Postgres has let go of it.
-func (b *bench) onFreeSlot(t *testing.T, sql string) {
-	t.Helper()
-	eventually(t, 10*time.Second, "slot free", func() bool {
-		s, err := (&relay{cfg: &b.cfg.relayConfig}).readSlot(context.Background(), b.conn)
-		return err == nil && !s.Active
-	})
-	if _, err := b.conn.Exec(context.Background(), sql, b.cfg.replicationSlot); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
-	t.Helper()
-	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Close()
-	c, err := lastCheckpoint(k, cfg.kafkaCheckpointTopic)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
-	t.Helper()
-	p, err := c.Position()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p.End
-}
+// -----------------------------------------------------------------------------------------------------------
 
 // TestRelayPublishesEachEntryOnceInOrder: also what was written before the relay was ever switched on.
 func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
-	b := newBench(t)
-	b.deposit(t, 7)
-	r := startRelay(t, b.cfg)
-	moveAtRandom(t, 8, 25, 9, func() *wallets { return b.wallets })
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	g.deposit(t, 7)
+	r := startRelay(t, g.cfg)
+	moveAtRandom(t, 8, 25, 9, func() *running { return g.running })
+	checkStream(t, g.cfg)
 	if r.recoveries.Load() != 1 || r.takeovers.Load() != 1 {
 		t.Errorf("%d recoveries, %d takeovers", r.recoveries.Load(), r.takeovers.Load())
 	}
 	var metrics bytes.Buffer
 	r.writeMetrics(metric.NewWriter(&metrics))
-	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1", "wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
+	for _, want := range []string{`wallet_relay_state{state="leader"} 1`, "wallet_relay_slot_active 1",
+		"wallet_relay_recoveries_total 1", `wallet_relay_slot{status="reserved"} 1`} {
 		if !strings.Contains(metrics.String(), want+"\n") {
 			t.Errorf("metrics lack %s:\n%s", want, metrics.String())
 		}
@@ -333,50 +76,54 @@ func TestRelayPublishesEachEntryOnceInOrder(t *testing.T) {
 
 // TestRelayResumes: stopped again and again under load, by its end or by its connection's.
 func TestRelayResumes(t *testing.T) {
-	b := newBench(t)
+	g := newRig(t)
 	stop := make(chan struct{})
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		for i := 0; ; i++ {
-			r := startRelay(t, b.cfg)
+			r := startRelay(t, g.cfg)
 			select {
 			case <-time.After(time.Duration(300+rand.IntN(1200)) * time.Millisecond):
 			case <-stop:
 				return
 			}
 			if i%2 == 0 {
-				connect(t, b.cfg.databaseURL).Exec(context.Background(), `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot)
+				connect(t, g.cfg.databaseURL).Exec(context.Background(),
+					`SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots
+						WHERE slot_name = $1`, g.cfg.replicationSlot)
 				time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 			}
 			r.stop()
 		}
 	}()
 	for end := time.Now().Add(8 * time.Second); time.Now().Before(end); {
-		moveAtRandom(t, 4, 10, 9, func() *wallets { return b.wallets })
-		b.deposit(t, 1)
+		moveAtRandom(t, 4, 10, 9, func() *running { return g.running })
+		g.deposit(t, 1)
 	}
 	close(stop)
 	<-stopped
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
-// TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a silent relay, nothing is
-// confirmed; then everything is there once.
+// TestRelayConfirmsOnlyPublished: while Kafka does not answer, for longer than Postgres would wait for a
+// silent relay, nothing is confirmed; then everything is there once.
 func TestRelayConfirmsOnlyPublished(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 3)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 3)
+	checkStream(t, g.cfg)
 	r.await(t, "leader")
 	resume := pauseKafka(t)
 	var before pglogrepl.LSN
-	if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
+	if err := g.conn.QueryRow(context.Background(),
+		`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&before)); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 20)
-	for end := time.Now().Add(walSenderTimeout + 2*time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-		if confirmed := b.slot(t); confirmed > before {
+	g.deposit(t, 20)
+	end := time.Now().Add(walSenderTimeout + 2*time.Second)
+	for ; time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if confirmed := g.slot(t); confirmed > before {
 			t.Fatalf("confirmed %v, but nothing after %v was published", confirmed, before)
 		}
 	}
@@ -384,7 +131,7 @@ func TestRelayConfirmsOnlyPublished(t *testing.T) {
 		t.Errorf("a slow Kafka cost the slot: %d restarts", restarts)
 	}
 	resume()
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
 type lsnText pglogrepl.LSN
@@ -393,15 +140,17 @@ func (l *lsnText) Scan(v any) error { return (*pglogrepl.LSN)(l).Scan(v) }
 
 // TestLeaderWithoutKafkaGivesUp: and then another leads, or the same one later.
 func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
 	resume := pauseKafka(t)
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	began := time.Now()
 	active := true
 	for active && time.Since(began) < 20*time.Second {
-		if err := b.conn.QueryRow(context.Background(), `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&active); err != nil {
+		if err := g.conn.QueryRow(context.Background(),
+			`SELECT active FROM pg_replication_slots
+				WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&active); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -411,41 +160,45 @@ func TestLeaderWithoutKafkaGivesUp(t *testing.T) {
 		t.Error("a leader without Kafka keeps the slot")
 	}
 	t.Logf("slot free after %v", time.Since(began).Round(100*time.Millisecond))
-	checkStream(t, b.cfg)
+	checkStream(t, g.cfg)
 }
 
-// TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit exactly at its end, and is not
-// to be taken for published.
+// TestTransactionThatBeginsAtTheCheckpoint: a transaction open while the idle checkpoint moves may commit
+// exactly at its end, and is not to be taken for published.
 func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
-	b := newBench(t)
+	g := newRig(t)
 	ctx := context.Background()
 	exact := 0
 	for i := 0; i < 6 && exact < 2; i++ {
-		r := startRelay(t, b.cfg)
+		r := startRelay(t, g.cfg)
 		r.await(t, "leader")
-		tx, err := connect(t, b.cfg.databaseURL).Begin(ctx)
+		tx, err := connect(t, g.cfg.databaseURL).Begin(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
 		insertByHand(t, tx, int64(1000+i), 2)
 		// Another transaction, without an outbox row; the idle checkpoint follows it.
-		if _, err := b.conn.Exec(ctx, `CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
+		if _, err := g.conn.Exec(ctx,
+			`CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other VALUES (1)`); err != nil {
 			t.Fatal(err)
 		}
 		var end pglogrepl.LSN
-		if err := b.conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		if err := g.conn.QueryRow(ctx,
+			`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 20*time.Second, "idle checkpoint", func() bool { return lastCheckpointOf(t, b.cfg).end(t) >= end })
+		eventually(t, 20*time.Second, "idle checkpoint", func() bool {
+			return lastCheckpointOf(t, g.cfg).end(t) >= end
+		})
 		r.stop()
-		at := lastCheckpointOf(t, b.cfg).end(t)
+		at := lastCheckpointOf(t, g.cfg).end(t)
 		if err := tx.Commit(ctx); err != nil {
 			t.Fatal(err)
 		}
-		r = startRelay(t, b.cfg)
-		checkStream(t, b.cfg)
+		r = startRelay(t, g.cfg)
+		checkStream(t, g.cfg)
 		r.stop()
-		for m := range consume(t, b.cfg, 2*(i+1)) {
+		for m := range consume(t, g.cfg, 2*(i+1)) {
 			if string(m.Headers[6].Key) == "ce_commitlsn" && string(m.Headers[6].Value) == at.String() {
 				exact++
 				break
@@ -457,33 +210,36 @@ func TestTransactionThatBeginsAtTheCheckpoint(t *testing.T) {
 	}
 }
 
-// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it before Postgres does.
+// TestIdleCheckpointMoves: a quiet outbox in a busy database does not keep its WAL, and Kafka hears of it
+// before Postgres does.
 func TestIdleCheckpointMoves(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	foreign := func() (end pglogrepl.LSN) {
-		b.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
-		if err := b.conn.QueryRow(context.Background(), `SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
+		g.mustExec(t, `CREATE TABLE other AS SELECT generate_series(1, 10000); DROP TABLE other`)
+		if err := g.conn.QueryRow(context.Background(),
+			`SELECT pg_current_wal_lsn()::text`).Scan((*lsnText)(&end)); err != nil {
 			t.Fatal(err)
 		}
 		return end
 	}
 	end := foreign()
-	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool { return b.slot(t) >= end })
-	if at := lastCheckpointOf(t, b.cfg).end(t); at < end {
+	eventually(t, 15*time.Second, "confirmed past foreign WAL", func() bool { return g.slot(t) >= end })
+	if at := lastCheckpointOf(t, g.cfg).end(t); at < end {
 		t.Errorf("confirmed %v, but the checkpoint is at %v", end, at)
 	}
 	resume := pauseKafka(t)
 	end = foreign()
-	for until := time.Now().Add(idleInterval + 3*time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
-		if confirmed := b.slot(t); confirmed >= end {
+	until := time.Now().Add(idleInterval + 3*time.Second)
+	for ; time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
+		if confirmed := g.slot(t); confirmed >= end {
 			t.Fatalf("confirmed %v with Kafka away", confirmed)
 		}
 	}
 	resume()
-	eventually(t, 15*time.Second, "confirmed at last", func() bool { return b.slot(t) >= end })
+	eventually(t, 15*time.Second, "confirmed at last", func() bool { return g.slot(t) >= end })
 }
 
 // pauseKafka freezes the shared broker until the returned function is called or the test ends.
@@ -497,64 +253,72 @@ func pauseKafka(t *testing.T) (resume func()) {
 
 // TestStandby: it leaves a healthy leader alone, and takes over within seconds.
 func TestStandby(t *testing.T) {
-	b := newBench(t)
-	leader := startRelay(t, b.cfg)
+	g := newRig(t)
+	leader := startRelay(t, g.cfg)
 	leader.await(t, "leader")
-	standby := startRelay(t, b.cfg)
+	standby := startRelay(t, g.cfg)
 	standby.await(t, "standby")
-	moveAtRandom(t, 4, 50, 9, func() *wallets { return b.wallets })
-	checkStream(t, b.cfg)
-	if restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load(); restarts != 0 || takeovers != 0 {
+	moveAtRandom(t, 4, 50, 9, func() *running { return g.running })
+	checkStream(t, g.cfg)
+	restarts, takeovers := leader.restarts.Load(), standby.takeovers.Load()
+	if restarts != 0 || takeovers != 0 {
 		t.Errorf("the standby disturbed the leader: %d restarts, %d takeovers", restarts, takeovers)
 	}
 	leader.stop()
 	began := time.Now()
 	standby.await(t, "leader")
 	t.Logf("takeover from a leader that stopped: %v", time.Since(began).Round(time.Millisecond))
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 }
 
 // TestRecoveryFillsTheGap: the slot dropped, or made anew, while no relay ran.
 func TestRecoveryFillsTheGap(t *testing.T) {
 	for name, sql := range map[string]string{
-		"dropped":   `SELECT pg_drop_replication_slot($1)`,
-		"made anew": `SELECT pg_drop_replication_slot($1), pg_create_logical_replication_slot($1, 'pgoutput')`,
-		"moved":     `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
+		"dropped": `SELECT pg_drop_replication_slot($1)`,
+		"made anew": `SELECT pg_drop_replication_slot($1),
+			pg_create_logical_replication_slot($1, 'pgoutput')`,
+		"moved": `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 10)
-			checkStream(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 10)
+			checkStream(t, g.cfg)
 			r.stop()
-			b.deposit(t, 10)
-			b.onFreeSlot(t, sql)
-			b.deposit(t, 10)
-			r = startRelay(t, b.cfg)
-			other := startRelay(t, b.cfg) // two that want to recover
-			b.deposit(t, 10)
-			checkStream(t, b.cfg)
+			g.deposit(t, 10)
+			g.onFreeSlot(t, sql)
+			g.deposit(t, 10)
+			r = startRelay(t, g.cfg)
+			other := startRelay(t, g.cfg) // two that want to recover
+			g.deposit(t, 10)
+			checkStream(t, g.cfg)
 			if n := r.recoveries.Load() + other.recoveries.Load(); n != 1 {
 				t.Errorf("%d recoveries", n)
 			}
 			var open int
-			err := b.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1s'
+			err := g.conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity
+				WHERE datname = current_database() AND pid <> pg_backend_pid()
+				AND xact_start < now() - interval '1s'
 				AND backend_type = 'client backend'`).Scan(&open)
 			if err != nil || open > 0 {
-				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back", open, err)
+				t.Errorf("%d transactions left open, %v: the recovery's snapshot must not hold vacuum back",
+					open, err)
 			}
 		})
 	}
 }
 
-// TestExportedSnapshotHarmsNoRow: see wal.AwaitTransactions. Without it this finds rows twice within some tens of slots.
+// TestExportedSnapshotHarmsNoRow: see wal.AwaitTransactions. Without it this finds rows twice within some
+// tens of slots.
 func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	t.Log("makes slots for 10 s while 16 connections update rows")
-	b := newBench(t)
+	g := newRig(t)
 	ctx := context.Background()
-	b.mustExec(t, `CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50); INSERT INTO hot SELECT generate_series(1, 50), 0`)
-	db, err := pgxpool.New(ctx, b.cfg.databaseURL+"&pool_max_conns=20")
+	g.mustExec(t,
+		`CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50);
+		INSERT INTO hot SELECT generate_series(1, 50), 0`)
+	db, err := pgxpool.New(ctx, g.cfg.databaseURL+"&pool_max_conns=20")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -568,14 +332,15 @@ func TestExportedSnapshotHarmsNoRow(t *testing.T) {
 	for range 16 {
 		writing.Go(func() {
 			for !stop.Load() {
-				if _, err := db.Exec(ctx, `UPDATE hot SET n = n + 1 WHERE id = $1`, 1+rand.IntN(50)); err != nil {
+				if _, err := db.Exec(ctx, `UPDATE hot SET n = n + 1 WHERE id = $1`,
+					1+rand.IntN(50)); err != nil {
 					t.Error(err)
 					return
 				}
 			}
 		})
 	}
-	r := newRelay(&b.cfg.relayConfig, db, nil)
+	r := newRelay(&g.cfg.relayConfig, db, nil)
 	slots := 0
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && !t.Failed(); slots++ {
 		conn, _, err := r.connect(ctx)
@@ -608,27 +373,28 @@ SELECT n FROM hot WHERE id > 0 ORDER BY id`, pgx.QueryExecModeSimpleProtocol)
 		past.forget()
 		conn.Close(ctx)
 		var twice int
-		if err := b.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil || twice != 0 {
+		if err := g.conn.QueryRow(ctx, `SELECT count(*) - 50 FROM hot`).Scan(&twice); err != nil ||
+			twice != 0 {
 			t.Errorf("%d rows came back to life after %d slots, %v", twice, slots+1, err)
 		}
 	}
 	t.Logf("%d slots", slots)
 }
 
-// TestHugeTransaction: it passes in pieces, through a relay that ends in the middle, by stream and by recovery.
+// TestHugeTransaction: it passes in pieces, by stream and by recovery, though the relay ends in the middle.
 func TestHugeTransaction(t *testing.T) {
 	const n = 60_000
 	for _, name := range []string{"streamed", "recovered"} {
 		t.Run(name, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
 			r.await(t, "leader")
-			b.deposit(t, 3)
+			g.deposit(t, 3)
 			if name == "recovered" {
 				r.stop()
-				b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+				g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 			}
-			tx, err := b.conn.Begin(context.Background())
+			tx, err := g.conn.Begin(context.Background())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -637,73 +403,77 @@ func TestHugeTransaction(t *testing.T) {
 				t.Fatal(err)
 			}
 			if name == "recovered" {
-				r = startRelay(t, b.cfg)
+				r = startRelay(t, g.cfg)
 			}
 			interrupted := 0
 			for range 3 {
 				eventually(t, 30*time.Second, "some of it published", func() bool {
-					return r.events.Load() > 5000 || lastCheckpointOf(t, b.cfg).Events >= n
+					return r.events.Load() > 5000 || lastCheckpointOf(t, g.cfg).Events >= n
 				})
 				r.stop()
 				if published := r.events.Load(); published > 5000 && published < n {
 					interrupted++
 				}
-				r = startRelay(t, b.cfg)
+				r = startRelay(t, g.cfg)
 			}
 			if interrupted == 0 {
 				t.Error("it was never interrupted: this test has proven nothing")
 			}
-			b.deposit(t, 3)
-			checkStream(t, b.cfg)
+			g.deposit(t, 3)
+			checkStream(t, g.cfg)
 		})
 	}
 }
 
 // TestAnotherDatabase: it is refused, until it is adopted. Here, a copy that went on.
 func TestAnotherDatabase(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 10)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 10)
+	checkStream(t, g.cfg)
 	r.stop()
-	b.deposit(t, 5)
-	b.end()
-	b.conn.Close(context.Background())
+	g.deposit(t, 5)
+	g.end()
+	g.conn.Close(context.Background())
 
 	admin := connect(t, stack(t).DatabaseURL)
-	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
+	name := databaseOf(g.cfg.databaseURL)
 	eventually(t, 10*time.Second, "copied", func() bool {
-		admin.Exec(context.Background(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
+		admin.Exec(context.Background(),
+			`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
 		_, err := admin.Exec(context.Background(), "CREATE DATABASE "+name+"_copy TEMPLATE "+name)
 		return err == nil
 	})
-	original := b.cfg
-	b.env["DATABASE_URL"] = strings.Replace(original.databaseURL, "/"+name+"?", "/"+name+"_copy?", 1)
-	b.env["REPLICATION_SLOT"] = original.replicationSlot + "c"
-	b.wallets = start(t, b.env)
-	b.cfg = b.config(t, "")
-	dropSlotAtEnd(t, b.cfg.replicationSlot)
-	refused := startRelay(t, b.cfg)
+	original := g.cfg
+	g.env["DATABASE_URL"] = strings.Replace(original.databaseURL, "/"+name+"?", "/"+name+"_copy?", 1)
+	g.env["REPLICATION_SLOT"] = original.replicationSlot + "c"
+	g.running = start(t, g.env)
+	g.cfg = g.config(t, "")
+	dropSlotAtEnd(t, g.cfg.replicationSlot)
+	refused := startRelay(t, g.cfg)
 	refused.await(t, "refused")
 	var slots int
-	if err := admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, b.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
+	if err := admin.QueryRow(context.Background(),
+		`SELECT count(*) FROM pg_replication_slots
+			WHERE slot_name = $1`, g.cfg.replicationSlot).Scan(&slots); err != nil || slots != 0 {
 		t.Errorf("a refused relay left %d slots, %v", slots, err)
 	}
 	refused.stop()
-	b.deposit(t, 5)
-	if err := adopt(context.Background(), &b.cfg.relayConfig); err != nil {
+	g.deposit(t, 5)
+	if err := adopt(context.Background(), &g.cfg.relayConfig); err != nil {
 		t.Fatal(err)
 	}
-	startRelay(t, b.cfg)
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	startRelay(t, g.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	former := startRelay(t, original)
 	former.await(t, "refused")
 }
 
-// TestPutBackVolume: Postgres' data folder becomes a copy of an earlier moment: the same system on the same timeline, whose
-// positions and numbers now mean something else. The relay refuses, also when the WAL has grown past the checkpoint before
-// it looks, and so does -adopt; the cache forgets what never was. New topics get the ledger as it is.
+// TestPutBackVolume: Postgres' data folder becomes a copy of an earlier moment: the same system on the same
+// timeline, whose positions and numbers now mean something else. The relay refuses, also when the WAL has
+// grown past the checkpoint before it looks, and so does -adopt; the cache forgets what never was. New topics
+// get the ledger as it is.
 func TestPutBackVolume(t *testing.T) {
 	for _, how := range []string{"at once", "overtaken", "nothing published since"} {
 		t.Run(how, func(t *testing.T) {
@@ -720,39 +490,47 @@ func TestPutBackVolume(t *testing.T) {
 			w := start(t, env)
 			inUse(t, w.balances)
 			keys := 0
-			deposit := func(w *wallets, n int) {
+			deposit := func(w *running, n int) {
 				t.Helper()
 				for range n {
 					keys++
-					w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+keys%3), fmt.Sprintf(`{"amount":"1","idempotency_key":"p%d"}`, keys))
+					w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+keys%3),
+						fmt.Sprintf(`{"amount":"1","idempotency_key":"p%d"}`, keys))
 				}
 			}
 			deposit(w, 9)
 			checkStream(t, w.cfg)
 			var folder string
-			if err := connect(t, s.DatabaseURL).QueryRow(context.Background(), `SHOW data_directory`).Scan(&folder); err != nil {
+			if err := connect(t, s.DatabaseURL).QueryRow(context.Background(),
+				`SHOW data_directory`).Scan(&folder); err != nil {
 				t.Fatal(err)
 			}
 			copyFolder := func(from, to string) {
 				t.Helper()
 				s.command(t, "stop postgres")
-				if out, err := exec.Command("sh", "-c", `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`, "-", from, to).CombinedOutput(); err != nil {
+				const script = `rm -rf "$2" && cp -a "$1" "$2" && rm -f "$2/postmaster.pid"`
+				if out, err := exec.Command("sh", "-c", script, "-", from, to).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 				s.command(t, "start postgres")
-				eventually(t, 20*time.Second, "ready again", func() bool { return without.get("/readyz").status == 200 })
+				eventually(t, 20*time.Second, "ready again", func() bool {
+					return without.get("/readyz").status == 200
+				})
 			}
 			copyFolder(folder, folder+"-copy")
 			if quiet { // the checkpoint alone moves, over WAL that holds no event
 				admin := connect(t, env["DATABASE_URL"])
 				var end string
-				err := admin.QueryRow(context.Background(), `SELECT pg_current_wal_insert_lsn()::text FROM pg_logical_emit_message(false, 'filler', repeat('x', 1000000))`).Scan(&end)
+				err := admin.QueryRow(context.Background(),
+					`SELECT pg_current_wal_insert_lsn()::text
+						FROM pg_logical_emit_message(false, 'filler', repeat('x', 1000000))`).Scan(&end)
 				if err != nil {
 					t.Fatal(err)
 				}
 				eventually(t, 30*time.Second, "the checkpoint moved", func() bool {
 					var moved bool
-					err := admin.QueryRow(context.Background(), `SELECT $1::pg_lsn >= $2::pg_lsn`, lastCheckpointOf(t, w.cfg).EndLSN, end).Scan(&moved)
+					err := admin.QueryRow(context.Background(), `SELECT $1::pg_lsn >= $2::pg_lsn`,
+						lastCheckpointOf(t, w.cfg).EndLSN, end).Scan(&moved)
 					return err == nil && moved
 				})
 			} else {
@@ -770,7 +548,9 @@ func TestPutBackVolume(t *testing.T) {
 			if overtaken {
 				conn := connect(t, env["DATABASE_URL"])
 				for past := false; !past; {
-					if err := conn.QueryRow(context.Background(), `SELECT pg_current_wal_flush_lsn() > $1::pg_lsn FROM pg_logical_emit_message(false, 'filler', repeat('x', 100000))`,
+					if err := conn.QueryRow(context.Background(),
+						`SELECT pg_current_wal_flush_lsn() > $1::pg_lsn
+							FROM pg_logical_emit_message(false, 'filler', repeat('x', 100000))`,
 						published.EndLSN).Scan(&past); err != nil {
 						t.Fatal(err)
 					}
@@ -781,9 +561,10 @@ func TestPutBackVolume(t *testing.T) {
 			eventually(t, 30*time.Second, "refused", func() bool { return w.relay.state.Load() == "refused" })
 			deposit(w, 21)
 			for id := range 3 {
-				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id), fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
+				for _, path := range []string{fmt.Sprintf("/v1/wallets/%d/balance", 1+id),
+					fmt.Sprintf("/v1/wallets/%d/balance?min_seq=1", 1+id)} {
 					fresh := w.get(path, "Cache-Control", "no-cache")
-					for _, replica := range []*wallets{w, without} {
+					for _, replica := range []*running{w, without} {
 						if cached := replica.get(path); cached.body != fresh.body {
 							t.Errorf("cached %s, Postgres has %s", cached, fresh)
 						}
@@ -791,12 +572,15 @@ func TestPutBackVolume(t *testing.T) {
 				}
 			}
 			var refusal relayRefusal
-			if err := adopt(context.Background(), &w.cfg.relayConfig); errors.As(err, &refusal) == quiet || quiet && err != nil {
+			if err := adopt(context.Background(), &w.cfg.relayConfig); errors.As(err, &refusal) == quiet ||
+				quiet && err != nil {
 				t.Errorf("-adopt: %v", err)
 			}
 			if quiet { // the topic holds nothing that this ledger lacks: it goes on
 				deposit(w, 3)
-				eventually(t, 40*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
+				eventually(t, 40*time.Second, "leading", func() bool {
+					return w.relay.state.Load() == "leader"
+				})
 				checkStream(t, w.cfg)
 				return
 			}
@@ -804,7 +588,8 @@ func TestPutBackVolume(t *testing.T) {
 				t.Errorf("the checkpoint moved: %+v, was %+v", now, published)
 			}
 			w.end()
-			env["KAFKA_TOPIC"], env["KAFKA_CHECKPOINT_TOPIC"] = env["KAFKA_TOPIC"]+"-new", env["KAFKA_CHECKPOINT_TOPIC"]+"-new"
+			env["KAFKA_TOPIC"] += "-new"
+			env["KAFKA_CHECKPOINT_TOPIC"] += "-new"
 			w = start(t, env)
 			eventually(t, 30*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
 			deposit(w, 3)
@@ -815,16 +600,16 @@ func TestPutBackVolume(t *testing.T) {
 
 // TestPartitionsAreFinal: a partition more would move wallets to other partitions.
 func TestPartitionsAreFinal(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	r.stop()
-	admin := clusterAdmin(t, b.cfg)
-	if err := admin.CreatePartitions(b.cfg.kafkaTopic, 4, nil, false); err != nil {
+	admin := clusterAdmin(t, g.cfg)
+	if err := admin.CreatePartitions(g.cfg.kafkaTopic, 4, nil, false); err != nil {
 		t.Fatal(err)
 	}
-	r = startRelay(t, b.cfg)
+	r = startRelay(t, g.cfg)
 	r.await(t, "refused")
 }
 
@@ -847,160 +632,126 @@ func TestWrongTopicSettingsAreRefused(t *testing.T) {
 		"checkpoints": {"cleanup.policy": "delete"},
 		"short":       {"retention.ms": "3600000"},
 	} {
-		b := newBench(t)
-		name := map[string]string{"events": b.cfg.kafkaTopic, "checkpoints": b.cfg.kafkaCheckpointTopic, "short": b.cfg.kafkaTopic}[topic]
-		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1, ConfigEntries: make(map[string]*string)}
+		g := newRig(t)
+		name := map[string]string{"events": g.cfg.kafkaTopic, "checkpoints": g.cfg.kafkaCheckpointTopic,
+			"short": g.cfg.kafkaTopic}[topic]
+		detail := sarama.TopicDetail{NumPartitions: 1, ReplicationFactor: 1,
+			ConfigEntries: make(map[string]*string)}
 		for key, value := range settings {
 			detail.ConfigEntries[key] = &value
 		}
-		if err := clusterAdmin(t, b.cfg).CreateTopic(name, &detail, false); err != nil {
+		if err := clusterAdmin(t, g.cfg).CreateTopic(name, &detail, false); err != nil {
 			t.Fatal(err)
 		}
-		r := startRelay(t, b.cfg)
+		r := startRelay(t, g.cfg)
 		r.await(t, "refused")
 		r.stop()
 	}
 }
 
-// TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head is filled. An audit
-// compares what is left.
+// TestTruncatedTopic: a gap that cannot be filled exactly is refused; one that lies behind the deleted head
+// is filled. An audit compares what is left.
 func TestTruncatedTopic(t *testing.T) {
-	b := newBench(t)
-	r := startRelay(t, b.cfg)
-	b.deposit(t, 20)
-	checkStream(t, b.cfg)
-	b.awaitHorizon(t)
-	admin := clusterAdmin(t, b.cfg)
-	if err := admin.DeleteRecords(b.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
+	g := newRig(t)
+	r := startRelay(t, g.cfg)
+	g.deposit(t, 20)
+	checkStream(t, g.cfg)
+	g.awaitHorizon(t)
+	admin := clusterAdmin(t, g.cfg)
+	if err := admin.DeleteRecords(g.cfg.kafkaTopic, map[int32]int64{0: 3, 1: 3, 2: 3}); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 20)
+	g.deposit(t, 20)
 	findings := func() {
 		t.Helper()
 		var said bytes.Buffer
-		if n, err := runAudit(context.Background(), &b.cfg.relayConfig, &said); err != nil || n != 0 || !strings.Contains(said.String(), "head has been deleted") {
+		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, &said); err != nil || n != 0 ||
+			!strings.Contains(said.String(), "head has been deleted") {
 			t.Errorf("%d findings, %v\n%s", n, err, said.String())
 		}
 	}
 	findings()
 	r.stop()
-	b.deposit(t, 20)
-	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
-	r = startRelay(t, b.cfg)
+	g.deposit(t, 20)
+	g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+	r = startRelay(t, g.cfg)
 	r.await(t, "leader")
 	findings()
 
-	b.awaitHorizon(t)
-	tx := b.begin(t) // keeps the horizon where it is
+	g.awaitHorizon(t)
+	tx := g.begin(t) // keeps the horizon where it is
 	defer tx.Rollback(context.Background())
 	time.Sleep(2 * horizonInterval)
-	b.deposit(t, 20)
+	g.deposit(t, 20)
 	findings()
 	r.stop()
 	beyond := make(map[int32]int64)
-	for p, offset := range lastCheckpointOf(t, b.cfg).Horizon.Offsets {
+	for p, offset := range lastCheckpointOf(t, g.cfg).Horizon.Offsets {
 		beyond[int32(p)] = offset + 1
 	}
-	if err := admin.DeleteRecords(b.cfg.kafkaTopic, beyond); err != nil {
+	if err := admin.DeleteRecords(g.cfg.kafkaTopic, beyond); err != nil {
 		t.Fatal(err)
 	}
-	b.deposit(t, 1)
+	g.deposit(t, 1)
 	tx.Rollback(context.Background())
-	b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
-	r = startRelay(t, b.cfg)
+	g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+	r = startRelay(t, g.cfg)
 	r.await(t, "refused")
 }
 
-// begin opens a transaction that has begun to write.
-func (b *bench) begin(t *testing.T) pgx.Tx {
-	t.Helper()
-	tx, err := connect(t, b.cfg.databaseURL).Begin(context.Background())
-	if err == nil {
-		_, err = tx.Exec(context.Background(), `SELECT pg_current_xact_id()`)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tx
-}
-
-// awaitHorizon waits until the checkpoint has a horizon that covers all there is now.
-func (b *bench) awaitHorizon(t *testing.T) {
-	t.Helper()
-	var next int64
-	if err := b.conn.QueryRow(context.Background(), `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
-		t.Fatal(err)
-	}
-	b.deposit(t, 1) // a horizon moves only when there are events
-	eventually(t, 20*time.Second, "a horizon", func() bool {
-		c := lastCheckpointOf(t, b.cfg)
-		return c != nil && c.Horizon != nil && c.Horizon.XID > next
-	})
-}
-
-// TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction is open that began
-// long before. Nothing is missed, and nothing before the horizon is looked at.
+// TestRecoveryAsksNoClock: the slot is lost while Postgres' clock is behind or ahead, or while a transaction
+// is open that began long before. Nothing is missed, and nothing before the horizon is looked at.
 func TestRecoveryAsksNoClock(t *testing.T) {
 	for _, step := range []string{"-3 hours", "-2 days", "3 hours", "0"} {
 		t.Run(step, func(t *testing.T) {
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 20)
-			checkStream(t, b.cfg)
-			b.awaitHorizon(t)
-			open := b.begin(t)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 20)
+			checkStream(t, g.cfg)
+			g.awaitHorizon(t)
+			open := g.begin(t)
 			if step == "0" { // a horizon that did not wait for it would be in the checkpoint by then
-				b.deposit(t, 1)
+				g.deposit(t, 1)
 				time.Sleep(2*horizonInterval + idleInterval)
 			}
 			time.Sleep(2 * horizonInterval)
-			b.deposit(t, 20)
-			checkStream(t, b.cfg)
+			g.deposit(t, 20)
+			checkStream(t, g.cfg)
 			r.stop()
-			was := lastCheckpointOf(t, b.cfg)
+			was := lastCheckpointOf(t, g.cfg)
 
-			b.setClock(t, step)
+			g.setClock(t, step)
 			insertByHand(t, open, 77, 5)
 			if err := open.Commit(context.Background()); err != nil {
 				t.Fatal(err)
 			}
 			for i := range 10 {
-				b.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i), `{"amount":"1","idempotency_key":"late"}`)
+				g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 100+i),
+					`{"amount":"1","idempotency_key":"late"}`)
 			}
-			b.deposit(t, 5)
-			b.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
+			g.deposit(t, 5)
+			g.onFreeSlot(t, `SELECT pg_drop_replication_slot($1)`)
 			if step == "0" { // a head that the horizon does not need is not asked for
 				heads := make(map[int32]int64)
 				for p, offset := range was.Horizon.Offsets {
 					heads[int32(p)] = offset
 				}
-				if err := clusterAdmin(t, b.cfg).DeleteRecords(b.cfg.kafkaTopic, heads); err != nil {
+				if err := clusterAdmin(t, g.cfg).DeleteRecords(g.cfg.kafkaTopic, heads); err != nil {
 					t.Fatal(err)
 				}
 			}
-			r = startRelay(t, b.cfg)
+			r = startRelay(t, g.cfg)
 			r.await(t, "leader")
 			if step == "0" {
-				checkAudit(t, b.cfg)
+				checkAudit(t, g.cfg)
 			} else {
-				checkStream(t, b.cfg)
+				checkStream(t, g.cfg)
 			}
-			if n := lastCheckpointOf(t, b.cfg).Events - was.Events; n != 20 {
+			if n := lastCheckpointOf(t, g.cfg).Events - was.Events; n != 20 {
 				t.Errorf("%d events were recovered, want 20", n)
 			}
 		})
 	}
-}
-
-// setClock steps the clock by which the ledger writes, for this database, and starts the service again.
-func (b *bench) setClock(t *testing.T, step string) {
-	t.Helper()
-	b.end()
-	name := b.cfg.databaseURL[strings.LastIndex(b.cfg.databaseURL, "/")+1 : strings.LastIndex(b.cfg.databaseURL, "?")]
-	b.mustExec(t, `CREATE SCHEMA clock; CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
-		AS $$ SELECT pg_catalog.clock_timestamp() + interval '`+step+`' $$;
-		ALTER DATABASE `+name+` SET search_path = clock, pg_catalog, public`)
-	b.wallets = start(t, b.env)
 }
 
 // TestRecordsOfAnyTime: Postgres' clock is two hours ahead, which Kafka 4 refuses by default.
@@ -1008,66 +759,83 @@ func TestRecordsOfAnyTime(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker takes any time")
 	}
-	b := newBench(t)
-	admin := clusterAdmin(t, b.cfg)
+	g := newRig(t)
+	admin := clusterAdmin(t, g.cfg)
 	limit := func(value string) {
 		t.Helper()
-		err := admin.IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, map[string]sarama.IncrementalAlterConfigsEntry{
-			"message.timestamp.after.max.ms": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value}}, false)
+		err := admin.IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic,
+			map[string]sarama.IncrementalAlterConfigsEntry{
+				"message.timestamp.after.max.ms": {
+					Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &value,
+				},
+			}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	r := startRelay(t, b.cfg)
+	r := startRelay(t, g.cfg)
 	r.await(t, "leader")
-	b.deposit(t, 5)
-	b.setClock(t, "2 hours")
-	b.deposit(t, 5)
-	checkStream(t, b.cfg)
+	g.deposit(t, 5)
+	g.setClock(t, "2 hours")
+	g.deposit(t, 5)
+	checkStream(t, g.cfg)
 	if n := r.restarts.Load(); n != 0 {
 		t.Errorf("%d restarts", n)
 	}
 	limit("3600000") // somebody else sets it, under a running relay
 	time.Sleep(time.Second)
-	b.deposit(t, 5)
+	g.deposit(t, 5)
 	r.await(t, "refused")
-	checkStream(t, b.cfg) // the next attempt lifts the limit again
+	checkStream(t, g.cfg) // the next attempt lifts the limit again
 }
 
 // TestAuditFinds: what must not be, staged.
 func TestAuditFinds(t *testing.T) {
 	ctx := context.Background()
 	for name, c := range map[string]struct {
-		stage func(t *testing.T, b *bench)
+		stage func(t *testing.T, g *rig)
 		want  string
 	}{
-		"repeated": {func(t *testing.T, b *bench) { forge(t, b, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
-		"gap":      {func(t *testing.T, b *bench) { forge(t, b, "1", "1-9", `{}`) }, "those between are missing"},
-		"invented": {func(t *testing.T, b *bench) { forge(t, b, "99", "99-1", `{}`) }, "event 99-1 is in the topic, but the ledger ends at number 0"},
-		"foreign":  {func(t *testing.T, b *bench) { forge(t, b, "1", "2-2", `{}`) }, "not an event of this service"},
-		"differing": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
+		"repeated": {func(t *testing.T, g *rig) { forge(t, g, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
+		"gap": {func(t *testing.T, g *rig) {
+			forge(t, g, "1", "1-9", `{}`)
+		}, "those between are missing"},
+		"invented": {func(t *testing.T, g *rig) {
+			forge(t, g, "99", "99-1", `{}`)
+		}, "event 99-1 is in the topic, but the ledger ends at number 0"},
+		"foreign": {func(t *testing.T, g *rig) {
+			forge(t, g, "1", "2-2", `{}`)
+		}, "not an event of this service"},
+		"differing": {func(t *testing.T, g *rig) {
+			g.mustExec(t,
+				`ALTER TABLE entry DISABLE TRIGGER ALL;
+				UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
 		}, "at least one differs"},
-		"missing": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
-				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x' FROM wallet WHERE id = 1`)
+		"missing": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
+				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x'
+					FROM wallet WHERE id = 1`)
 		}, "not in the topic"},
-		"balance": {func(t *testing.T, b *bench) { b.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`) }, "wallet 2: its balance or time is not its last entry's"},
-		"leg": {func(t *testing.T, b *bench) {
-			b.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
+		"balance": {func(t *testing.T, g *rig) {
+			g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`)
+		}, "wallet 2: its balance or time is not its last entry's"},
+		"leg": {func(t *testing.T, g *rig) {
+			g.mustExec(t,
+				`ALTER TABLE entry DISABLE TRIGGER ALL;
+				UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
 		}, "the other leg"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b := newBench(t)
-			r := startRelay(t, b.cfg)
-			b.deposit(t, 10)
-			b.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
-			checkStream(t, b.cfg)
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			g.deposit(t, 10)
+			g.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
+			checkStream(t, g.cfg)
 			r.stop()
-			c.stage(t, b)
+			c.stage(t, g)
 			var said bytes.Buffer
-			findings, err := runAudit(ctx, &b.cfg.relayConfig, &said)
+			findings, err := runAudit(ctx, &g.cfg.relayConfig, &said)
 			if err != nil || findings == 0 || !strings.Contains(said.String(), c.want) {
 				t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 			}
@@ -1075,38 +843,20 @@ func TestAuditFinds(t *testing.T) {
 	}
 }
 
-func (b *bench) openKafka(t *testing.T) *kafka.Client {
-	t.Helper()
-	cfg := kafkaConfig(&b.cfg.relayConfig, nil)
-	cfg.MetadataMaxAge = 100 * time.Millisecond
-	k, err := kafka.Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(k.Close)
-	return k
-}
-
-func (b *bench) mustExec(t *testing.T, sql string) {
-	t.Helper()
-	if _, err := b.conn.Exec(context.Background(), sql); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // forge adds a record to the events topic, as no relay would.
-func forge(t *testing.T, b *bench, key, id, value string) {
+func forge(t *testing.T, g *rig, key, id, value string) {
 	t.Helper()
 	conf := sarama.NewConfig()
 	conf.Version = sarama.V2_8_0_0
 	conf.Producer.Return.Successes = true
 	conf.Producer.Partitioner = sarama.NewMurmur2Partitioner
-	producer, err := sarama.NewSyncProducer(b.cfg.kafkaBrokers, conf)
+	producer, err := sarama.NewSyncProducer(g.cfg.kafkaBrokers, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer producer.Close()
-	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: b.cfg.kafkaTopic, Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
+	_, _, err = producer.SendMessage(&sarama.ProducerMessage{Topic: g.cfg.kafkaTopic,
+		Key: sarama.StringEncoder(key), Value: sarama.StringEncoder(value),
 		Headers: []sarama.RecordHeader{{Key: []byte("ce_id"), Value: []byte(id)}}})
 	if err != nil {
 		t.Fatal(err)
@@ -1115,12 +865,12 @@ func forge(t *testing.T, b *bench, key, id, value string) {
 
 // TestLastCheckpointIsFoundBackwards: behind markers and aborted transactions, without reading the topic.
 func TestLastCheckpointIsFoundBackwards(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
-	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); c != nil || err != nil {
+	g := newRig(t)
+	k := g.openKafka(t)
+	if c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic); c != nil || err != nil {
 		t.Fatalf("%v, %v in an empty topic", c, err)
 	}
-	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+	producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1143,7 +893,7 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic)
+	c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic)
 	if err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v", c, err)
 	}
@@ -1151,7 +901,7 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if err := producer.Send(nil, []byte(`{"events":1500}`)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.NewProducer("test-" + b.cfg.replicationSlot); err != nil {
+	if _, err := k.NewProducer("test-" + g.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
 	}
 	if err := producer.Commit(); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
@@ -1160,25 +910,28 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if err := write(2000, true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v", err)
 	}
-	if c, err := lastCheckpoint(k, b.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {
+	if c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {
 		t.Errorf("%+v, %v after a fenced producer", c, err)
 	}
 }
 
 // TestRefusedRecordsAreAnError: a broker that begins the transaction but does not take its records.
 func TestRefusedRecordsAreAnError(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
+	g := newRig(t)
+	k := g.openKafka(t)
 	bytesMax := "100"
 	change := map[string]sarama.IncrementalAlterConfigsEntry{
 		"max.message.bytes": {Operation: sarama.IncrementalAlterConfigsOperationSet, Value: &bytesMax}}
-	err := clusterAdmin(t, b.cfg).IncrementalAlterConfig(sarama.TopicResource, b.cfg.kafkaTopic, change, false)
+	err := clusterAdmin(t, g.cfg).IncrementalAlterConfig(sarama.TopicResource, g.cfg.kafkaTopic, change,
+		false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD", Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
-	eventually(t, 10*time.Second, "refused for its size", func() bool { // the broker hears of the setting a moment later
-		producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD",
+		Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
+	// The broker hears of the setting a moment later.
+	eventually(t, 10*time.Second, "refused for its size", func() bool {
+		producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1196,13 +949,13 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 
 // TestAddedPartitionsEndAStay: they would break each wallet's order, and the next start says so.
 func TestAddedPartitionsEndAStay(t *testing.T) {
-	b := newBench(t)
-	k := b.openKafka(t)
-	producer, err := k.NewProducer("test-" + b.cfg.replicationSlot)
+	g := newRig(t)
+	k := g.openKafka(t)
+	producer, err := k.NewProducer("test-" + g.cfg.replicationSlot)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := clusterAdmin(t, b.cfg).CreatePartitions(b.cfg.kafkaTopic, 5, nil, false); err != nil {
+	if err := clusterAdmin(t, g.cfg).CreatePartitions(g.cfg.kafkaTopic, 5, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, 10*time.Second, "refused for its partitions", func() bool {
@@ -1216,12 +969,13 @@ func TestAddedPartitionsEndAStay(t *testing.T) {
 
 // TestUnreachableKafka: the relay says so and goes on trying, and ends when told to.
 func TestUnreachableKafka(t *testing.T) {
-	b := newBench(t)
-	cfg := *b.cfg
+	g := newRig(t)
+	cfg := *g.cfg
 	cfg.kafkaBrokers = []string{"127.0.0.1:1"}
 	r := startRelay(t, &cfg)
 	eventually(t, 20*time.Second, "tried twice", func() bool { return r.restarts.Load() >= 2 })
-	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), b.conn); err != nil || s.Exists {
+	if s, err := (&relay{cfg: &cfg.relayConfig}).readSlot(context.Background(), g.conn); err != nil ||
+		s.Exists {
 		t.Errorf("%+v, %v: a relay without Kafka made a slot", s, err)
 	}
 	began := time.Now()
@@ -1231,15 +985,18 @@ func TestUnreachableKafka(t *testing.T) {
 	}
 }
 
-// TestStreamEqualsLedger: three whole services, random moves between few wallets, and the stream holds what the ledger holds, in order.
+// TestStreamEqualsLedger: three whole services, random moves between few wallets, and the stream holds what
+// the ledger holds, in order.
 func TestStreamEqualsLedger(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers)
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
-	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
-	acknowledged := moveAtRandom(t, 12, 40, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	replicas := []*running{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 12, 40, 6, func() *running { return replicas[rand.IntN(3)] })
 	checkLedger(t, env["DATABASE_URL"])
 	eventually(t, 30*time.Second, "a leader", func() bool {
-		return slices.ContainsFunc(replicas, func(w *wallets) bool { return w.relay.state.Load() == "leader" })
+		return slices.ContainsFunc(replicas, func(w *running) bool {
+			return w.relay.state.Load() == "leader"
+		})
 	})
 	checkStream(t, replicas[0].cfg)
 	if len(acknowledged) < 150 {
@@ -1247,8 +1004,8 @@ func TestStreamEqualsLedger(t *testing.T) {
 	}
 }
 
-// TestEventArrivesWithinTensOfMilliseconds: on an otherwise idle system, an event does not wait for company, nor for sarama's back-off
-// (24-28 ms a transaction by its default, on a real broker).
+// TestEventArrivesWithinTensOfMilliseconds: on an otherwise idle system, an event does not wait for company,
+// nor for sarama's back-off (24-28 ms a transaction by its default, on a real broker).
 func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=1")
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
@@ -1285,8 +1042,9 @@ func TestEventArrivesWithinTensOfMilliseconds(t *testing.T) {
 	}
 }
 
-// TestSecuredKafka: over TLS with client certificates and SASL, by each mechanism. A wrong setting costs nothing but time: the service takes
-// deposits and says in its log what is wrong, and with the right one their events follow.
+// TestSecuredKafka: over TLS with client certificates and SASL, by each mechanism. A wrong setting costs
+// nothing but time: the service takes deposits and says in its log what is wrong, and with the right one
+// their events follow.
 func TestSecuredKafka(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker has no secured listener")
@@ -1296,18 +1054,22 @@ func TestSecuredKafka(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.stop)
-	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "3"}
-	plain, err := readConfig(func(name string) string { return env[name] }) // the consumer's way, beside the one under test
+	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL,
+		"KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "3"}
+	// The consumer's way, beside the one under test.
+	plain, err := readConfig(func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
 	maps.Copy(env, s.SecureKafka)
 	deposits := 0
 	for _, c := range []struct{ settings, fault string }{
-		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"}, // not by that one
+		// Not by that one.
+		{"KAFKA_TLS_CA=" + env["KAFKA_TLS_CERT"], "certificate signed by unknown authority"},
 		{"KAFKA_TLS_CA=" + testFolder + "/absent", "set KAFKA_TLS_CA to a file that can be read"},
 		{"KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "remote error: tls: "},
-		{"KAFKA_TLS=false KAFKA_TLS_CA= KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "run out of available brokers"}, // it hangs up without a word
+		// It hangs up without a word.
+		{"KAFKA_TLS=false KAFKA_TLS_CA= KAFKA_TLS_CERT= KAFKA_TLS_KEY=", "run out of available brokers"},
 		{"KAFKA_SASL_MECHANISM= KAFKA_SASL_USER= KAFKA_SASL_PASSWORD=", "run out of available brokers"},
 		{"KAFKA_SASL_MECHANISM=PLAIN KAFKA_SASL_PASSWORD=wrong", "Invalid username or password"},
 		{"KAFKA_SASL_MECHANISM=PLAIN", ""},
@@ -1325,7 +1087,9 @@ func TestSecuredKafka(t *testing.T) {
 			deposit := func() {
 				t.Helper()
 				deposits++
-				response, err := http.Post(fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, 1+deposits%5), "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, deposits)))
+				url := fmt.Sprintf("%s/v1/wallets/%d/deposit", r.url, 1+deposits%5)
+				body := fmt.Sprintf(`{"amount":"1","idempotency_key":"k%d"}`, deposits)
+				response, err := http.Post(url, "application/json", strings.NewReader(body))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1341,7 +1105,8 @@ func TestSecuredKafka(t *testing.T) {
 				eventually(t, 30*time.Second, "leading", r.leads)
 				restarts := r.metric("wallet_relay_restarts_total")
 				deposit()
-				time.Sleep(4 * time.Second) // longer than the broker lets a session live: it is authenticated again
+				// Longer than the broker lets a session live: it is authenticated again.
+				time.Sleep(4 * time.Second)
 				deposit()
 				checkStream(t, plain)
 				if again := r.metric("wallet_relay_restarts_total"); again != restarts {
@@ -1358,7 +1123,9 @@ func TestSecuredKafka(t *testing.T) {
 					log, _ = os.ReadFile(r.log)
 					return bytes.Contains(log, []byte(c.fault))
 				})
-				eventually(t, 5*time.Second, "the fault counted", func() bool { return r.metric("wallet_relay_restarts_total") > 0 })
+				eventually(t, 5*time.Second, "the fault counted", func() bool {
+					return r.metric("wallet_relay_restarts_total") > 0
+				})
 				if takeovers := r.metric("wallet_relay_takeovers_total"); takeovers != 0 || !r.isReady() {
 					t.Errorf("%v takeovers, ready: %v", takeovers, r.isReady())
 				}

@@ -33,7 +33,8 @@ func TestWalkthrough(t *testing.T) {
 	// 1. A deposit creates the wallet.
 	first := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100.50","idempotency_key":"d1"}`)
 	got := first.json(t)
-	for name, want := range map[string]string{"transaction_id": "1-1", "wallet_id": "1", "currency": "USD", "amount": "100.5", "balance": "100.5", "seq": "1"} {
+	for name, want := range map[string]string{"transaction_id": "1-1", "wallet_id": "1", "currency": "USD",
+		"amount": "100.5", "balance": "100.5", "seq": "1"} {
 		if fmt.Sprint(got[name]) != want {
 			t.Errorf("deposit: %s is %v, want %s", name, got[name], want)
 		}
@@ -43,30 +44,37 @@ func TestWalkthrough(t *testing.T) {
 	}
 	// 2. The same key again: the same answer, and the money moved once.
 	again := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":100.5,"idempotency_key":"d1"}`)
-	if again.body != first.body || again.header.Get("Idempotent-Replayed") != "true" || first.header.Get("Idempotent-Replayed") != "" {
+	if again.body != first.body || again.header.Get("Idempotent-Replayed") != "true" ||
+		first.header.Get("Idempotent-Replayed") != "" {
 		t.Errorf("replay: %s, first %s", again, first)
 	}
 	// 3. The balance.
-	if a := w.get("/v1/wallets/1/balance"); a.body != `{"wallet_id":1,"currency":"USD","balance":"100.5","seq":1}` {
+	const balance = `{"wallet_id":1,"currency":"USD","balance":"100.5","seq":1}`
+	if a := w.get("/v1/wallets/1/balance"); a.body != balance {
 		t.Errorf("balance: %s", a)
 	}
 	// 4. A withdrawal.
-	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"30","idempotency_key":"w1"}`).json(t); a["balance"] != "70.5" || a["amount"] != "30" {
+	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+		`{"amount":"30","idempotency_key":"w1"}`).json(t); a["balance"] != "70.5" || a["amount"] != "30" {
 		t.Errorf("withdrawal: %v", a)
 	}
 	// 5. More than there is.
-	if a := w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"w2"}`); a.status != 422 || a.code() != "insufficient_funds" {
+	if a := w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"w2"}`); a.status != 422 ||
+		a.code() != "insufficient_funds" {
 		t.Errorf("overdraft: %s", a)
 	}
 	// 6. A transfer; the predecessor's README sends to_id as a string, its code wants a number.
-	transfer := w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"to_id":"2","amount":"20.25","idempotency_key":"t1"}`)
+	transfer := w.mustPost(t, 200, "/v1/wallets/1/transfer",
+		`{"to_id":"2","amount":"20.25","idempotency_key":"t1"}`)
 	got = transfer.json(t)
-	for name, want := range map[string]string{"transaction_id": "1-3", "from_balance": "50.25", "to_balance": "20.25", "from_seq": "3", "to_seq": "1"} {
+	for name, want := range map[string]string{"transaction_id": "1-3", "from_balance": "50.25",
+		"to_balance": "20.25", "from_seq": "3", "to_seq": "1"} {
 		if fmt.Sprint(got[name]) != want {
 			t.Errorf("transfer: %s is %v, want %s", name, got[name], want)
 		}
 	}
-	if a := w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"to_id":2,"amount":"20.25","idempotency_key":"t1"}`); a.body != transfer.body {
+	if a := w.mustPost(t, 200, "/v1/wallets/1/transfer",
+		`{"to_id":2,"amount":"20.25","idempotency_key":"t1"}`); a.body != transfer.body {
 		t.Errorf("transfer replayed: %s, first %s", a, transfer)
 	}
 	// 7. The history of both.
@@ -80,7 +88,8 @@ func TestWalkthrough(t *testing.T) {
 		t.Errorf("history: %v, want %v", kinds, want)
 	}
 	// 8. A wallet that does not exist.
-	if a := w.post("/v1/wallets/99/withdraw", `{"amount":"1","idempotency_key":"x"}`); a.status != 404 || a.code() != "wallet_not_found" {
+	if a := w.post("/v1/wallets/99/withdraw", `{"amount":"1","idempotency_key":"x"}`); a.status != 404 ||
+		a.code() != "wallet_not_found" {
 		t.Errorf("unknown wallet: %s", a)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
@@ -129,7 +138,8 @@ func TestRefusals(t *testing.T) {
 		{"1/transfer", `{"amount":"1","idempotency_key":"k"}`, 400, "field_missing"},
 		{"1/transfer", `{"amount":"1","to_id":"x","idempotency_key":"k"}`, 400, "wallet_id_malformed"},
 		{"1/transfer", `{"amount":"1","to_id":1.5,"idempotency_key":"k"}`, 400, "wallet_id_malformed"},
-		{"1/transfer", `{"amount":"1","to_id":9223372036854775808,"idempotency_key":"k"}`, 400, "wallet_id_malformed"},
+		{"1/transfer", `{"amount":"1","to_id":9223372036854775808,"idempotency_key":"k"}`, 400,
+			"wallet_id_malformed"},
 		{"9/transfer", `{"amount":"1","to_id":10,"idempotency_key":"k"}`, 404, "wallet_not_found"},
 		{"1/transfer", `{"amount":"1000","to_id":10,"idempotency_key":"k"}`, 422, "insufficient_funds"},
 		{"1/withdraw", `{"amount":"100.01","idempotency_key":"k"}`, 422, "insufficient_funds"},
@@ -141,13 +151,15 @@ func TestRefusals(t *testing.T) {
 		{"1/deposit", `{"amount":"2","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
 		{"1/withdraw", `{"amount":"100","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
 		{"1/transfer", `{"amount":"100","to_id":5,"idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
-		{"1/deposit", `{"amount":"100","currency":"EUR","idempotency_key":"seed"}`, 422, "idempotency_key_reused"},
+		{"1/deposit", `{"amount":"100","currency":"EUR","idempotency_key":"seed"}`, 422,
+			"idempotency_key_reused"},
 		{"1/deposit", `{"amount":"1"}`, 400, "idempotency_key_missing"},
 		{"1/deposit", `{"amount":"1","idempotency_key":""}`, 400, "idempotency_key_malformed"},
 		{"1/deposit", `{"amount":"1","idempotency_key":5}`, 400, "idempotency_key_malformed"},
 		{"1/deposit", `{"amount":"1","idempotency_key":"ключ"}`, 400, "idempotency_key_malformed"},
 		{"1/deposit", `{"amount":"1","idempotency_key":"a\nb"}`, 400, "idempotency_key_malformed"},
-		{"1/deposit", `{"amount":"1","idempotency_key":"` + strings.Repeat("k", 256) + `"}`, 400, "idempotency_key_malformed"},
+		{"1/deposit", `{"amount":"1","idempotency_key":"` + strings.Repeat("k", 256) + `"}`, 400,
+			"idempotency_key_malformed"},
 		{"1/deposit", `{"idempotency_key":"k"}`, 400, "field_missing"},
 		{"1/deposit", `{"amount":"1","idempotency_key":"k","note":"x"}`, 400, "field_unknown"},
 		{"1/deposit", `{"amount":"1","idempotency_key":"k","to_id":2}`, 400, "field_unknown"},
@@ -177,7 +189,8 @@ func TestRefusals(t *testing.T) {
 		if got := a.header.Get("Content-Type"); got != "application/problem+json" {
 			t.Errorf("POST %s %.80s: content type %s", c.path, c.body, got)
 		}
-		if p := a.json(t); p["error"] != p["detail"] || p["detail"] == "" || p["title"] == "" || p["request_id"] != a.header.Get("X-Request-Id") {
+		if p := a.json(t); p["error"] != p["detail"] || p["detail"] == "" || p["title"] == "" ||
+			p["request_id"] != a.header.Get("X-Request-Id") {
 			t.Errorf("POST %s %.80s: not a whole problem document: %s", c.path, c.body, a)
 		}
 	}
@@ -210,13 +223,16 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("GET %s: %s, want %d %s", c.path, a, c.status, c.code)
 		}
 	}
-	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Content-Type", "application/x-www-form-urlencoded"); a.status != 415 || !strings.Contains(a.body, "curl --json") {
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Content-Type",
+		"application/x-www-form-urlencoded"); a.status != 415 || !strings.Contains(a.body, "curl --json") {
 		t.Errorf("form: %s", a)
 	}
-	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Idempotency-Key", "other"); a.code() != "idempotency_key_conflict" {
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Idempotency-Key",
+		"other"); a.code() != "idempotency_key_conflict" {
 		t.Errorf("two keys: %s", a)
 	}
-	if a := w.get("/v1/wallets/1/deposit"); a.status != 405 || a.header.Get("Allow") != "POST" || a.code() != "method_not_allowed" {
+	if a := w.get("/v1/wallets/1/deposit"); a.status != 405 || a.header.Get("Allow") != "POST" ||
+		a.code() != "method_not_allowed" {
 		t.Errorf("GET of a POST route: %s, Allow %s", a, a.header.Get("Allow"))
 	}
 	if after := w.mustCount(t); after != before {
@@ -225,27 +241,18 @@ func TestRefusals(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-func (w *wallets) mustCount(tb testing.TB) (counts string) {
-	tb.Helper()
-	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry), (SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return counts
-}
-
 func TestRefusedOperationMaySucceedLaterWithItsKey(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
 	w.mustPost(t, 422, "/v1/wallets/1/withdraw", `{"amount":"2","idempotency_key":"b"}`)
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"c"}`)
-	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"2","idempotency_key":"b"}`).json(t); a["balance"] != "0" {
+	if a := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+		`{"amount":"2","idempotency_key":"b"}`).json(t); a["balance"] != "0" {
 		t.Errorf("retry after topping up: %v", a)
 	}
 }
 
-// TestKeyOfPayerAndPayee: a transfer carries the payer's key to the payee's entry, where the payee may use it as well.
+// TestKeyOfPayerAndPayee: a payer's key is in the payee's entry too, and yet the payee may use the same key.
 func TestKeyOfPayerAndPayee(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"10","idempotency_key":"same"}`)
@@ -259,18 +266,21 @@ func TestKeyFromHeaderOrBody(t *testing.T) {
 	w := start(t, testEnv(t))
 	first := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1"}`, "Idempotency-Key", `a "b" \c`)
 	for _, header := range []string{`a "b" \c`, `"a \"b\" \\c"`} {
-		if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1"}`, "Idempotency-Key", header); a.body != first.body {
+		if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1"}`, "Idempotency-Key",
+			header); a.body != first.body {
 			t.Errorf("header %s: %s", header, a)
 		}
 	}
-	if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a \"b\" \\c"}`, "Idempotency-Key", `a "b" \c`); a.body != first.body {
+	if a := w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a \"b\" \\c"}`,
+		"Idempotency-Key", `a "b" \c`); a.body != first.body {
 		t.Errorf("header and body: %s", a)
 	}
 	// The event and the history carry it as JSON.
 	var items []struct {
 		Key string `json:"idempotency_key"`
 	}
-	if err := json.Unmarshal([]byte(w.get("/v1/wallets/1/history").body), &items); err != nil || len(items) != 1 || items[0].Key != `a "b" \c` {
+	if err := json.Unmarshal([]byte(w.get("/v1/wallets/1/history").body), &items); err != nil ||
+		len(items) != 1 || items[0].Key != `a "b" \c` {
 		t.Errorf("history: %v %v", items, err)
 	}
 }
@@ -278,10 +288,12 @@ func TestKeyFromHeaderOrBody(t *testing.T) {
 func TestCreateWallet(t *testing.T) {
 	w := start(t, testEnv(t))
 	a := w.mustPost(t, 201, "/v1/wallets", `{"id":7,"currency":"BTC"}`)
-	if got := a.json(t); fmt.Sprint(got["wallet_id"]) != "7" || got["currency"] != "BTC" || got["balance"] != "0" || a.header.Get("Location") != "/v1/wallets/7" {
+	if got := a.json(t); fmt.Sprint(got["wallet_id"]) != "7" || got["currency"] != "BTC" ||
+		got["balance"] != "0" || a.header.Get("Location") != "/v1/wallets/7" {
 		t.Errorf("created: %s", a)
 	}
-	if a := w.post("/v1/wallets", `{"id":7,"currency":"BTC"}`); a.status != 409 || a.code() != "wallet_exists" {
+	if a := w.post("/v1/wallets", `{"id":7,"currency":"BTC"}`); a.status != 409 ||
+		a.code() != "wallet_exists" {
 		t.Errorf("again without a key: %s", a)
 	}
 	if a := w.mustPost(t, 400, "/v1/wallets", `{"currency":"EUR"}`); a.code() != "idempotency_key_missing" {
@@ -292,7 +304,8 @@ func TestCreateWallet(t *testing.T) {
 	if chosen.body != again.body || again.header.Get("Idempotent-Replayed") != "true" {
 		t.Errorf("replay: %s, first %s", again, chosen)
 	}
-	if a := w.mustPost(t, 422, "/v1/wallets", `{"currency":"USD","idempotency_key":"c"}`); a.code() != "idempotency_key_reused" {
+	if a := w.mustPost(t, 422, "/v1/wallets",
+		`{"currency":"USD","idempotency_key":"c"}`); a.code() != "idempotency_key_reused" {
 		t.Errorf("key reused: %s", a)
 	}
 	w.mustPost(t, 201, "/v1/wallets", `{"id":8,"idempotency_key":"d"}`)
@@ -315,11 +328,11 @@ func TestTransferOpensWallet(t *testing.T) {
 	}
 }
 
-// TestSameKeyPostsOnce is the predecessor's own load line, hey -n 1000 -c 50 with one key, against two replicas at once: every
-// answer is a 200 with the same bytes, and the money moves once.
+// TestSameKeyPostsOnce is the predecessor's own load line, hey -n 1000 -c 50 with one key, against two
+// replicas at once: every answer is a 200 with the same bytes, and the money moves once.
 func TestSameKeyPostsOnce(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	bodies := make([]string, 1000)
 	var clients sync.WaitGroup
 	next := make(chan int, len(bodies))
@@ -330,7 +343,8 @@ func TestSameKeyPostsOnce(t *testing.T) {
 	for range 50 {
 		clients.Go(func() {
 			for i := range next {
-				bodies[i] = replicas[i%2].post("/v1/wallets/1/deposit", `{"amount":"10.50","idempotency_key":"storm"}`).String()
+				bodies[i] = replicas[i%2].post("/v1/wallets/1/deposit",
+					`{"amount":"10.50","idempotency_key":"storm"}`).String()
 			}
 		})
 	}
@@ -363,7 +377,8 @@ func TestHistory(t *testing.T) {
 		for _, i := range items {
 			seqs = append(seqs, i.Seq)
 		}
-		if link := regexp.MustCompile(`^<([^>]+)>; rel="next"$`).FindStringSubmatch(a.header.Get("Link")); link != nil {
+		toNext := regexp.MustCompile(`^<([^>]+)>; rel="next"$`)
+		if link := toNext.FindStringSubmatch(a.header.Get("Link")); link != nil {
 			next = link[1]
 		}
 		return seqs, items, next
@@ -413,7 +428,8 @@ func TestHistory(t *testing.T) {
 			var got []int64
 			got, _, next = page(next)
 			seqs = append(seqs, got...)
-			// Writes go on while a client pages: ascending, they come at the end; descending, they are newer than the first page.
+			// Writes go on while a client pages: ascending, they come at the end; descending, they are newer
+			// than the first page.
 			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"late1"}`)
 			w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"late2"}`)
 			if c.order == "desc" {
@@ -462,7 +478,8 @@ func TestTransactionByID(t *testing.T) {
 	}
 }
 
-// TestReadsSeeWhatWasAnswered: a read sent after a write's answer sees its effect, from either replica, with the cache on.
+// TestReadsSeeWhatWasAnswered: a read sent after a write's answer sees its effect, from either replica, with
+// the cache on.
 func TestReadsSeeWhatWasAnswered(t *testing.T) {
 	env := testEnv(t)
 	a, b := start(t, env), start(t, env)
@@ -476,7 +493,8 @@ func TestReadsSeeWhatWasAnswered(t *testing.T) {
 		if got := r.get("/v1/wallets/1/balance"); got.body != want {
 			t.Fatalf("balance: %s, want %s", got, want)
 		}
-		if got := r.get("/v1/wallets/1/balance?min_seq="+fmt.Sprint(i+1), "Cache-Control", "no-cache"); got.body != want {
+		if got := r.get("/v1/wallets/1/balance?min_seq="+fmt.Sprint(i+1), "Cache-Control",
+			"no-cache"); got.body != want {
 			t.Fatalf("fresh balance: %s, want %s", got, want)
 		}
 	}
@@ -492,7 +510,8 @@ func TestStartingAndStopping(t *testing.T) {
 		t.Errorf("readyz while draining: %s", a)
 	}
 	// Open requests are still served, and their connections not kept.
-	r := httptest.NewRequest("POST", "/v1/wallets/1/deposit", strings.NewReader(`{"amount":"1","idempotency_key":"k"}`))
+	r := httptest.NewRequest("POST", "/v1/wallets/1/deposit",
+		strings.NewReader(`{"amount":"1","idempotency_key":"k"}`))
 	r.Header.Set("Content-Type", "application/json")
 	recorder := httptest.NewRecorder()
 	w.api.public.ServeHTTP(recorder, r)
@@ -501,8 +520,8 @@ func TestStartingAndStopping(t *testing.T) {
 	}
 }
 
-// TestEveryProblemIsDocumentedOnce: each code that the code refuses with, in whichever package, is in the table,
-// and each in the table is used. The API has a table of its own: no code is in both.
+// TestEveryProblemIsDocumentedOnce: each code that the code refuses with, in whichever package, is in the
+// table, and each in the table is used. The API has a table of its own: no code is in both.
 func TestEveryProblemIsDocumentedOnce(t *testing.T) {
 	used := make(map[string]bool)
 	folders, err := os.ReadDir("internal")
@@ -522,7 +541,8 @@ func TestEveryProblemIsDocumentedOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, match := range regexp.MustCompile(`refuse\(\s*"([a-z_]+)"`).FindAllStringSubmatch(string(source), -1) {
+		refuses := regexp.MustCompile(`refuse\(\s*"([a-z_]+)"`)
+		for _, match := range refuses.FindAllStringSubmatch(string(source), -1) {
 			used[match[1]] = true
 		}
 	}
@@ -543,71 +563,60 @@ func TestEveryProblemIsDocumentedOnce(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Configuration and start
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 func TestConfigurationRefusals(t *testing.T) {
+	read := func(env map[string]string) (*config, error) {
+		return readConfig(func(name string) string { return env[name] })
+	}
 	good := map[string]string{"DATABASE_URL": "postgres://localhost/wallet"}
 	for name, bad := range map[string]string{
-		"DATABASE_URL": "mysql://x", "WRITERS": "0", "WRITE_BATCH_MAX": "many", "REQUEST_TIMEOUT": "5", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
-		"KAFKA_BROKERS": "broker", "KAFKA_TOPIC": "a b", "REPLICATION_SLOT": "A-B", "REDIS_URL": "localhost:6379", "KAFKA_TLS": "perhaps",
+		"DATABASE_URL": "mysql://x", "WRITERS": "0", "WRITE_BATCH_MAX": "many", "REQUEST_TIMEOUT": "5",
+		"LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
+		"KAFKA_BROKERS": "broker", "KAFKA_TOPIC": "a b", "REPLICATION_SLOT": "A-B",
+		"REDIS_URL": "localhost:6379", "KAFKA_TLS": "perhaps",
 		"KAFKA_SASL_MECHANISM": "GSSAPI", "KAFKA_PARTITIONS": "0", "CACHE_TTL": "0s",
 	} {
 		env := map[string]string{"DATABASE_URL": good["DATABASE_URL"], name: bad}
-		if _, err := readConfig(func(n string) string { return env[n] }); err == nil || !strings.HasPrefix(err.Error(), "set "+name+" to ") {
+		if _, err := read(env); err == nil || !strings.HasPrefix(err.Error(), "set "+name+" to ") {
 			t.Errorf("%s=%s: %v", name, bad, err)
 		}
 	}
 	for _, half := range []map[string]string{
-		{"KAFKA_TLS_CA": "ca.pem"}, {"KAFKA_TLS": "false", "KAFKA_TLS_CERT": "c.pem", "KAFKA_TLS_KEY": "k.pem"}, {"KAFKA_TLS": "true", "KAFKA_TLS_KEY": "k.pem"}, {"KAFKA_TLS": "true", "KAFKA_TLS_CERT": "c.pem"},
-		{"KAFKA_SASL_MECHANISM": "PLAIN"}, {"KAFKA_SASL_USER": "u", "KAFKA_SASL_PASSWORD": "p"}, {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USER": "u"},
+		{"KAFKA_TLS_CA": "ca.pem"},
+		{"KAFKA_TLS": "false", "KAFKA_TLS_CERT": "c.pem", "KAFKA_TLS_KEY": "k.pem"},
+		{"KAFKA_TLS": "true", "KAFKA_TLS_KEY": "k.pem"},
+		{"KAFKA_TLS": "true", "KAFKA_TLS_CERT": "c.pem"},
+		{"KAFKA_SASL_MECHANISM": "PLAIN"},
+		{"KAFKA_SASL_USER": "u", "KAFKA_SASL_PASSWORD": "p"},
+		{"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USER": "u"},
 	} {
 		half["DATABASE_URL"] = good["DATABASE_URL"]
-		if _, err := readConfig(func(n string) string { return half[n] }); err == nil || !strings.HasPrefix(err.Error(), "set KAFKA_") {
+		if _, err := read(half); err == nil || !strings.HasPrefix(err.Error(), "set KAFKA_") {
 			t.Errorf("%v: %v", half, err)
 		}
 	}
-	if _, err := readConfig(func(string) string { return "" }); err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
+	if _, err := read(nil); err == nil || !strings.Contains(err.Error(), "DATABASE_URL") {
 		t.Errorf("nothing set: %v", err)
 	}
-	if cfg, err := readConfig(func(n string) string { return good[n] }); err != nil || cfg.migrateURL != cfg.databaseURL || cfg.kafkaTopic != "wallet.events" || cfg.kafkaRetention >= 0 {
+	cfg, err := read(good)
+	if err != nil || cfg.migrateURL != cfg.databaseURL || cfg.kafkaTopic != "wallet.events" ||
+		cfg.kafkaRetention >= 0 {
 		t.Errorf("defaults: %+v %v", cfg, err)
 	}
-	if _, err := readConfig(func(n string) string { return map[string]string{"DATABASE_URL": "secret-password"}[n] }); strings.Contains(fmt.Sprint(err), "secret-password") {
+	_, err = read(map[string]string{"DATABASE_URL": "secret-password"})
+	if strings.Contains(fmt.Sprint(err), "secret-password") {
 		t.Errorf("the sentence shows a secret: %v", err)
 	}
-}
-
-var walletBinary = sync.OnceValues(func() (string, error) {
-	binary := filepath.Join(testFolder, "wallet")
-	// Without the race detector, also under -race: what is killed here is what users run.
-	out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build the service: %w\n%s", err, out)
-	}
-	return binary, nil
-})
-
-// walletCommand is the service as a process of its own.
-func walletCommand(tb testing.TB, env map[string]string, args ...string) *exec.Cmd {
-	tb.Helper()
-	binary, err := walletBinary()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	cmd := exec.Command(binary, args...)
-	cmd.Env = os.Environ()
-	for name, value := range env {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
-	return cmd
 }
 
 // TestBadConfigurationExits2 runs the program: one sentence, exit 2.
 func TestBadConfigurationExits2(t *testing.T) {
 	out, err := walletCommand(t, map[string]string{"DATABASE_URL": "nonsense"}).CombinedOutput()
-	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 {
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
+		strings.Count(string(out), "\n") != 1 {
 		t.Errorf("%v: %s", err, out)
 	}
 	help, err := walletCommand(t, nil, "-h").CombinedOutput()
@@ -624,16 +633,18 @@ func TestBadConfigurationExits2(t *testing.T) {
 // TestForeignTablesAreRefused: the predecessor has a table wallet too.
 func TestForeignTablesAreRefused(t *testing.T) {
 	env := testEnv(t)
-	if _, err := connect(t, env["DATABASE_URL"]).Exec(context.Background(), `CREATE TABLE wallet (id int)`); err != nil {
+	if _, err := connect(t, env["DATABASE_URL"]).Exec(context.Background(),
+		`CREATE TABLE wallet (id int)`); err != nil {
 		t.Fatal(err)
 	}
 	out, err := walletCommand(t, env).CombinedOutput()
-	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || !strings.Contains(string(out), "not ours (wallet)") {
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
+		!strings.Contains(string(out), "not ours (wallet)") {
 		t.Errorf("%v: %s", err, out)
 	}
 }
 
-// TestReplicasMigrateTogether: whichever comes first applies the schema, and running it again changes nothing.
+// TestReplicasMigrateTogether: the first applies the schema, and applying it again changes nothing.
 func TestReplicasMigrateTogether(t *testing.T) {
 	env := testEnv(t)
 	cfg, err := readConfig(func(n string) string { return env[n] })
@@ -650,7 +661,8 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	}
 	replicas.Wait()
 	conn := connect(t, env["DATABASE_URL"])
-	if _, err := conn.Exec(context.Background(), `DELETE FROM wallet_schema`); err != nil { // so that it is applied once more
+	// So that it is applied once more.
+	if _, err := conn.Exec(context.Background(), `DELETE FROM wallet_schema`); err != nil {
 		t.Fatal(err)
 	}
 	if err := migrateSchema(context.Background(), cfg); err != nil {
@@ -658,7 +670,8 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	}
 	var foreignKeys int
 	for _, statement := range []string{ // what version 1 had
-		`DELETE FROM wallet_schema WHERE version > 1`, `DROP TRIGGER entry_fits_wallet ON entry`, `ALTER TABLE entry ADD CONSTRAINT entry_wallet_exists FOREIGN KEY (wallet_id) REFERENCES wallet (id)`,
+		`DELETE FROM wallet_schema WHERE version > 1`, `DROP TRIGGER entry_fits_wallet ON entry`,
+		`ALTER TABLE entry ADD CONSTRAINT entry_wallet_exists FOREIGN KEY (wallet_id) REFERENCES wallet (id)`,
 	} {
 		if _, err := conn.Exec(context.Background(), statement); err != nil {
 			t.Fatal(err)
@@ -667,8 +680,11 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	if err := migrateSchema(context.Background(), cfg); err != nil {
 		t.Error(err)
 	}
-	err = conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_constraint WHERE conname = 'entry_wallet_exists'`).Scan(&foreignKeys)
-	if _, missing := conn.Exec(context.Background(), `ALTER TABLE entry DISABLE TRIGGER entry_fits_wallet, ENABLE TRIGGER entry_fits_wallet`); err != nil || missing != nil || foreignKeys > 0 {
+	err = conn.QueryRow(context.Background(),
+		`SELECT count(*) FROM pg_constraint WHERE conname = 'entry_wallet_exists'`).Scan(&foreignKeys)
+	if _, missing := conn.Exec(context.Background(),
+		`ALTER TABLE entry DISABLE TRIGGER entry_fits_wallet,
+			ENABLE TRIGGER entry_fits_wallet`); err != nil || missing != nil || foreignKeys > 0 {
 		t.Error("version 1 was not brought up:", err, missing, foreignKeys)
 	}
 	if _, err := conn.Exec(context.Background(), `INSERT INTO wallet_schema VALUES (99)`); err != nil {
@@ -677,17 +693,19 @@ func TestReplicasMigrateTogether(t *testing.T) {
 	start(t, env) // a newer schema is fine to serve on
 }
 
-// TestSigtermLosesNothing: under load, a process that is told to stop becomes not ready, answers what it has taken, confirms what it has
-// published, and exits 0 in time.
+// TestSigtermLosesNothing: under load, a process that is told to stop becomes not ready, answers what it has
+// taken, confirms what it has published, and exits 0 in time.
 func TestSigtermLosesNothing(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "DRAIN_DELAY=500ms")
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
 	r := newReplica(t, env, "sigterm-"+env["REPLICATION_SLOT"])
 	r.start(t)
 	post := func(i int) (status int, body string) {
-		request, _ := http.NewRequest("POST", r.url+fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%7), strings.NewReader(`{"amount":"1"}`))
+		request, _ := http.NewRequest("POST", r.url+fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%7),
+			strings.NewReader(`{"amount":"1"}`))
 		request.Header.Set("Content-Type", "application/json")
-		request.Header.Set("Idempotency-Key", strconv.Itoa(i)) // as a header, so that Go's client repeats a request whose idle connection was just closed
+		// As a header, so that Go's client repeats a request whose idle connection was just closed.
+		request.Header.Set("Idempotency-Key", strconv.Itoa(i))
 		response, err := http.DefaultClient.Do(request)
 		if err != nil {
 			return 0, err.Error()
@@ -729,12 +747,103 @@ func TestSigtermLosesNothing(t *testing.T) {
 	}
 	clients.Wait()
 	var entries int64
-	if err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&entries); err != nil || entries != acknowledged.Load()+1 {
-		t.Errorf("%d entries for %d acknowledged deposits and the first (%v)", entries, acknowledged.Load(), err)
+	if err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT count(*) FROM entry`).Scan(&entries); err != nil || entries != acknowledged.Load()+1 {
+		t.Errorf("%d entries for %d acknowledged deposits and the first (%v)", entries, acknowledged.Load(),
+			err)
 	}
 	drained := regexp.MustCompile(`msg="relay drained" confirmed=[0-9A-F]+/[0-9A-F]+ error=<nil>`)
-	if !drained.Match(log) || !bytes.Contains(log, []byte("msg=stopped")) || bytes.Contains(log, []byte("level=ERROR")) {
+	if !drained.Match(log) || !bytes.Contains(log, []byte("msg=stopped")) ||
+		bytes.Contains(log, []byte("level=ERROR")) {
 		t.Errorf("the log of the end:\n%s", log)
 	}
 	checkLedger(t, env["DATABASE_URL"])
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The README tells the truth: its commands run as printed, its tables match the code
+// -----------------------------------------------------------------------------------------------------------
+
+// changing matches what differs from run to run in the answers that the README shows.
+var changing = regexp.MustCompile(`("created_at":"|"request_id":")[^"]*`)
+
+// TestReadmeRunsAsPrinted runs the blocks marked <!-- run --> in order, with only the addresses replaced by
+// this test's, and compares what they print with the block that follows.
+func TestReadmeRunsAsPrinted(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
+	dev, err := devBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addresses := strings.NewReplacer(
+		"http://127.0.0.1:8080", w.http.URL,
+		"go run -C dev . events",
+		fmt.Sprintf("%s events -brokers %s -topic %s", dev, stack(t).KafkaBrokers, w.env["KAFKA_TOPIC"]),
+	)
+	marked := regexp.MustCompile("(?s)<!-- run -->\n```sh\n(.*?)```\n(?:```json\n(.*?)```)?")
+	blocks := marked.FindAllStringSubmatch(string(readme), -1)
+	if len(blocks) < 5 {
+		t.Fatalf("%d blocks are marked to run", len(blocks))
+	}
+	for _, block := range blocks {
+		command := addresses.Replace(block[1])
+		if command == block[1] {
+			t.Errorf("no address of ours in %s", command)
+		}
+		out, err := exec.Command("bash", "-ec", command).CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", command, err, out)
+			continue
+		}
+		got := changing.ReplaceAllString(strings.TrimSpace(string(out)), "$1...")
+		want := changing.ReplaceAllString(strings.TrimSpace(block[2]), "$1...")
+		if block[2] != "" && got != want {
+			t.Errorf("%s\nprints\n%s\nthe README says\n%s", command, got, want)
+		}
+		if strings.Contains(command, " events ") {
+			lines := strings.Split(string(out), "\n")
+			for i, id := range []string{"1-1", "1-2", "2-1"} {
+				if !strings.Contains(string(out), `"ce_id":"`+id+`"`) {
+					t.Errorf("event %d, %s, is not in\n%s", i, id, strings.Join(lines, "\n"))
+				}
+			}
+		}
+	}
+}
+
+// TestReadmeTables: the README lists every setting and route of the code, and no other setting.
+func TestReadmeTables(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := make(map[string]string)
+	rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (?:`([^`]*)`)? ?\\| (.*) \\|$")
+	for _, row := range rows.FindAllStringSubmatch(string(readme), -1) {
+		listed[row[1]] = row[2] + " " + row[3]
+	}
+	for _, s := range new(config).settings() {
+		if want := s.Default + " " + s.Help; listed[s.Name] != want {
+			t.Errorf("the README says of %s: %q, -h says %q", s.Name, listed[s.Name], want)
+		}
+		delete(listed, s.Name)
+	}
+	for name := range listed {
+		t.Errorf("the README lists %s, which is not read", name)
+	}
+	for _, r := range new(server).routes() {
+		path := r.Path
+		for _, short := range []string{path, strings.Replace(path, "/v1/wallets/{id}", "...", 1)} {
+			if strings.Contains(string(readme), short+"`") {
+				path = ""
+			}
+		}
+		if path != "" {
+			t.Errorf("the README does not list %s %s", r.Method, r.Path)
+		}
+	}
 }

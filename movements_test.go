@@ -44,7 +44,7 @@ func refuses(t *testing.T, a answer, status int, code, words string) {
 }
 
 // two starts two replicas of one service.
-func two(t *testing.T, more ...string) (a, b *wallets) {
+func two(t *testing.T, more ...string) (a, b *running) {
 	env := testEnv(t, more...)
 	return start(t, env), start(t, env)
 }
@@ -69,7 +69,7 @@ func TestHolds(t *testing.T) {
 			`"to_id":7,"balance":"100","held":"40","available":"60","seq":2}`)
 	says(t, v.get("/v1/holds/1-2"), 200, `{"hold_id":"1-2","wallet_id":1,"currency":"USD","amount":"40",`+
 		`"captured":"0","remaining":"40","status":"open","to_id":7}`)
-	for _, replica := range []*wallets{w, v} {
+	for _, replica := range []*running{w, v} {
 		says(t, replica.get("/v1/wallets/1/balance"), 200,
 			`{"wallet_id":1,"currency":"USD","balance":"100","held":"40","available":"60","seq":2}`)
 	}

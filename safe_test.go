@@ -41,7 +41,9 @@ func hashed(name, scopes, key string) string {
 
 func TestKeysAndScopes(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "keys")
-	os.WriteFile(file, []byte("# one a line\n"+hashed("writer", "write", "w-key")+" # rotates\n"+hashed("operator", "operate+read", "o-key")+"\n"), 0o600)
+	lines := "# one a line\n" + hashed("writer", "write", "w-key") + " # rotates\n" +
+		hashed("operator", "operate+read", "o-key") + "\n"
+	os.WriteFile(file, []byte(lines), 0o600)
 	w := start(t, testEnv(t, "API_KEYS="+hashed("reader", "read", "r-key"), "API_KEYS_FILE="+file))
 	deposit := func(headers ...string) answer {
 		return w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, headers...)
@@ -82,7 +84,8 @@ func TestKeysAndScopes(t *testing.T) {
 		return recorder.Code
 	}
 	for _, path := range []string{"/metrics", "/debug/pprof/", "/debug/pprof/heap"} {
-		if a, b, c := operator(path, "none"), operator(path, "w-key"), operator(path, "o-key"); a != 401 || b != 403 || c != 200 {
+		if a, b, c := operator(path, "none"), operator(path, "w-key"), operator(path, "o-key"); a != 401 ||
+			b != 403 || c != 200 {
 			t.Errorf("%s: %d without a key, %d with one for writing, %d with the operator's", path, a, b, c)
 		}
 	}
@@ -91,9 +94,12 @@ func TestKeysAndScopes(t *testing.T) {
 	}
 }
 
-// TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told that it may.
+// TestWithoutKeysOnlyLoopback: a service that asks nobody for a key is not reachable by others, unless told
+// that it may.
 func TestWithoutKeysOnlyLoopback(t *testing.T) {
-	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true, "[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false, "example.com:8080": false} {
+	for address, allowed := range map[string]bool{"127.0.0.1:8080": true, "localhost:8080": true,
+		"[::1]:8080": true, ":8080": false, "0.0.0.0:8080": false, "10.0.0.1:8080": false,
+		"example.com:8080": false} {
 		cfg := &config{listenAddr: address, readConns: 1}
 		cfg.databaseURL, cfg.writers = "postgres://localhost/x", 1
 		if _, err := newService(cfg); (err == nil) != allowed {
@@ -123,10 +129,13 @@ func TestBadKeysNameTheirSetting(t *testing.T) {
 		cfg  config
 		want string
 	}{
-		{config{apiKeys: good + ",b:admin:00"}, "write each API key as NAME:SCOPES:HASH, .*[(]key 2 is not so[)]$"},
-		{config{apiKeysFile: file}, "^put a line NAME:SCOPES:HASH into API_KEYS_FILE .* open the service to everybody$"},
+		{config{apiKeys: good + ",b:admin:00"},
+			"write each API key as NAME:SCOPES:HASH, .*[(]key 2 is not so[)]$"},
+		{config{apiKeysFile: file},
+			"^put a line NAME:SCOPES:HASH into API_KEYS_FILE .* open the service to everybody$"},
 		{config{apiKeysFile: file + "x"}, "^set API_KEYS_FILE to a file that can be read: open "},
-		{config{apiKeys: good, tlsCert: file}, "^set TLS_CERT and TLS_KEY to files [(]PEM[)] that belong together: "},
+		{config{apiKeys: good, tlsCert: file},
+			"^set TLS_CERT and TLS_KEY to files [(]PEM[)] that belong together: "},
 	} {
 		c.cfg.databaseURL, c.cfg.readConns, c.cfg.writers = "postgres://localhost/x", 1, 1
 		if _, err := newService(&c.cfg); err == nil || !regexp.MustCompile(c.want).MatchString(err.Error()) {
@@ -136,8 +145,10 @@ func TestBadKeysNameTheirSetting(t *testing.T) {
 }
 
 func TestRateLimit(t *testing.T) {
-	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20", "API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
-	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization", "Bearer b-key")
+	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20",
+		"API_KEYS="+hashed("a", "read+write", "a-key")+","+hashed("b", "read+write", "b-key")))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`, "Authorization",
+		"Bearer b-key")
 	var refused int
 	for range 40 {
 		a := w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key")
@@ -170,7 +181,9 @@ func TestRateLimit(t *testing.T) {
 	if a := w.get("/readyz"); a.status != 200 {
 		t.Errorf("probes are limited: %s", a)
 	}
-	eventually(t, 3*time.Second, "tokens again", func() bool { return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200 })
+	eventually(t, 3*time.Second, "tokens again", func() bool {
+		return w.get("/v1/wallets/1/balance", "Authorization", "Bearer a-key").status == 200
+	})
 }
 
 // makeCertificate writes a self-signed certificate for 127.0.0.1.
@@ -180,7 +193,8 @@ func makeCertificate(tb testing.TB, certFile, keyFile string, serial int64) *x50
 	if err != nil {
 		tb.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "wallet"}, NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "wallet"},
+		NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
 		tb.Fatal(err)
@@ -235,8 +249,9 @@ func TestDashboardAndAlerts(t *testing.T) {
 	recorder := httptest.NewRecorder()
 	w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
 	measured := recorder.Body.String()
+	well := regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`)
 	for _, line := range strings.Split(strings.TrimSpace(measured), "\n") {
-		if !regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`).MatchString(line) {
+		if !well.MatchString(line) {
 			t.Errorf("not Prometheus text: %s", line)
 		}
 	}
@@ -257,9 +272,9 @@ func TestDashboardAndAlerts(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Contract
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // contract is the served OpenAPI document, as far as the test reads it.
 type contract struct {
@@ -359,208 +374,301 @@ func (c *contract) conforms(schema any, value any) error {
 
 func asList(v any) []any { list, _ := v.([]any); return list }
 
-// TestContract drives every operation and every refusal that the OpenAPI document lists, and finds each answer documented: status, code
-// and shape.
-func TestContract(t *testing.T) {
-	keys := "API_KEYS=" + hashed("all", "read+write", "key") + "," + hashed("operator", "operate", "operator-key")
-	w := start(t, testEnv(t, keys))
-	var c contract
-	decode := func(text string, into any) {
-		t.Helper()
-		decoder := json.NewDecoder(strings.NewReader(text))
-		decoder.UseNumber()
-		if err := decoder.Decode(into); err != nil {
-			t.Fatalf("%v: %s", err, text)
-		}
-	}
-	decode(w.get("/openapi.json").body, &c)
-	if c.OpenAPI != "3.1.0" {
-		t.Errorf("OpenAPI %s", c.OpenAPI)
-	}
-
+// held is a service that is held to its own contract.
+type held struct {
+	service  *running
+	contract contract
 	// What is listed and not yet seen: "post /v1/wallets 201", "post /v1/wallets 409 wallet_exists", ...
-	unseen := make(map[string]bool)
-	for path, operations := range c.Paths {
+	unseen map[string]bool
+}
+
+func newHeld(t *testing.T) *held {
+	t.Helper()
+	keys := hashed("all", "read+write", "key") + "," + hashed("operator", "operate", "operator-key")
+	h := &held{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
+	decodeJSON(t, h.service.get("/openapi.json").body, &h.contract)
+	for path, operations := range h.contract.Paths {
 		for method, operation := range operations {
 			for status, response := range operation.Responses {
 				if status[0] == '2' {
-					unseen[method+" "+path+" "+status] = true
+					h.unseen[method+" "+path+" "+status] = true
 					continue
 				}
 				for _, code := range strings.Split(response.Description, ", ") {
-					unseen[method+" "+path+" "+status+" "+code] = true
+					h.unseen[method+" "+path+" "+status+" "+code] = true
 				}
 			}
 		}
 	}
-	templates := []*regexp.Regexp{regexp.MustCompile(`^(/v1/wallets/)[^/]+(.*)$`), regexp.MustCompile(`^(/v1/transactions/)[^/]+()$`)}
-	check := func(method, target string, a answer) {
-		t.Helper()
-		path, _, _ := strings.Cut(target, "?")
-		for _, template := range templates {
-			path = template.ReplaceAllString(path, "$1{id}$2")
-		}
-		key := fmt.Sprintf("%s %s %d", strings.ToLower(method), path, a.status)
-		kind := "application/json"
-		response := c.Paths[path][strings.ToLower(method)].Responses[strconv.Itoa(a.status)]
-		if a.status >= 400 {
-			key += " " + a.code()
-			kind = "application/problem+json"
-		}
-		delete(unseen, key)
-		var value any
-		decode(a.body, &value)
-		if schema := response.Content[kind].Schema; schema == nil {
-			t.Errorf("%s %s: %s is not documented", method, target, a)
-		} else if err := c.conforms(schema, value); err != nil {
-			t.Errorf("%s %s: %s: %v", method, target, a, err)
-		}
-	}
-	get := func(target string, headers ...string) {
-		t.Helper()
-		check("GET", target, w.get(target, append([]string{"Authorization", "Bearer key"}, headers...)...))
-	}
-	post := func(target, body string, headers ...string) {
-		t.Helper()
-		check("POST", target, w.post(target, body, append([]string{"Authorization", "Bearer key"}, headers...)...))
-	}
-	movements := []string{"/v1/wallets/1/deposit", "/v1/wallets/1/withdraw", "/v1/wallets/1/transfer"}
-	creations := "/v1/wallets"
-	posts := append([]string{creations}, movements...)
-	gets := []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history", "/v1/transactions/1-1"}
+	return h
+}
 
-	post("/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
-	post("/v1/wallets/1/withdraw", `{"amount":"1","idempotency_key":"w"}`)
-	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"t"}`)
-	post("/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"d"}`)
-	post(creations, `{"id":4,"currency":"EUR"}`)
-	for _, target := range append(gets, "/v1/transactions/1-3", "/openapi.json", "/healthz", "/readyz") {
-		get(target)
-	}
-	// Bodies. A creation has id where a transfer has to_id.
-	for _, target := range posts {
-		extra, key := "", `"idempotency_key":"k"`
-		if strings.HasSuffix(target, "transfer") {
-			extra = `"to_id":2,`
-		}
-		if target == creations {
-			extra = `"id":9,`
-		} else {
-			extra += `"amount":"1",`
-			post(target, `{`+strings.Replace(extra, `"1"`, `"x"`, 1)+key+`}`)
-			post(target, `{`+strings.Replace(extra, `"1"`, `"1e3"`, 1)+key+`}`)
-			post(target, `{`+strings.Replace(extra, `"1"`, `"-1"`, 1)+key+`}`)
-			post(target, `{`+strings.Replace(extra, `"1"`, `"123456789012345678901"`, 1)+key+`}`)
-			post(target, `{`+strings.Replace(extra, `"1"`, `"0.001"`, 1)+key+`}`)
-			post(target, `{`+key+`}`)
-			post(target, `{`+extra+`"currency":"EUR",`+key+`}`)
-			post(strings.Replace(target, "/1/", "/x/", 1), `{`+extra+key+`}`)
-		}
-		post(target, `{`+extra+key)
-		post(target, `{`+extra+`"idempotency_key":"`+strings.Repeat("k", bodyBytesMax)+`"}`)
-		post(target, `{`+extra+key+`}`, "Content-Type", "text/plain")
-		post(target, `{`+extra+`"x":1,`+key+`}`)
-		post(target, `{`+extra+key+`,`+key+`}`)
-		post(target, `{`+extra+`"idempotency_key":""}`)
-		post(target, `{`+extra+key+`}`, "Idempotency-Key", "other")
-		post(target, `{`+extra+`"currency":"usd",`+key+`}`)
-	}
-	post(creations, `{"currency":"EUR","idempotency_key":"c"}`)
-	post(creations, `{"currency":"USD","idempotency_key":"c"}`)
-	post(creations, `{"currency":"USD"}`)
-	post(creations, `{"id":"x","currency":"USD"}`)
-	post(creations, `{"id":4,"currency":"EUR"}`)
-	post(creations, `{"id":9,"currency":"QQQ"}`)
-	post("/v1/wallets/9/deposit", `{"amount":"1","currency":"QQQ","idempotency_key":"k"}`)
-	for i, target := range movements {
-		extra := [3]string{"", "", `"to_id":2,`}[i]
-		post(target, `{`+extra+`"amount":"1"}`)
-		post(target, `{`+extra+`"amount":"2","idempotency_key":"`+[3]string{"d", "w", "t"}[i]+`"}`)
-		if i > 0 {
-			post(target, `{`+extra+`"amount":"10000","idempotency_key":"k"}`)
-			post(strings.Replace(target, "/1/", "/99/", 1), `{`+extra+`"amount":"1","idempotency_key":"k"}`)
-		}
-	}
-	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":1,"idempotency_key":"k"}`)
-	post("/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"k"}`)
-	post("/v1/wallets/3/deposit", `{"amount":"1","idempotency_key":"k"}`)
-	for _, target := range gets {
-		for _, replacement := range []string{"x", "99"} {
-			if strings.Contains(target, "transactions") {
-				replacement += map[string]string{"x": "", "99": "-1"}[replacement]
-				get("/v1/transactions/" + replacement)
-			} else {
-				get(strings.Replace(target, "/1", "/"+replacement, 1))
-			}
-		}
-	}
-	get("/v1/wallets/1/balance?min_seq=99")
-	get("/v1/wallets/1/balance?x=1")
-	get("/v1/wallets/1/history?order=up")
-
-	// What any route may answer. Each is caused on its own.
-	everywhere := func(headers ...string) {
-		t.Helper()
-		for _, target := range gets {
-			get(target, headers...)
-		}
-		for _, target := range posts {
-			body := `{"amount":"1","idempotency_key":"` + fmt.Sprint(time.Now().UnixNano()) + `"}`
-			if strings.HasSuffix(target, "transfer") {
-				body = strings.Replace(body, "{", `{"to_id":2,`, 1)
-			}
-			if target == creations {
-				body = `{"id":7}`
-			}
-			post(target, body, headers...)
-		}
-	}
-	everywhere("Authorization", "Bearer wrong")
-	everywhere("Authorization", "Bearer operator-key")
-	w.api.Limits = gate.NewLimiter(0.001, 0)
-	everywhere()
-	w.api.Limits = nil
-	w.api.RequestsMax = 0
-	everywhere()
-	w.api.RequestsMax = 1000
-	w.api.Started.Store(false)
-	everywhere()
-	get("/readyz")
-	w.api.Started.Store(true)
-	admin := connect(t, w.env["DATABASE_URL"])
-	for _, statement := range []string{`ALTER TABLE entry RENAME TO entry_gone`, `ALTER TABLE wallet RENAME TO wallet_gone`} {
-		if _, err := admin.Exec(context.Background(), statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	everywhere("Cache-Control", "no-cache") // 500s
-	for _, statement := range []string{`ALTER TABLE entry_gone RENAME TO entry`, `ALTER TABLE wallet_gone RENAME TO wallet`} {
-		if _, err := admin.Exec(context.Background(), statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	w.api.Timeout = time.Microsecond // 503, unavailable
-	everywhere("Cache-Control", "no-cache")
-	get("/readyz")
-	w.api.Timeout = time.Second
-
-	for key := range unseen {
-		t.Errorf("documented but not caused: %s", key)
+// decodeJSON decodes a JSON text, numbers kept as text.
+func decodeJSON(t *testing.T, text string, into any) {
+	t.Helper()
+	decoder := json.NewDecoder(strings.NewReader(text))
+	decoder.UseNumber()
+	if err := decoder.Decode(into); err != nil {
+		t.Fatalf("%v: %s", err, text)
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// identified matches the paths that name one thing; the contract has {id} there.
+var identified = []*regexp.Regexp{
+	regexp.MustCompile(`^(/v1/wallets/)[^/]+(.*)$`),
+	regexp.MustCompile(`^(/v1/transactions/)[^/]+()$`),
+}
+
+// check demands that an answer is documented, and crosses it off.
+func (h *held) check(t *testing.T, method, target string, a answer) {
+	t.Helper()
+	path, _, _ := strings.Cut(target, "?")
+	for _, template := range identified {
+		path = template.ReplaceAllString(path, "$1{id}$2")
+	}
+	key := fmt.Sprintf("%s %s %d", strings.ToLower(method), path, a.status)
+	kind := "application/json"
+	response := h.contract.Paths[path][strings.ToLower(method)].Responses[strconv.Itoa(a.status)]
+	if a.status >= 400 {
+		key += " " + a.code()
+		kind = "application/problem+json"
+	}
+	delete(h.unseen, key)
+	var value any
+	decodeJSON(t, a.body, &value)
+	if schema := response.Content[kind].Schema; schema == nil {
+		t.Errorf("%s %s: %s is not documented", method, target, a)
+	} else if err := h.contract.conforms(schema, value); err != nil {
+		t.Errorf("%s %s: %s: %v", method, target, a, err)
+	}
+}
+
+func (h *held) get(t *testing.T, target string, headers ...string) {
+	t.Helper()
+	headers = append([]string{"Authorization", "Bearer key"}, headers...)
+	h.check(t, "GET", target, h.service.get(target, headers...))
+}
+
+func (h *held) post(t *testing.T, target, body string, headers ...string) {
+	t.Helper()
+	headers = append([]string{"Authorization", "Bearer key"}, headers...)
+	h.check(t, "POST", target, h.service.post(target, body, headers...))
+}
+
+// The routes that the contract's test calls, for wallets and transactions that are there.
+const (
+	creations   = "/v1/wallets"
+	deposits    = "/v1/wallets/1/deposit"
+	withdrawals = "/v1/wallets/1/withdraw"
+	transfers   = "/v1/wallets/1/transfer"
+)
+
+var (
+	postRoutes = []string{creations, deposits, withdrawals, transfers}
+	getRoutes  = []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
+		"/v1/transactions/1-1"}
+)
+
+// everywhere calls each route in a way that is right but for the cause that a test has set up.
+func (h *held) everywhere(t *testing.T, headers ...string) {
+	t.Helper()
+	for _, target := range getRoutes {
+		h.get(t, target, headers...)
+	}
+	for _, target := range postRoutes {
+		body := `"amount":"1","idempotency_key":"` + fmt.Sprint(time.Now().UnixNano()) + `"}`
+		switch target {
+		case creations:
+			body = `{"id":7}`
+		case transfers:
+			body = `{"to_id":2,` + body
+		default:
+			body = `{` + body
+		}
+		h.post(t, target, body, headers...)
+	}
+}
+
+// members are the members of a right body for a route, each followed by a comma, without the key. A creation
+// has id where a transfer has to_id.
+func members(target string) string {
+	switch target {
+	case creations:
+		return `"id":9,`
+	case transfers:
+		return `"to_id":2,"amount":"1",`
+	default:
+		return `"amount":"1",`
+	}
+}
+
+// TestContract causes every answer that the OpenAPI document lists, each refusal in a subtest of its cause.
+// It finds each answer documented: status, code and shape.
+func TestContract(t *testing.T) {
+	h := newHeld(t)
+	if h.contract.OpenAPI != "3.1.0" {
+		t.Errorf("OpenAPI %s", h.contract.OpenAPI)
+	}
+	h.post(t, deposits, `{"amount":"100","idempotency_key":"d"}`)
+	h.post(t, withdrawals, `{"amount":"1","idempotency_key":"w"}`)
+	h.post(t, transfers, `{"amount":"1","to_id":2,"idempotency_key":"t"}`)
+	h.post(t, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"d"}`)
+	h.post(t, creations, `{"id":4,"currency":"EUR"}`)
+
+	const key = `"idempotency_key":"k"`
+	each := func(targets []string, do func(t *testing.T, target string)) func(*testing.T) {
+		return func(t *testing.T) {
+			for _, target := range targets {
+				do(t, target)
+			}
+		}
+	}
+	everywhere := func(headers ...string) func(*testing.T) {
+		return func(t *testing.T) { h.everywhere(t, headers...) }
+	}
+	movements := postRoutes[1:]
+	for _, c := range []struct {
+		cause string
+		do    func(t *testing.T)
+	}{
+		{"nothing", each(append(slices.Clone(getRoutes), "/v1/transactions/1-3", "/openapi.json", "/healthz",
+			"/readyz"),
+			func(t *testing.T, target string) { h.get(t, target) })},
+		{"amounts", each(movements, func(t *testing.T, target string) {
+			for _, amount := range []string{"x", "1e3", "-1", "123456789012345678901", "0.001"} {
+				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"`+amount+`"`, 1)
+				h.post(t, target, `{`+body+key+`}`)
+			}
+		})},
+		{"bodies", each(postRoutes, func(t *testing.T, target string) {
+			h.post(t, target, `{`+members(target)+key)
+			long := strings.Repeat("k", bodyBytesMax)
+			h.post(t, target, `{`+members(target)+`"idempotency_key":"`+long+`"}`)
+			h.post(t, target, `{`+members(target)+key+`}`, "Content-Type", "text/plain")
+			h.post(t, target, `{`+members(target)+`"x":1,`+key+`}`)
+			h.post(t, target, `{`+members(target)+key+`,`+key+`}`)
+		})},
+		{"members left out", func(t *testing.T) {
+			each(movements, func(t *testing.T, target string) { h.post(t, target, `{`+key+`}`) })(t)
+			h.post(t, creations, `{"currency":"USD"}`)
+		}},
+		{"idempotency keys", func(t *testing.T) {
+			for _, target := range postRoutes {
+				h.post(t, target, `{`+members(target)+`"idempotency_key":""}`)
+				h.post(t, target, `{`+members(target)+key+`}`, "Idempotency-Key", "other")
+			}
+			for i, target := range movements {
+				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"2"`, 1)
+				h.post(t, target, `{`+body+`"idempotency_key":"`+[]string{"d", "w", "t"}[i]+`"}`)
+				h.post(t, target, `{`+strings.TrimSuffix(members(target), ",")+`}`)
+			}
+			h.post(t, creations, `{"currency":"EUR","idempotency_key":"c"}`)
+			h.post(t, creations, `{"currency":"USD","idempotency_key":"c"}`)
+		}},
+		{"currencies", func(t *testing.T) {
+			for _, target := range postRoutes {
+				h.post(t, target, `{`+members(target)+`"currency":"usd",`+key+`}`)
+			}
+			for _, target := range movements {
+				h.post(t, target, `{`+members(target)+`"currency":"EUR",`+key+`}`)
+			}
+			h.post(t, creations, `{"id":9,"currency":"QQQ"}`)
+			h.post(t, "/v1/wallets/9/deposit", `{"amount":"1","currency":"QQQ",`+key+`}`)
+		}},
+		{"wallets", func(t *testing.T) {
+			for _, target := range movements {
+				h.post(t, strings.Replace(target, "/1/", "/x/", 1), `{`+members(target)+key+`}`)
+			}
+			for _, target := range []string{withdrawals, transfers} {
+				h.post(t, strings.Replace(target, "/1/", "/99/", 1), `{`+members(target)+key+`}`)
+			}
+			for _, target := range getRoutes[:3] {
+				h.get(t, strings.Replace(target, "/1", "/x", 1))
+				h.get(t, strings.Replace(target, "/1", "/99", 1))
+			}
+			h.get(t, "/v1/transactions/x")
+			h.get(t, "/v1/transactions/99-1")
+			h.post(t, creations, `{"id":"x","currency":"USD"}`)
+			h.post(t, creations, `{"id":4,"currency":"EUR"}`)
+			h.post(t, transfers, `{"amount":"1","to_id":1,`+key+`}`)
+		}},
+		{"balances", func(t *testing.T) {
+			for _, target := range []string{withdrawals, transfers} {
+				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"10000"`, 1)
+				h.post(t, target, `{`+body+key+`}`)
+			}
+			h.post(t, "/v1/wallets/3/deposit", `{"amount":"1",`+key+`}`)
+			h.post(t, transfers, `{"amount":"1","to_id":3,`+key+`}`)
+		}},
+		{"parameters", func(t *testing.T) {
+			h.get(t, "/v1/wallets/1/balance?min_seq=99")
+			h.get(t, "/v1/wallets/1/balance?x=1")
+			h.get(t, "/v1/wallets/1/history?order=up")
+		}},
+		{"an unknown API key", everywhere("Authorization", "Bearer wrong")},
+		{"an API key for something else", everywhere("Authorization", "Bearer operator-key")},
+		{"too many requests of one client", func(t *testing.T) {
+			h.service.api.Limits = gate.NewLimiter(0.001, 0)
+			h.everywhere(t)
+			h.service.api.Limits = nil
+		}},
+		{"too many requests at once", func(t *testing.T) {
+			h.service.api.RequestsMax = 0
+			h.everywhere(t)
+			h.service.api.RequestsMax = 1000
+		}},
+		{"not started", func(t *testing.T) {
+			h.service.api.Started.Store(false)
+			h.everywhere(t)
+			h.get(t, "/readyz")
+			h.service.api.Started.Store(true)
+		}},
+		{"tables that are gone", func(t *testing.T) {
+			admin := connect(t, h.service.env["DATABASE_URL"])
+			rename := func(from, to string) {
+				t.Helper()
+				for _, table := range []string{"entry", "wallet"} {
+					sql := "ALTER TABLE " + table + from + " RENAME TO " + table + to
+					if _, err := admin.Exec(context.Background(), sql); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			rename("", "_gone")
+			h.everywhere(t, "Cache-Control", "no-cache")
+			rename("_gone", "")
+		}},
+		{"no time", func(t *testing.T) {
+			h.service.api.Timeout = time.Microsecond
+			h.everywhere(t, "Cache-Control", "no-cache")
+			h.get(t, "/readyz")
+			h.service.api.Timeout = time.Second
+		}},
+		{"all were caused", func(t *testing.T) { // which is so only if all of the above ran
+			for refusal := range h.unseen {
+				t.Errorf("documented but not caused: %s", refusal)
+			}
+		}},
+	} {
+		t.Run(c.cause, c.do)
+	}
+}
+
+// -----------------------------------------------------------------------------------------------------------
 // Under attack
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // TestBombs: texts that would cost a careless parser much cost little.
 func TestBombs(t *testing.T) {
 	w := start(t, testEnv(t))
 	began := time.Now()
 	for _, body := range []string{
-		`{"amount":"1e1000000000","idempotency_key":"k"}`, `{"amount":1e1000000000,"idempotency_key":"k"}`, `{"amount":1e-1000000000,"idempotency_key":"k"}`,
-		`{"amount":"` + strings.Repeat("9", 4000) + `","idempotency_key":"k"}`, `{"amount":0.` + strings.Repeat("1", 4000) + `,"idempotency_key":"k"}`,
-		strings.Repeat("[", 4000), strings.Repeat(`{"amount":`, 400), `{"` + strings.Repeat("a", 4000) + `":1}`, strings.Repeat(" ", 4000),
+		`{"amount":"1e1000000000","idempotency_key":"k"}`, `{"amount":1e1000000000,"idempotency_key":"k"}`,
+		`{"amount":1e-1000000000,"idempotency_key":"k"}`,
+		`{"amount":"` + strings.Repeat("9", 4000) + `","idempotency_key":"k"}`,
+		`{"amount":0.` + strings.Repeat("1", 4000) + `,"idempotency_key":"k"}`,
+		strings.Repeat("[", 4000), strings.Repeat(`{"amount":`, 400),
+		`{"` + strings.Repeat("a", 4000) + `":1}`, strings.Repeat(" ", 4000),
 		`{"amount":"\u0031"` + strings.Repeat(" ", 3000) + `,"idempotency_key":""}`, "\xff\xfe{", "\x00",
 	} {
 		if a := w.post("/v1/wallets/1/deposit", body); a.status < 400 || a.status >= 500 {
@@ -597,13 +705,17 @@ func raw(tb testing.TB, address, request string) (statuses []int) {
 func TestSmuggling(t *testing.T) {
 	w := start(t, testEnv(t))
 	address := w.http.Listener.Addr().String()
-	hidden := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 36\r\n\r\n" + `{"amount":"1","idempotency_key":"s"}`
+	const head = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\n"
+	const length = "Content-Length: 4\r\n"
+	const end = "0\r\n\r\n" // the last chunk
+	hidden := head + "Content-Type: application/json\r\nContent-Length: 36\r\n\r\n" +
+		`{"amount":"1","idempotency_key":"s"}`
 	for name, request := range map[string]string{
-		"both lengths":        "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden,
-		"two lengths":         "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd" + hidden,
-		"a length with a +":   "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Length: +4\r\n\r\nabcd" + hidden,
-		"an obscured chunked": "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + hidden,
-		"a folded header":     "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
+		"both lengths":        head + length + "Transfer-Encoding: chunked\r\n\r\n" + end + hidden,
+		"two lengths":         head + length + "Content-Length: 5\r\n\r\nabcd" + hidden,
+		"a length with a +":   head + "Content-Length: +4\r\n\r\nabcd" + hidden,
+		"an obscured chunked": head + "Transfer-Encoding: xchunked\r\n\r\n" + end + hidden,
+		"a folded header":     head + "X: y\r\n Content-Length: 4\r\n\r\nabcd" + hidden,
 		"no host":             "POST /v1/wallets/1/deposit HTTP/1.1\r\n\r\n" + hidden,
 		"two hosts":           "GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + hidden,
 		"a bare LF in a name": "GET /healthz HTTP/1.1\r\nHost: x\r\nX\n: y\r\n\r\n" + hidden,
@@ -623,19 +735,23 @@ func TestSmuggling(t *testing.T) {
 func TestPathTricks(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
-	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance", "/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance", "/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
-		a := raw(t, w.http.Listener.Addr().String(), "GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance",
+		"/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance",
+		"/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
+		a := raw(t, w.http.Listener.Addr().String(),
+			"GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 		if len(a) != 1 || a[0] < 300 {
 			t.Errorf("%s: %v", path, a)
 		}
 	}
-	long := raw(t, w.http.Listener.Addr().String(), "GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
+	long := raw(t, w.http.Listener.Addr().String(),
+		"GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
 	if len(long) > 0 && long[0] != 431 {
 		t.Errorf("2 MiB of headers: %v", long)
 	}
 }
 
-// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody else waits for them.
+// TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody waits for them.
 func TestSlowClientsHoldNothing(t *testing.T) {
 	w := start(t, testEnv(t))
 	var cut atomic.Int64
@@ -647,9 +763,10 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 		}
 		slow.Go(func() {
 			defer conn.Close()
-			text := "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nX-Slow: "
+			const head = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\n"
+			text := head + "X-Slow: "
 			if i%2 == 0 { // the head is there, the body drips
-				text = "POST /v1/wallets/1/deposit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+				text = head + "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
 			}
 			fmt.Fprint(conn, text)
 			for range 30 {
@@ -663,7 +780,8 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 	}
 	for i := range 50 {
 		began := time.Now()
-		response, err := http.Post("http://"+w.direct+"/v1/wallets/1/deposit", "application/json", strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i)))
+		response, err := http.Post("http://"+w.direct+"/v1/wallets/1/deposit", "application/json",
+			strings.NewReader(fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, i)))
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("a deposit beside slow clients: %v %v", response, err)
 		}
@@ -678,27 +796,32 @@ func TestSlowClientsHoldNothing(t *testing.T) {
 	}
 }
 
-// TestFlood: at ten times what can be written, the surplus is refused at once, and what is accepted takes no longer than with the queue just full,
-// without a flood; memory stays bounded. What can be written is made small, so that the flood is not about who gets the processor.
+// TestFlood: at ten times what can be written, the surplus is refused at once, and what is accepted takes no
+// longer than with the queue just full. What can be written is made small, so that the flood is not about who
+// gets the processor.
 func TestFlood(t *testing.T) {
 	const queue = 20
-	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue), "REQUESTS_MAX=60"))
+	w := start(t, testEnv(t, "WRITERS=1", "WRITE_BATCH_MAX=1", fmt.Sprint("WRITE_QUEUE_MAX=", queue),
+		"REQUESTS_MAX=60"))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"seed"}`)
-	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(), `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
+	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(),
+		`CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
 		CREATE TRIGGER slow BEFORE INSERT ON entry FOR EACH STATEMENT EXECUTE FUNCTION slow()`); err != nil {
 		t.Fatal(err)
 	}
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Timeout: 10 * time.Second}
 	run := func(clients int, how time.Duration) (took latencies, refused int) {
 		var mu sync.Mutex
-		var running sync.WaitGroup
+		var working sync.WaitGroup
 		began := time.Now()
 		for c := range clients {
-			running.Go(func() {
+			working.Go(func() {
 				for i := 0; time.Since(began) < how; i++ {
 					body := fmt.Sprintf(`{"amount":"1","idempotency_key":"%d-%d-%d"}`, clients, c, i)
 					at := time.Now()
-					response, err := client.Post(w.http.URL+fmt.Sprintf("/v1/wallets/%d/deposit", 1+c%50), "application/json", strings.NewReader(body))
+					response, err := client.Post(w.http.URL+fmt.Sprintf("/v1/wallets/%d/deposit", 1+c%50),
+						"application/json", strings.NewReader(body))
 					if err != nil {
 						t.Error(err)
 						return
@@ -711,7 +834,8 @@ func TestFlood(t *testing.T) {
 					case response.StatusCode == 503 && response.Header.Get("Retry-After") != "":
 						refused++
 					default:
-						t.Errorf("%d, Retry-After %q", response.StatusCode, response.Header.Get("Retry-After"))
+						t.Errorf("%d, Retry-After %q", response.StatusCode,
+							response.Header.Get("Retry-After"))
 					}
 					mu.Unlock()
 					if response.StatusCode == 503 {
@@ -720,7 +844,7 @@ func TestFlood(t *testing.T) {
 				}
 			})
 		}
-		running.Wait()
+		working.Wait()
 		slices.Sort(took)
 		return took, refused
 	}
@@ -732,7 +856,8 @@ func TestFlood(t *testing.T) {
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	t.Logf("calm: %d served, median %v, p99 %v; flood: %d served, median %v, p99 %v, %d refused; heap %d MB",
-		len(calm), calm.at(.5), calm.at(.99), len(flooded), flooded.at(.5), flooded.at(.99), refused, memory.HeapAlloc>>20)
+		len(calm), calm.at(.5), calm.at(.99), len(flooded), flooded.at(.5), flooded.at(.99), refused,
+		memory.HeapAlloc>>20)
 	if len(calm) < 50 || refused < 9*len(flooded) {
 		t.Fatal("that was no flood")
 	}
@@ -745,13 +870,22 @@ func TestFlood(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that the contract lists, and whole.
+// FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that
+// the contract lists, and whole.
 func FuzzRequest(f *testing.F) {
 	f.Add("POST", "/v1/wallets/1/deposit", "", "k", "application/json", "", []byte(`{"amount":"1"}`))
-	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "", []byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
-	f.Add("POST", "/v1/wallets", "", "", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
-	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", []byte(nil))
+	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
+		[]byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
+	f.Add("POST", "/v1/wallets", "", "", "application/json",
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
+	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "",
+		[]byte(nil))
 	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
+	f.Add("POST", "/v1/wallets/1/holds", "", "k", "application/json", "",
+		[]byte(`{"amount":"1","to_id":2,"expires_in":"15m","reference":"r","metadata":{"a":"b"}}`))
+	f.Add("POST", "/v1/wallets/1/state", "", "k", "application/json", "", []byte(`{"state":"frozen","note":"n"}`))
+	f.Add("POST", "/v1/holds/1-1/capture", "", "k", "application/json", "", []byte(`{"final":false}`))
+	f.Add("GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z", "", "", "", []byte(nil))
 	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
 	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
 
@@ -765,7 +899,11 @@ func FuzzRequest(f *testing.F) {
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
 		for op := range l.queue.Queue {
-			if op.walletID < 1 || op.kind != kindCreation && (!op.amount.IsPositive() || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 || op.toID == op.walletID {
+			named := op.note.All || op.kind == kindState || op.amount.IsPositive()
+			if op.walletID < 1 || op.kind != kindCreation &&
+				(!named || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 ||
+				op.toID == op.walletID || len(op.note.Reference) > noteBytesMax ||
+				len(op.note.Metadata) > metadataBytesMax {
 				panic(fmt.Sprintf("in the queue: %+v", op))
 			}
 			op.err = refuse("balance_limit", "refused by the test")
@@ -783,7 +921,8 @@ func FuzzRequest(f *testing.F) {
 		}
 		r.URL.Path, r.URL.RawQuery, r.RequestURI = "/"+strings.TrimPrefix(path, "/"), query, "/"
 		r.RemoteAddr = "192.0.2.1:1"
-		for name, value := range map[string]string{"Idempotency-Key": key, "Content-Type": contentType, "Traceparent": trace, "X-Request-Id": trace} {
+		for name, value := range map[string]string{"Idempotency-Key": key, "Content-Type": contentType,
+			"Traceparent": trace, "X-Request-Id": trace} {
 			if value != "" {
 				r.Header.Set(name, value)
 			}

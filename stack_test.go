@@ -1,5 +1,12 @@
-// The tests' servers and the service under test. The first test that needs servers starts `dev services` (Postgres, Redis, Kafka) once
-// for the whole run; each test has a database, a slot and topics of its own.
+// The tests' harness: the servers, the service under test and what looks at it. The tests are elsewhere.
+//
+// The first test that needs servers starts `dev services` (Postgres, Redis, Kafka) once for the whole run.
+// Each test has a database, a slot and topics of its own.
+//
+//   - servers are those servers, or some that a test may kill;
+//   - running is a service in this process;
+//   - replica is a service as a process of its own;
+//   - rig is a running service with relays to start and stop beside it.
 
 package main
 
@@ -7,33 +14,53 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/IBM/sarama"
+	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
+
+	"wallet/internal/kafka"
+	"wallet/internal/proctest"
 )
+
+// -----------------------------------------------------------------------------------------------------------
+// Servers
+// -----------------------------------------------------------------------------------------------------------
 
 // servers is what `dev services` printed, and the way to its commands.
 type servers struct {
-	DatabaseURL  string                     `json:"database_url"`
-	RedisURL     string                     `json:"redis_url"`
-	KafkaBrokers string                     `json:"kafka_brokers"`
-	SecureKafka  map[string]string          `json:"secure_kafka"` // with -secure: the settings for the brokers' other listeners
-	PIDs         map[string]json.RawMessage `json:"pids"`
+	DatabaseURL  string `json:"database_url"`
+	RedisURL     string `json:"redis_url"`
+	KafkaBrokers string `json:"kafka_brokers"`
+	// With -secure: the settings for the brokers' other listeners.
+	SecureKafka map[string]string          `json:"secure_kafka"`
+	PIDs        map[string]json.RawMessage `json:"pids"`
 
 	mu     sync.Mutex // one command at a time
 	stdin  io.WriteCloser
@@ -43,16 +70,18 @@ type servers struct {
 }
 
 var (
-	devBinary   = sync.OnceValues(buildDev)
-	sharedStack = sync.OnceValues(func() (*servers, error) { return startServers() })
-	testFolder  string
-	names       atomic.Int64
+	devBinary    = sync.OnceValues(buildDev)
+	sharedStack  = sync.OnceValues(func() (*servers, error) { return startServers() })
+	stackStarted atomic.Bool
+	testFolder   string
+	names        atomic.Int64
 )
 
 func TestMain(m *testing.M) {
 	slog.SetDefault(slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if os.Getenv("WALLET_TEST_LOG") != "" {
-		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr,
+			&slog.HandlerOptions{Level: slog.LevelDebug})))
 	}
 	var err error
 	if testFolder, err = os.MkdirTemp("/var/tmp", "wallet-test-"); err != nil {
@@ -72,8 +101,6 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(code)
 }
-
-var stackStarted atomic.Bool
 
 // stack returns the shared servers.
 func stack(tb testing.TB) *servers {
@@ -95,8 +122,8 @@ func buildDev() (string, error) {
 	return binary, nil
 }
 
-// startServers starts servers of the kinds that WALLET_TEST_KAFKA, WALLET_TEST_POSTGRES and WALLET_TEST_REDIS name, with further
-// flags; they end with this process, however it ends.
+// startServers starts servers of the kinds that WALLET_TEST_KAFKA, WALLET_TEST_POSTGRES and WALLET_TEST_REDIS
+// name, with further flags; they end with this process, however it ends.
 func startServers(flags ...string) (*servers, error) {
 	binary, err := devBinary()
 	if err != nil {
@@ -108,7 +135,8 @@ func startServers(flags ...string) (*servers, error) {
 	}
 	os.Chmod(data, 0o755)
 	args := []string{"services", "-data", data}
-	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA", "-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
+	for flag, variable := range map[string]string{"-kafka": "WALLET_TEST_KAFKA",
+		"-postgres": "WALLET_TEST_POSTGRES", "-redis": "WALLET_TEST_REDIS"} {
 		if value := os.Getenv(variable); value != "" {
 			args = append(args, flag, value)
 		}
@@ -176,6 +204,11 @@ func (s *servers) database(tb testing.TB) string {
 	return base[:strings.LastIndex(base, "/")+1] + name + "?" + query
 }
 
+// databaseOf is the name of a URL's database.
+func databaseOf(url string) string {
+	return url[strings.LastIndex(url, "/")+1 : strings.LastIndex(url, "?")]
+}
+
 func connect(tb testing.TB, url string) *pgx.Conn {
 	tb.Helper()
 	conn, err := pgx.Connect(context.Background(), url)
@@ -207,8 +240,12 @@ func testEnv(tb testing.TB, more ...string) map[string]string {
 	return env
 }
 
-// wallets is a running service under test.
-type wallets struct {
+// -----------------------------------------------------------------------------------------------------------
+// A service in this process
+// -----------------------------------------------------------------------------------------------------------
+
+// running is a service under test, in this process.
+type running struct {
 	*service
 	http   *httptest.Server // serves the service's whole handler
 	direct string           // host:port of the service's own listener, with its timeouts and TLS
@@ -217,7 +254,7 @@ type wallets struct {
 }
 
 // start runs a service in this process, until the test ends or end is called.
-func start(tb testing.TB, env map[string]string) *wallets {
+func start(tb testing.TB, env map[string]string) *running {
 	tb.Helper()
 	cfg, err := readConfig(func(name string) string { return env[name] })
 	if err != nil {
@@ -228,7 +265,8 @@ func start(tb testing.TB, env map[string]string) *wallets {
 		tb.Fatal(err)
 	}
 	listener := newListener(tb)
-	w := &wallets{service: s, http: httptest.NewUnstartedServer(s.api.public), direct: listener.Addr().String(), env: env}
+	w := &running{service: s, http: httptest.NewUnstartedServer(s.api.public),
+		direct: listener.Addr().String(), env: env}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx, listener) }()
@@ -272,7 +310,7 @@ func (a answer) code() string {
 	return p.Code
 }
 
-func (w *wallets) do(r *http.Request) answer {
+func (w *running) do(r *http.Request) answer {
 	response, err := w.http.Client().Do(r)
 	if err != nil {
 		return answer{body: err.Error()}
@@ -285,7 +323,7 @@ func (w *wallets) do(r *http.Request) answer {
 	return answer{response.StatusCode, response.Header, string(body)}
 }
 
-func (w *wallets) get(path string, headers ...string) answer {
+func (w *running) get(path string, headers ...string) answer {
 	r, _ := http.NewRequest("GET", w.http.URL+path, nil)
 	for i := 0; i < len(headers); i += 2 {
 		r.Header.Set(headers[i], headers[i+1])
@@ -293,7 +331,7 @@ func (w *wallets) get(path string, headers ...string) answer {
 	return w.do(r)
 }
 
-func (w *wallets) post(path, body string, headers ...string) answer {
+func (w *running) post(path, body string, headers ...string) answer {
 	r, _ := http.NewRequest("POST", w.http.URL+path, bytes.NewReader([]byte(body)))
 	r.Header.Set("Content-Type", "application/json")
 	for i := 0; i < len(headers); i += 2 {
@@ -303,13 +341,25 @@ func (w *wallets) post(path, body string, headers ...string) answer {
 }
 
 // mustPost is a post that must be answered with a status.
-func (w *wallets) mustPost(tb testing.TB, status int, path, body string, headers ...string) answer {
+func (w *running) mustPost(tb testing.TB, status int, path, body string, headers ...string) answer {
 	tb.Helper()
 	a := w.post(path, body, headers...)
 	if a.status != status {
 		tb.Fatalf("POST %s %s: %s, want %d", path, body, a, status)
 	}
 	return a
+}
+
+// mustCount says how many wallets, entries and outbox rows there are, and how much money.
+func (w *running) mustCount(tb testing.TB) (counts string) {
+	tb.Helper()
+	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet), (SELECT count(*) FROM entry),
+			(SELECT count(*) FROM outbox), (SELECT sum(balance) FROM wallet))`).Scan(&counts)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return counts
 }
 
 func eventually(tb testing.TB, within time.Duration, what string, is func() bool) {
@@ -328,19 +378,32 @@ func checkLedger(tb testing.TB, databaseURL string) {
 	tb.Helper()
 	conn := connect(tb, databaseURL)
 	for rule, query := range map[string]string{
-		"entries are contiguous from 1": `SELECT wallet_id, count(*), min(seq), max(seq) FROM entry GROUP BY 1 HAVING min(seq) <> 1 OR max(seq) <> count(*)`,
-		"a wallet stands where its last entry says": `SELECT w.id, w.seq, w.balance FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-			WHERE w.seq > 0 AND (e.wallet_id IS NULL OR e.balance <> w.balance OR e.created_at <> w.entry_at)`,
-		"no entry is beyond its wallet": `SELECT e.wallet_id, e.seq, w.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id WHERE e.seq > w.seq`,
-		"each balance is the one before plus the amount": `SELECT wallet_id, seq, balance FROM (SELECT *, lag(balance, 1, 0::numeric) OVER w AS before, lag(created_at) OVER w AS at_before
-			FROM entry WINDOW w AS (PARTITION BY wallet_id ORDER BY seq)) e WHERE balance <> before + amount OR created_at < at_before`,
-		"the legs of a transfer fit": `SELECT a.wallet_id, a.seq FROM entry a LEFT JOIN entry b ON b.wallet_id = a.counterparty_id AND b.seq = a.counterparty_seq
-			WHERE a.kind IN ('transfer_out', 'transfer_in') AND (b.wallet_id IS NULL OR b.counterparty_id <> a.wallet_id OR b.counterparty_seq <> a.seq
-			OR a.amount + b.amount <> 0 OR a.created_at <> b.created_at OR a.idempotency_key <> b.idempotency_key OR a.kind = b.kind)`,
-		"money is conserved per currency": `SELECT w.currency, sum(w.balance), d.sum FROM wallet w JOIN (SELECT w.currency, sum(e.amount) FROM entry e JOIN wallet w ON w.id = e.wallet_id
-			WHERE e.kind IN ('deposit', 'withdrawal') GROUP BY 1) d ON d.currency = w.currency GROUP BY 1, 3 HAVING sum(w.balance) <> d.sum`,
-		"a key posts once": `SELECT wallet_id, idempotency_key, count(*) FROM entry WHERE kind <> 'transfer_in' GROUP BY 1, 2 HAVING count(*) > 1`,
-		"an outbox row for each entry": `SELECT e.wallet_id, e.seq, count(o.seq) FROM entry e LEFT JOIN outbox o ON o.aggregate_id = e.wallet_id AND o.seq = e.seq
+		"entries are contiguous from 1": `SELECT wallet_id, count(*), min(seq), max(seq) FROM entry GROUP BY 1
+			HAVING min(seq) <> 1 OR max(seq) <> count(*)`,
+		"a wallet stands where its last entry says": `SELECT w.id, w.seq, w.balance FROM wallet w
+			LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+			WHERE w.seq > 0
+			  AND (e.wallet_id IS NULL OR e.balance <> w.balance OR e.created_at <> w.entry_at)`,
+		"no entry is beyond its wallet": `SELECT e.wallet_id, e.seq, w.seq FROM entry e
+			JOIN wallet w ON w.id = e.wallet_id WHERE e.seq > w.seq`,
+		"each balance is the one before plus the amount": `SELECT wallet_id, seq, balance
+			FROM (SELECT *, lag(balance, 1, 0::numeric) OVER w AS before, lag(created_at) OVER w AS at_before
+			      FROM entry WINDOW w AS (PARTITION BY wallet_id ORDER BY seq)) e
+			WHERE balance <> before + amount OR created_at < at_before`,
+		"the legs of a transfer fit": `SELECT a.wallet_id, a.seq FROM entry a
+			LEFT JOIN entry b ON b.wallet_id = a.counterparty_id AND b.seq = a.counterparty_seq
+			WHERE a.kind IN ('transfer_out', 'transfer_in')
+			  AND (b.wallet_id IS NULL OR b.counterparty_id <> a.wallet_id OR b.counterparty_seq <> a.seq
+			       OR a.amount + b.amount <> 0 OR a.created_at <> b.created_at
+			       OR a.idempotency_key <> b.idempotency_key OR a.kind = b.kind)`,
+		"money is conserved per currency": `SELECT w.currency, sum(w.balance), d.sum FROM wallet w
+			JOIN (SELECT w.currency, sum(e.amount) FROM entry e JOIN wallet w ON w.id = e.wallet_id
+			      WHERE e.kind IN ('deposit', 'withdrawal') GROUP BY 1) d ON d.currency = w.currency
+			GROUP BY 1, 3 HAVING sum(w.balance) <> d.sum`,
+		"a key posts once": `SELECT wallet_id, idempotency_key, count(*) FROM entry
+			WHERE kind <> 'transfer_in' GROUP BY 1, 2 HAVING count(*) > 1`,
+		"an outbox row for each entry": `SELECT e.wallet_id, e.seq, count(o.seq) FROM entry e
+			LEFT JOIN outbox o ON o.aggregate_id = e.wallet_id AND o.seq = e.seq
 			GROUP BY 1, 2 HAVING count(o.seq) <> 1`,
 	} {
 		rows, _ := conn.Query(context.Background(), query)
@@ -364,4 +427,918 @@ func newListener(tb testing.TB) net.Listener {
 		tb.Fatal(err)
 	}
 	return listener
+}
+
+func inUse(tb testing.TB, c *cache) {
+	tb.Helper()
+	eventually(tb, 5*time.Second, "cache in use", func() bool { _, _, ok := c.usable(); return ok })
+}
+
+// movement is one acknowledged operation, as a client remembers it.
+type movement struct {
+	path, key, body string // of the request
+	answer          string
+}
+
+// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations
+// acknowledged. A client repeats a request with the same key until it is answered with something final, as
+// clients are told to.
+func moveAtRandom(
+	tb testing.TB, clients, each, wallets int, replica func() *running,
+) (acknowledged []movement) {
+	tb.Helper()
+	var mu sync.Mutex
+	var working sync.WaitGroup
+	for c := range clients {
+		working.Go(func() {
+			dice := rand.New(rand.NewPCG(uint64(c), 42))
+			for i := range each {
+				id, to := 1+dice.IntN(wallets), 1+dice.IntN(wallets)
+				m := movement{key: fmt.Sprintf("c%d-%d", c, i)}
+				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
+				switch dice.IntN(4) {
+				case 0:
+					m.path = fmt.Sprintf("/v1/wallets/%d/deposit", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+				case 1:
+					m.path = fmt.Sprintf("/v1/wallets/%d/withdraw", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
+				default:
+					m.path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
+					m.body = fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
+				}
+				deadline := time.Now().Add(60 * time.Second)
+				for {
+					a := replica().post(m.path, m.body)
+					if a.status == 200 {
+						m.answer = a.body
+						mu.Lock()
+						acknowledged = append(acknowledged, m)
+						mu.Unlock()
+						break
+					}
+					if a.status == 404 || a.status == 422 || a.status == 400 {
+						break
+					}
+					if a.status != 0 && a.status != 503 {
+						tb.Errorf("POST %s %s: %s", m.path, m.body, a)
+						break
+					}
+					if time.Now().After(deadline) {
+						tb.Errorf("never answered: POST %s %s: %s", m.path, m.body, a)
+						break
+					}
+					time.Sleep(20 * time.Millisecond)
+				}
+			}
+		})
+	}
+	working.Wait()
+	return acknowledged
+}
+
+// checkAcknowledged sends each acknowledged request once more: the same bytes, and nothing moves.
+func checkAcknowledged(tb testing.TB, w *running, acknowledged []movement) {
+	tb.Helper()
+	before := w.mustCount(tb)
+	for _, m := range acknowledged {
+		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer ||
+			a.header.Get("Idempotent-Replayed") != "true" {
+			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
+		}
+	}
+	if after := w.mustCount(tb); after != before {
+		tb.Errorf("replays moved money: %s, before %s", after, before)
+	}
+}
+
+// latencies are those of one run, sorted.
+type latencies []time.Duration
+
+func (l latencies) at(q float64) time.Duration {
+	if len(l) == 0 {
+		return 0
+	}
+	return l[min(len(l)-1, int(q*float64(len(l))))]
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// A service as a process of its own
+// -----------------------------------------------------------------------------------------------------------
+
+var walletBinary = sync.OnceValues(func() (string, error) {
+	binary := filepath.Join(testFolder, "wallet")
+	// Without the race detector, also under -race: what is killed here is what users run.
+	out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build the service: %w\n%s", err, out)
+	}
+	return binary, nil
+})
+
+// walletCommand is the service as a process of its own.
+func walletCommand(tb testing.TB, env map[string]string, args ...string) *exec.Cmd {
+	tb.Helper()
+	binary, err := walletBinary()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cmd := exec.Command(binary, args...)
+	cmd.Env = os.Environ()
+	for name, value := range env {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	return cmd
+}
+
+// replica is the service as a process.
+type replica struct {
+	env      map[string]string
+	stepped  bool // its clock can be stepped
+	url      string
+	operate  string
+	log      string
+	cmd      *exec.Cmd
+	exited   chan struct{}
+	writes   *proxy   // to Postgres, but for the relay's replication; nil where there are several hosts
+	postgres *proxy   // of a cuttable one: to the relay's replication connection
+	kafka    []*proxy // of a cuttable one
+	clock    *os.File // holds the seconds that its clock is ahead of the machine's
+}
+
+func newReplica(tb testing.TB, env map[string]string, name string) *replica {
+	r := &replica{env: maps.Clone(env), log: filepath.Join(testFolder, name+".log")}
+	listener := newListener(tb)
+	operate := newListener(tb)
+	r.env["LISTEN_ADDR"], r.url = listener.Addr().String(), "http://"+listener.Addr().String()
+	r.env["OPERATE_ADDR"], r.operate = operate.Addr().String(), "http://"+operate.Addr().String()
+	listener.Close()
+	operate.Close()
+	var err error
+	if r.clock, err = os.Create(r.log + ".clock"); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { r.clock.Close() })
+	r.setClock(tb, 0)
+	r.env["WALLET_TEST_CLOCK_FILE"] = r.clock.Name()
+	return r
+}
+
+// setClock steps the replica's clock, if it is a process with a clock of ours.
+func (r *replica) setClock(tb testing.TB, ahead time.Duration) {
+	tb.Helper()
+	seconds := binary.NativeEndian.AppendUint64(nil, uint64(ahead/time.Second))
+	if _, err := r.clock.WriteAt(seconds, 0); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// cutWrites leads the replica's way to Postgres through a proxy.
+func (r *replica) cutWrites(tb testing.TB) {
+	tb.Helper()
+	u, err := url.Parse(r.env["DATABASE_URL"])
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if strings.Contains(u.Host, ",") {
+		return
+	}
+	r.writes = newProxy(tb, u.Host)
+	go r.writes.serve()
+	u.Host = r.writes.listener.Addr().String()
+	r.env["DATABASE_URL"] = u.String()
+}
+
+// newCuttableReplica is a replica whose relay's ways to Postgres and Kafka lead through proxies.
+func newCuttableReplica(tb testing.TB, env map[string]string, name string) *replica {
+	r := newReplica(tb, env, "chaos-"+name)
+	r.cutWrites(tb)
+	if brokers := env["KAFKA_BROKERS"]; brokers != "" {
+		u, err := url.Parse(env["DATABASE_URL"])
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if !strings.Contains(u.Host, ",") {
+			r.postgres = newProxy(tb, u.Host)
+			go r.postgres.serve()
+			u.Host = r.postgres.listener.Addr().String()
+			r.env["REPLICATION_URL"] = u.String()
+		}
+		// Brokers tell their addresses in their answers: a port there is replaced by the proxy's.
+		var from, to [][]byte
+		var addresses []string
+		for broker := range strings.SplitSeq(brokers, ",") {
+			p := newProxy(tb, broker)
+			r.kafka = append(r.kafka, p)
+			addresses = append(addresses, p.listener.Addr().String())
+			from, to = append(from, advertised(broker)), append(to, advertised(p.listener.Addr().String()))
+		}
+		for _, p := range r.kafka {
+			p.frames = func(frame []byte) {
+				for i := range from {
+					for at := 0; ; {
+						next := bytes.Index(frame[at:], from[i])
+						if next < 0 {
+							break
+						}
+						at += next
+						copy(frame[at:], to[i])
+					}
+				}
+			}
+			go p.serve()
+		}
+		r.env["KAFKA_BROKERS"] = strings.Join(addresses, ",")
+	}
+	return r
+}
+
+// advertised is how an address stands in Kafka's answers.
+func advertised(address string) []byte {
+	host, port, _ := net.SplitHostPort(address)
+	n, _ := strconv.Atoi(port)
+	return binary.BigEndian.AppendUint32([]byte(host), uint32(n))
+}
+
+func (r *replica) start(tb testing.TB) {
+	tb.Helper()
+	log, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer log.Close()
+	r.cmd = walletCommand(tb, r.env)
+	if r.stepped {
+		binary, err := steppedBinary()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		r.cmd.Path, r.cmd.Args[0] = binary, binary
+	}
+	r.cmd.Stderr, r.cmd.Stdout = log, log
+	if err := r.cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	exited := make(chan struct{})
+	r.exited = exited
+	cmd := r.cmd
+	go func() { cmd.Wait(); close(exited) }()
+	tb.Cleanup(func() { cmd.Process.Kill(); <-exited })
+}
+
+func (r *replica) kill() {
+	r.cmd.Process.Kill()
+	<-r.exited
+}
+
+// stop asks it to stop, and waits until it has.
+func (r *replica) stop(tb testing.TB) {
+	tb.Helper()
+	r.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-r.exited:
+	case <-time.After(30 * time.Second):
+		tb.Fatal("it did not stop within 30 s of SIGTERM")
+	}
+}
+
+var replicaClient = &http.Client{Timeout: 8 * time.Second,
+	Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+
+func (r *replica) leads() bool { return r.metric(`wallet_relay_state{state="leader"}`) == 1 }
+
+func (r *replica) isReady() bool {
+	response, err := http.Get(r.url + "/readyz")
+	if err == nil {
+		response.Body.Close()
+	}
+	return err == nil && response.StatusCode == 200
+}
+
+// metric is the value of one of the replica's metrics; 0 if it does not answer.
+func (r *replica) metric(name string) float64 {
+	client := http.Client{Timeout: time.Second, Transport: replicaClient.Transport}
+	response, err := client.Get(r.operate + "/metrics")
+	if err != nil {
+		return 0
+	}
+	defer response.Body.Close()
+	body, _ := io.ReadAll(response.Body)
+	_, rest, _ := bytes.Cut(body, []byte("\n"+name+" "))
+	text, _, _ := bytes.Cut(rest, []byte("\n"))
+	value, _ := strconv.ParseFloat(string(text), 64)
+	return value
+}
+
+// memory is the service's resident set in MB: VmRSS now, VmHWM at its highest.
+func (r *replica) memory(size string) float64 { return proctest.Memory(r.cmd.Process.Pid, size) }
+
+// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock, not
+// the C library's, where libfaketime sits; so this one is built with another time.Now, which adds what a file
+// says. Its monotonic clock stays.
+var steppedBinary = sync.OnceValues(func() (string, error) {
+	out, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		return "", err
+	}
+	source := filepath.Join(strings.TrimSpace(string(out)), "src", "time")
+	original, err := os.ReadFile(filepath.Join(source, "time.go"))
+	if err != nil {
+		return "", err
+	}
+	const line = "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n"
+	if strings.Count(string(original), line) != 1 {
+		return "", fmt.Errorf("%s/time.go has no %q: this Go reads the clock elsewhere", source, line)
+	}
+	// The runtime asks for the time on its own stack too, where no system call may be: the file is mapped.
+	const reader = `package time
+
+import (
+	"syscall"
+	"unsafe"
+)
+
+var testClock *int64
+
+func init() {
+	name, ok := syscall.Getenv("WALLET_TEST_CLOCK_FILE")
+	if !ok {
+		return
+	}
+	fd, err := syscall.Open(name, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		panic("open WALLET_TEST_CLOCK_FILE: " + err.Error())
+	}
+	mapped, err := syscall.Mmap(fd, 0, 8, syscall.PROT_READ, syscall.MAP_SHARED)
+	if err != nil {
+		panic("map WALLET_TEST_CLOCK_FILE: " + err.Error())
+	}
+	testClock = (*int64)(unsafe.Pointer(&mapped[0]))
+}
+
+func testClockSeconds() int64 {
+	if testClock == nil {
+		return 0
+	}
+	return *testClock
+}
+`
+	folder := filepath.Join(testFolder, "stepped")
+	changed, added := filepath.Join(folder, "time.go"), filepath.Join(folder, "testclock.go")
+	overlay := filepath.Join(folder, "overlay.json")
+	text, err := json.Marshal(map[string]map[string]string{"Replace": {
+		filepath.Join(source, "time.go"): changed, filepath.Join(source, "testclock.go"): added}})
+	if err != nil {
+		return "", err
+	}
+	binary := filepath.Join(folder, "wallet")
+	now := strings.Replace(string(original), line, line+"\tsec += testClockSeconds()\n", 1)
+	if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(added, []byte(reader), 0o644),
+		os.WriteFile(overlay, text, 0o644), os.WriteFile(changed, []byte(now), 0o644)); err != nil {
+		return "", err
+	}
+	out, err = exec.Command("go", "build", "-overlay", overlay, "-o", binary, ".").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build the service with a clock of ours: %w\n%s", err, out)
+	}
+	return binary, nil
+})
+
+// -----------------------------------------------------------------------------------------------------------
+// A service with a relay beside it
+// -----------------------------------------------------------------------------------------------------------
+
+// rig is a service that writes, with no relay, and relays to start and stop beside it.
+type rig struct {
+	*running
+	cfg  *config
+	conn *pgx.Conn
+	keys int
+}
+
+func newRig(t *testing.T, more ...string) *rig {
+	t.Helper()
+	env := testEnv(t, append([]string{"REDIS_URL=", "KAFKA_PARTITIONS=3"}, more...)...)
+	g := &rig{running: start(t, env)}
+	g.cfg = g.config(t, "")
+	g.conn = connect(t, env["DATABASE_URL"])
+	dropSlotAtEnd(t, g.cfg.replicationSlot)
+	return g
+}
+
+// dropSlotAtEnd: a slot left behind would keep the shared cluster's WAL.
+func dropSlotAtEnd(t testing.TB, slot string) {
+	t.Cleanup(func() {
+		conn, err := pgx.Connect(context.Background(), stack(t).DatabaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.Background())
+		eventually(t, 10*time.Second, "slot dropped", func() bool {
+			_, err := conn.Exec(context.Background(),
+				`SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
+					WHERE slot_name = $1`, slot)
+			return err == nil
+		})
+	})
+}
+
+func (g *rig) config(t *testing.T, databaseURL string) *config {
+	env := map[string]string{"KAFKA_BROKERS": stack(t).KafkaBrokers}
+	for name, value := range g.env {
+		if _, set := env[name]; !set {
+			env[name] = value
+		}
+	}
+	if databaseURL != "" {
+		env["DATABASE_URL"] = databaseURL
+	}
+	cfg, err := readConfig(func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// deposit makes n entries, over a few wallets.
+func (g *rig) deposit(t *testing.T, n int) {
+	t.Helper()
+	for range n {
+		g.keys++
+		g.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 1+g.keys%5),
+			fmt.Sprintf(`{"amount":"1.50","idempotency_key":"b%d"}`, g.keys))
+	}
+}
+
+func (g *rig) slot(t *testing.T) (confirmed pglogrepl.LSN) {
+	t.Helper()
+	r := relay{cfg: &g.cfg.relayConfig}
+	s, err := r.readSlot(context.Background(), g.conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Confirmed
+}
+
+// onFreeSlot runs sql with the slot's name once Postgres has let go of it.
+func (g *rig) onFreeSlot(t *testing.T, sql string) {
+	t.Helper()
+	eventually(t, 10*time.Second, "slot free", func() bool {
+		s, err := (&relay{cfg: &g.cfg.relayConfig}).readSlot(context.Background(), g.conn)
+		return err == nil && !s.Active
+	})
+	if _, err := g.conn.Exec(context.Background(), sql, g.cfg.replicationSlot); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// begin opens a transaction that has begun to write.
+func (g *rig) begin(t *testing.T) pgx.Tx {
+	t.Helper()
+	tx, err := connect(t, g.cfg.databaseURL).Begin(context.Background())
+	if err == nil {
+		_, err = tx.Exec(context.Background(), `SELECT pg_current_xact_id()`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tx
+}
+
+// awaitHorizon waits until the checkpoint has a horizon that covers all there is now.
+func (g *rig) awaitHorizon(t *testing.T) {
+	t.Helper()
+	var next int64
+	if err := g.conn.QueryRow(context.Background(),
+		`SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`).Scan(&next); err != nil {
+		t.Fatal(err)
+	}
+	g.deposit(t, 1) // a horizon moves only when there are events
+	eventually(t, 20*time.Second, "a horizon", func() bool {
+		c := lastCheckpointOf(t, g.cfg)
+		return c != nil && c.Horizon != nil && c.Horizon.XID > next
+	})
+}
+
+// setClock steps the clock by which the ledger writes, for this database, and starts the service again.
+func (g *rig) setClock(t *testing.T, step string) {
+	t.Helper()
+	g.end()
+	name := databaseOf(g.cfg.databaseURL)
+	g.mustExec(t, `CREATE SCHEMA clock;
+		CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+		AS $$ SELECT pg_catalog.clock_timestamp() + interval '`+step+`' $$;
+		ALTER DATABASE `+name+` SET search_path = clock, pg_catalog, public`)
+	g.running = start(t, g.env)
+}
+
+func (g *rig) openKafka(t *testing.T) *kafka.Client {
+	t.Helper()
+	cfg := kafkaConfig(&g.cfg.relayConfig, nil)
+	cfg.MetadataMaxAge = 100 * time.Millisecond
+	k, err := kafka.Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(k.Close)
+	return k
+}
+
+func (g *rig) mustExec(t *testing.T, sql string) {
+	t.Helper()
+	if _, err := g.conn.Exec(context.Background(), sql); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// relaying is a relay that runs.
+type relaying struct {
+	*relay
+	stop func()
+}
+
+func startRelay(t *testing.T, cfg *config) *relaying {
+	t.Helper()
+	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.run(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	stopped := false
+	r.stop = func() {
+		if !stopped {
+			stopped = true
+			cancel()
+			<-done
+			db.Close()
+		}
+	}
+	t.Cleanup(r.stop)
+	return r
+}
+
+func (r *relaying) await(t *testing.T, state string) {
+	t.Helper()
+	eventually(t, 30*time.Second, "relay "+state, func() bool { return r.state.Load() == state })
+}
+
+// insertByHand writes n entries of one wallet, outbox rows included, in the given transaction.
+func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
+	t.Helper()
+	ctx := context.Background()
+	var at time.Time
+	err := tx.QueryRow(ctx, `INSERT INTO wallet (id, seq, entry_at, created_at, currency, balance)
+		VALUES ($1, $2::bigint, now(), now(), 'USD', $2::bigint) RETURNING entry_at`, walletID, n).Scan(&at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0),
+		CreatedAt: at}
+	next := func() *entry {
+		e.Seq++
+		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
+		return &e
+	}
+	columns := []string{"wallet_id", "seq", "created_at", "kind", "amount", "balance", "idempotency_key"}
+	rows := pgx.CopyFromSlice(n, func(int) ([]any, error) {
+		e := next()
+		return []any{e.WalletID, e.Seq, e.CreatedAt, e.Kind, 1, e.Seq, e.Key}, nil
+	})
+	_, err = tx.CopyFrom(ctx, pgx.Identifier{"entry"}, columns, rows)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Seq = 0
+	columns = []string{"aggregate_id", "seq", "event_type", "payload"}
+	rows = pgx.CopyFromSlice(n, func(int) ([]any, error) {
+		e := next()
+		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
+	})
+	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, columns, rows)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
+	t.Helper()
+	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	c, err := lastCheckpoint(k, cfg.kafkaCheckpointTopic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
+	t.Helper()
+	p, err := c.Position()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.End
+}
+
+// checkStream audits ledger and topic, and reads the topic a second time by sarama's own consumer.
+func checkStream(t *testing.T, cfg *config) {
+	t.Helper()
+	checkAudit(t, cfg)
+	conn := connect(t, cfg.databaseURL)
+	var want int
+	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
+		t.Fatal(err)
+	}
+	seqs := make(map[string]int64)
+	got := 0
+	for m := range consume(t, cfg, want) {
+		got++
+		id := string(m.Key)
+		seqs[id]++
+		if want := id + "-" + strconv.FormatInt(seqs[id], 10); string(m.Headers[1].Value) != want {
+			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
+		}
+	}
+	if got != want {
+		t.Errorf("%d events for %d entries", got, want)
+	}
+}
+
+func checkAudit(t *testing.T, cfg *config) {
+	t.Helper()
+	var said bytes.Buffer
+	findings, err := runAudit(context.Background(), &cfg.relayConfig, &said)
+	if err != nil || findings != 0 {
+		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
+	}
+}
+
+// consume yields the committed events: at least want of them, unless none comes for some seconds, and any
+// that follow at once.
+func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
+	return func(yield func(*sarama.ConsumerMessage) bool) {
+		conf := sarama.NewConfig()
+		conf.Consumer.IsolationLevel = sarama.ReadCommitted
+		consumer, err := sarama.NewConsumer(cfg.kafkaBrokers, conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer consumer.Close()
+		partitions, err := consumer.Partitions(cfg.kafkaTopic)
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages := make(chan *sarama.ConsumerMessage)
+		stop := make(chan struct{})
+		defer close(stop)
+		for _, p := range partitions {
+			pc, err := consumer.ConsumePartition(cfg.kafkaTopic, p, sarama.OffsetOldest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				for m := range pc.Messages() {
+					select {
+					case messages <- m:
+					case <-stop:
+					}
+				}
+			}()
+			defer pc.AsyncClose()
+		}
+		for got := 0; ; got++ {
+			patience := 5 * time.Second
+			if got >= want {
+				patience = 500 * time.Millisecond
+			}
+			select {
+			case m := <-messages:
+				if !yield(m) {
+					return
+				}
+			case <-time.After(patience):
+				return
+			}
+		}
+	}
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Connections that break
+// -----------------------------------------------------------------------------------------------------------
+
+// proxy is one replica's way to one server. It can break a connection in the middle of a message, and turn
+// into a hole that takes everything and gives nothing.
+type proxy struct {
+	listener net.Listener
+	target   string
+	// Of the server's answers, to rewrite in place; nil: bytes are carried as they come.
+	frames func(frame []byte)
+
+	answersLost  atomic.Int64 // so many COMMITs more are done, and cut off before the answer passes
+	requestsLost atomic.Int64 // so many COMMITs more are cut off before Postgres hears of them
+
+	mu     sync.Mutex
+	opened chan struct{} // closed unless the proxy is a hole
+	half   atomic.Bool   // carry half of the next piece, then cut
+	cuts   atomic.Int64
+}
+
+func newProxy(tb testing.TB, target string) *proxy {
+	p := &proxy{listener: newListener(tb), target: target, opened: make(chan struct{})}
+	close(p.opened)
+	tb.Cleanup(func() { p.listener.Close() })
+	return p
+}
+
+func (p *proxy) serve() {
+	for {
+		client, err := p.listener.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			server, err := net.Dial("tcp", p.target)
+			if err != nil {
+				client.Close()
+				return
+			}
+			go p.carry(server, client, false)
+			p.carry(client, server, true)
+		}()
+	}
+}
+
+// carry copies one direction until something ends it, and then ends both.
+func (p *proxy) carry(to, from net.Conn, answers bool) {
+	defer to.Close()
+	defer from.Close()
+	buf := make([]byte, 64<<10)
+	for {
+		n := 0
+		if answers && p.frames != nil {
+			if _, err := io.ReadFull(from, buf[:4]); err != nil {
+				return
+			}
+			n = 4 + int(binary.BigEndian.Uint32(buf))
+			buf = slices.Grow(buf[:4], n)[:max(n, len(buf))]
+			if _, err := io.ReadFull(from, buf[4:n]); err != nil {
+				return
+			}
+			p.frames(buf[4:n])
+		} else {
+			var err error
+			if n, err = from.Read(buf); err != nil {
+				return
+			}
+		}
+		p.mu.Lock()
+		opened := p.opened
+		p.mu.Unlock()
+		<-opened
+		if answers && bytes.Contains(buf[:n], commitAnswer) && takeOne(&p.answersLost) ||
+			!answers && isCommitRequest(buf[:n]) && takeOne(&p.requestsLost) {
+			p.cuts.Add(1)
+			return
+		}
+		if n > 8 && p.half.CompareAndSwap(true, false) {
+			p.cuts.Add(1)
+			to.Write(buf[:n/2])
+			return
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// hole swallows everything until the returned function is called.
+func (p *proxy) hole() (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	hole := make(chan struct{})
+	p.opened = hole
+	return func() { close(hole) }
+}
+
+// commitAnswer is Postgres' CommandComplete for a COMMIT: whoever sees it pass knows that it was done.
+var commitAnswer = []byte("C\x00\x00\x00\x0bCOMMIT\x00")
+
+// commitName is pgx's name of the prepared COMMIT. A connection that knows it sends the word no more.
+var commitName = func() []byte {
+	sum := sha256.Sum256([]byte("COMMIT"))
+	return fmt.Appendf(nil, "stmtcache_%x", sum[:24])
+}()
+
+func isCommitRequest(message []byte) bool {
+	return bytes.Contains(message, commitName) || bytes.Contains(message, []byte("COMMIT\x00"))
+}
+
+func takeOne(n *atomic.Int64) bool {
+	for {
+		left := n.Load()
+		if left <= 0 {
+			return false
+		}
+		if n.CompareAndSwap(left, left-1) {
+			return true
+		}
+	}
+}
+
+// cutter is a service's way to Postgres. It cuts a connection at the moment that a test picks.
+type cutter struct {
+	listener net.Listener
+	target   string
+	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and
+	// before the answer returns.
+	cut  atomic.Pointer[func(message []byte) (before, after bool)]
+	cuts atomic.Int64
+}
+
+func newCutter(tb testing.TB, databaseURL string) (c *cutter, throughIt string) {
+	tb.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	c = &cutter{listener: newListener(tb), target: u.Host}
+	u.Host = c.listener.Addr().String()
+	tb.Cleanup(func() { c.listener.Close() })
+	go func() {
+		for {
+			client, err := c.listener.Accept()
+			if err != nil {
+				return
+			}
+			go c.carry(client)
+		}
+	}()
+	return c, u.String()
+}
+
+func (c *cutter) carry(client net.Conn) {
+	defer client.Close()
+	server, err := net.Dial("tcp", c.target)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	var mute atomic.Bool // the server's answers are swallowed
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1<<16)
+		for {
+			n, err := server.Read(buf)
+			if mute.Load() || err != nil {
+				client.Close()
+				return
+			}
+			client.Write(buf[:n])
+		}
+	}()
+	buf := make([]byte, 1<<20)
+	for {
+		n, err := client.Read(buf)
+		if err != nil {
+			server.Close()
+			<-done
+			return
+		}
+		before, after := false, false
+		if cut := c.cut.Load(); cut != nil {
+			before, after = (*cut)(buf[:n])
+		}
+		if before {
+			c.cuts.Add(1)
+			return
+		}
+		if after {
+			c.cuts.Add(1)
+			mute.Store(true)
+		}
+		server.Write(buf[:n])
+		if after {
+			io.Copy(io.Discard, io.LimitReader(client, 0))
+			<-done // the server did its work and answered; nobody hears it
+			return
+		}
+	}
+}
+
+// commitMessage tells messages by a parameter: statements go by name, and the rows travel as parameters.
+func commitMessage(marker string) func([]byte) bool {
+	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
 }

@@ -1944,12 +1944,13 @@ func (l *ledger) sweep(ctx context.Context) error {
 	}
 }
 
+const dueHolds = `
+SELECT wallet_id, seq FROM hold WHERE status = 'open' AND expires_at <= now() ORDER BY expires_at LIMIT $1`
+
 func (l *ledger) releaseDue(ctx context.Context) (found int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
 	defer cancel()
-	rows, _ := l.reads.Query(ctx, `
-SELECT wallet_id, seq FROM hold WHERE status = 'open' AND expires_at <= clock_timestamp()
-ORDER BY expires_at LIMIT $1`, dueMax)
+	rows, _ := l.reads.Query(ctx, dueHolds, dueMax)
 	var k entryKey
 	var due []*operation
 	_, err = pgx.ForEachRow(rows, []any{&k.walletID, &k.seq}, func() error {

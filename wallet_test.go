@@ -1,16 +1,13 @@
-// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them by itself.
+// The ledger's properties: under concurrency, under faults of Postgres, and as the database enforces them.
 
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/url"
 	"regexp"
 	"strings"
@@ -23,113 +20,45 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// movement is one acknowledged operation, as a client remembers it.
-type movement struct {
-	path, key, body string // of the request
-	answer          string
-}
-
-// moveAtRandom runs clients that move money between a few wallets until each has had `each` operations acknowledged. A client
-// repeats a request with the same key until it is answered with something final, as clients are told to.
-func moveAtRandom(tb testing.TB, clients, each, walletCount int, replica func() *wallets) (acknowledged []movement) {
-	tb.Helper()
-	var mu sync.Mutex
-	var running sync.WaitGroup
-	for c := range clients {
-		running.Go(func() {
-			dice := rand.New(rand.NewPCG(uint64(c), 42))
-			for i := range each {
-				id, to := 1+dice.IntN(walletCount), 1+dice.IntN(walletCount)
-				m := movement{key: fmt.Sprintf("c%d-%d", c, i)}
-				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
-				switch dice.IntN(4) {
-				case 0:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/deposit", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				case 1:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/withdraw", id), fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				default:
-					m.path, m.body = fmt.Sprintf("/v1/wallets/%d/transfer", id), fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
-				}
-				deadline := time.Now().Add(60 * time.Second)
-				for {
-					a := replica().post(m.path, m.body)
-					if a.status == 200 {
-						m.answer = a.body
-						mu.Lock()
-						acknowledged = append(acknowledged, m)
-						mu.Unlock()
-						break
-					}
-					if a.status == 404 || a.status == 422 || a.status == 400 {
-						break
-					}
-					if a.status != 0 && a.status != 503 {
-						tb.Errorf("POST %s %s: %s", m.path, m.body, a)
-						break
-					}
-					if time.Now().After(deadline) {
-						tb.Errorf("never answered: POST %s %s: %s", m.path, m.body, a)
-						break
-					}
-					time.Sleep(20 * time.Millisecond)
-				}
-			}
-		})
-	}
-	running.Wait()
-	return acknowledged
-}
-
-// checkAcknowledged sends each acknowledged request once more: the same bytes, and nothing moves.
-func checkAcknowledged(tb testing.TB, w *wallets, acknowledged []movement) {
-	tb.Helper()
-	before := w.mustCount(tb)
-	for _, m := range acknowledged {
-		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer || a.header.Get("Idempotent-Replayed") != "true" {
-			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
-		}
-	}
-	if after := w.mustCount(tb); after != before {
-		tb.Errorf("replays moved money: %s, before %s", after, before)
-	}
-}
-
 // TestRandomMovesKeepEveryInvariant: three replicas, few wallets, much contention.
 func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env), start(t, env)}
-	acknowledged := moveAtRandom(t, 24, 60, 6, func() *wallets { return replicas[rand.IntN(3)] })
+	replicas := []*running{start(t, env), start(t, env), start(t, env)}
+	acknowledged := moveAtRandom(t, 24, 60, 6, func() *running { return replicas[rand.IntN(3)] })
 	if len(acknowledged) < 400 {
 		t.Fatalf("only %d operations were accepted", len(acknowledged))
 	}
 	checkLedger(t, env["DATABASE_URL"])
 	checkAcknowledged(t, replicas[0], acknowledged)
 	var entries int
-	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), `SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
+	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
 	if err != nil || entries != len(acknowledged) {
 		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
 	}
 }
 
-// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with several writers each.
+// TestOppositeTransfersDoNotDeadlock: A to B and B to A, in many batches of two replicas with four writers.
 func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 	env := testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=3")
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	for id := 1; id <= 2; id++ {
-		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1000","idempotency_key":"seed"}`)
+		replicas[0].mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id),
+			`{"amount":"1000","idempotency_key":"seed"}`)
 	}
-	var running sync.WaitGroup
+	var working sync.WaitGroup
 	for c := range 16 {
-		running.Go(func() {
+		working.Go(func() {
 			for i := range 25 {
 				body := fmt.Sprintf(`{"amount":"1","to_id":%d,"idempotency_key":"%d-%d"}`, 2-c%2, c, i)
-				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2), body); a.status != 200 {
+				if a := replicas[c/2%2].post(fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%2),
+					body); a.status != 200 {
 					t.Errorf("transfer: %s", a)
 				}
 			}
 		})
 	}
-	running.Wait()
+	working.Wait()
 	if n := replicas[0].ledger.reruns.Load() + replicas[1].ledger.reruns.Load(); n > 0 {
 		t.Errorf("%d batches had to run again", n)
 	}
@@ -139,115 +68,31 @@ func TestOppositeTransfersDoNotDeadlock(t *testing.T) {
 // TestMissingWalletsAreMadeOnce: many clients of two replicas open the same wallets at once.
 func TestMissingWalletsAreMadeOnce(t *testing.T) {
 	env := testEnv(t)
-	replicas := []*wallets{start(t, env), start(t, env)}
-	var running sync.WaitGroup
+	replicas := []*running{start(t, env), start(t, env)}
+	var working sync.WaitGroup
 	for c := range 20 {
-		running.Go(func() {
+		working.Go(func() {
 			for i := range 20 {
-				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i), fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
+				if a := replicas[c%2].post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i),
+					fmt.Sprintf(`{"amount":"1","idempotency_key":"%d"}`, c)); a.status != 200 {
 					t.Errorf("deposit: %s", a)
 				}
 			}
 		})
 	}
-	running.Wait()
+	working.Wait()
 	if got, want := replicas[0].mustCount(t), "20 400 400 400"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	checkLedger(t, env["DATABASE_URL"])
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Faults of Postgres
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
-// cutter stands between a service and Postgres and cuts connections: on command, or in a certain moment of a conversation.
-type cutter struct {
-	listener net.Listener
-	target   string
-	// cut decides on each message from the client: cut before it is sent on, or after it was sent on and before the answer returns.
-	cut  atomic.Pointer[func(message []byte) (before, after bool)]
-	cuts atomic.Int64
-}
-
-func newCutter(tb testing.TB, databaseURL string) (c *cutter, throughIt string) {
-	tb.Helper()
-	u, err := url.Parse(databaseURL)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	c = &cutter{listener: newListener(tb), target: u.Host}
-	u.Host = c.listener.Addr().String()
-	tb.Cleanup(func() { c.listener.Close() })
-	go func() {
-		for {
-			client, err := c.listener.Accept()
-			if err != nil {
-				return
-			}
-			go c.carry(client)
-		}
-	}()
-	return c, u.String()
-}
-
-func (c *cutter) carry(client net.Conn) {
-	defer client.Close()
-	server, err := net.Dial("tcp", c.target)
-	if err != nil {
-		return
-	}
-	defer server.Close()
-	var mute atomic.Bool // the server's answers are swallowed
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1<<16)
-		for {
-			n, err := server.Read(buf)
-			if mute.Load() || err != nil {
-				client.Close()
-				return
-			}
-			client.Write(buf[:n])
-		}
-	}()
-	buf := make([]byte, 1<<20)
-	for {
-		n, err := client.Read(buf)
-		if err != nil {
-			server.Close()
-			<-done
-			return
-		}
-		before, after := false, false
-		if cut := c.cut.Load(); cut != nil {
-			before, after = (*cut)(buf[:n])
-		}
-		if before {
-			c.cuts.Add(1)
-			return
-		}
-		if after {
-			c.cuts.Add(1)
-			mute.Store(true)
-		}
-		server.Write(buf[:n])
-		if after {
-			io.Copy(io.Discard, io.LimitReader(client, 0))
-			<-done // the server did its work and answered; nobody hears it
-			return
-		}
-	}
-}
-
-// commitMessage tells the second round trip by what only it contains. Statements go by name; the rows travel as parameters.
-func commitMessage(marker string) func([]byte) bool {
-	return func(message []byte) bool { return bytes.Contains(message, []byte(marker)) }
-}
-
-// TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once after it was done. Either way
-// the operation is applied once, and its client gets its answer.
+// TestLostConnectionAtCommit: the connection is lost at COMMIT, once before Postgres heard of it and once
+// after it was done. Either way the operation is applied once, and its client gets its answer.
 func TestLostConnectionAtCommit(t *testing.T) {
 	for _, when := range []string{"failed", "succeeded but reported as failed"} {
 		t.Run(when, func(t *testing.T) {
@@ -268,14 +113,16 @@ func TestLostConnectionAtCommit(t *testing.T) {
 				return when == "failed", when != "failed"
 			}
 			proxy.cut.Store(&cut)
-			a := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			a := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+				`{"amount":"10","idempotency_key":"marker-of-this-test"}`)
 			if a.json(t)["balance"] != "90" || proxy.cuts.Load() != 1 || w.ledger.reruns.Load() != 1 {
 				t.Errorf("%s after %d cuts and %d reruns", a, proxy.cuts.Load(), w.ledger.reruns.Load())
 			}
 			if a.header.Get("Idempotent-Replayed") != "" {
 				t.Error("a request that was sent once is called a replay") // it was the service's own rerun
 			}
-			again := w.mustPost(t, 200, "/v1/wallets/1/withdraw", `{"amount":"10","idempotency_key":"marker-of-this-test"}`)
+			again := w.mustPost(t, 200, "/v1/wallets/1/withdraw",
+				`{"amount":"10","idempotency_key":"marker-of-this-test"}`)
 			if again.header.Get("Idempotent-Replayed") != "true" || again.body != a.body {
 				t.Errorf("sent again: %s, first %s", again, a)
 			}
@@ -287,8 +134,8 @@ func TestLostConnectionAtCommit(t *testing.T) {
 	}
 }
 
-// TestCacheAfterALostAnswer: the balance is cached; then a movement's COMMIT is answered to nobody, and it is the rerun
-// that answers. A cached read at another replica shows the movement.
+// TestCacheAfterALostAnswer: the balance is cached; then a movement's COMMIT is answered to nobody, and it is
+// the rerun that answers. A cached read at another replica shows the movement.
 func TestCacheAfterALostAnswer(t *testing.T) {
 	env := testEnv(t)
 	proxy, through := newCutter(t, env["DATABASE_URL"])
@@ -300,13 +147,17 @@ func TestCacheAfterALostAnswer(t *testing.T) {
 	inUse(t, cached.balances)
 	for round := range 20 {
 		key := fmt.Sprintf("marker-of-round-%d-", round)
-		w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"d%d"}`, round))
+		w.mustPost(t, 200, "/v1/wallets/1/deposit",
+			fmt.Sprintf(`{"amount":"1","idempotency_key":"d%d"}`, round))
 		cached.get("/v1/wallets/1/balance")
 		isCommit := commitMessage(key)
 		var messages atomic.Int64
-		cut := func(message []byte) (before, after bool) { return false, isCommit(message) && messages.Add(1) == 2 }
+		cut := func(message []byte) (before, after bool) {
+			return false, isCommit(message) && messages.Add(1) == 2
+		}
 		proxy.cut.Store(&cut)
-		a := w.mustPost(t, 200, "/v1/wallets/1/transfer", fmt.Sprintf(`{"amount":"1","to_id":2,"idempotency_key":%q}`, key))
+		a := w.mustPost(t, 200, "/v1/wallets/1/transfer",
+			fmt.Sprintf(`{"amount":"1","to_id":2,"idempotency_key":%q}`, key))
 		seq := fmt.Sprint(a.json(t)["from_seq"])
 		for _, path := range []string{"/v1/wallets/1/balance", "/v1/wallets/1/balance?min_seq=" + seq} {
 			if b := cached.get(path); fmt.Sprint(b.json(t)["seq"]) != seq {
@@ -319,8 +170,9 @@ func TestCacheAfterALostAnswer(t *testing.T) {
 	}
 }
 
-// TestCacheAfterARetryElsewhere: a writer dies between its commit and its put; the client sends its request to another
-// replica, which answers with a replay. So does a movement that this replica knows of only by a refusal or a read.
+// TestCacheAfterARetryElsewhere: a writer dies between its commit and its put; the client sends its request
+// to another replica, which answers with a replay. So does a movement that this replica knows of only by a
+// refusal or a read.
 func TestCacheAfterARetryElsewhere(t *testing.T) {
 	env := testEnv(t)
 	dies := maps.Clone(env)
@@ -334,8 +186,10 @@ func TestCacheAfterARetryElsewhere(t *testing.T) {
 		"refusal": func(string) answer {
 			return w.post("/v1/wallets/1/withdraw", `{"amount":"1000","idempotency_key":"r"}`)
 		},
-		"wallet":      func(string) answer { return w.get("/v1/wallets/1") },
-		"fresh":       func(string) answer { return w.get("/v1/wallets/1/balance", "Cache-Control", "no-cache") },
+		"wallet": func(string) answer { return w.get("/v1/wallets/1") },
+		"fresh": func(string) answer {
+			return w.get("/v1/wallets/1/balance", "Cache-Control", "no-cache")
+		},
 		"history":     func(string) answer { return w.get("/v1/wallets/1/history") },
 		"transaction": func(string) answer { return w.get(fmt.Sprintf("/v1/transactions/1-%d", seq)) },
 	} {
@@ -360,7 +214,7 @@ func TestPostgresCrashes(t *testing.T) {
 	}
 	defer s.stop()
 	env := testEnv(t, "DATABASE_URL="+s.database(t))
-	replicas := []*wallets{start(t, env), start(t, env)}
+	replicas := []*running{start(t, env), start(t, env)}
 	stop := make(chan struct{})
 	var crashing sync.WaitGroup
 	crashing.Go(func() {
@@ -375,10 +229,12 @@ func TestPostgresCrashes(t *testing.T) {
 			s.command(t, "start postgres")
 		}
 	})
-	acknowledged := moveAtRandom(t, 8, 150, 20, func() *wallets { return replicas[rand.IntN(2)] })
+	acknowledged := moveAtRandom(t, 8, 150, 20, func() *running { return replicas[rand.IntN(2)] })
 	close(stop)
 	crashing.Wait()
-	eventually(t, 10*time.Second, "ready again", func() bool { return replicas[0].get("/readyz").status == 200 })
+	eventually(t, 10*time.Second, "ready again", func() bool {
+		return replicas[0].get("/readyz").status == 200
+	})
 	if replicas[0].ledger.reruns.Load()+replicas[1].ledger.reruns.Load() == 0 {
 		t.Error("no batch met a crash")
 	}
@@ -386,7 +242,7 @@ func TestPostgresCrashes(t *testing.T) {
 	checkAcknowledged(t, replicas[0], acknowledged)
 }
 
-// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again when it is back.
+// TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again after.
 func TestPostgresAway(t *testing.T) {
 	s, err := startServers()
 	if err != nil {
@@ -402,7 +258,8 @@ func TestPostgresAway(t *testing.T) {
 	if a := w.get("/v1/wallets/1/balance"); a.status != 503 || a.header.Get("Retry-After") == "" {
 		t.Errorf("balance: %s", a)
 	}
-	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`); a.status != 503 || a.header.Get("Retry-After") == "" || a.code() != "unavailable" {
+	if a := w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`); a.status != 503 ||
+		a.header.Get("Retry-After") == "" || a.code() != "unavailable" {
 		t.Errorf("deposit: %s", a)
 	}
 	if a := w.get("/healthz"); a.status != 200 {
@@ -414,19 +271,20 @@ func TestPostgresAway(t *testing.T) {
 }
 
 // holdWallet locks a wallet, as somebody who is not one of our writers, until the transaction ends.
-func holdWallet(t *testing.T, w *wallets, id int64) pgx.Tx {
+func holdWallet(t *testing.T, w *running, id int64) pgx.Tx {
 	t.Helper()
 	tx, err := connect(t, w.env["DATABASE_URL"]).Begin(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = $1 FOR UPDATE`, id); err != nil {
+	if _, err := tx.Exec(context.Background(), `SELECT FROM wallet WHERE id = $1 FOR UPDATE`,
+		id); err != nil {
 		t.Fatal(err)
 	}
 	return tx
 }
 
-// TestLockedWalletDoesNotFailItsNeighbours: somebody holds one wallet for long; the others' operations are answered.
+// TestLockedWalletDoesNotFailItsNeighbours: one wallet is held for long, and the others' operations go on.
 func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	for id := 1; id <= 4; id++ {
@@ -437,7 +295,8 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	var clients sync.WaitGroup
 	for id := 1; id <= 4; id++ {
 		clients.Go(func() {
-			statuses[id] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"b"}`).status
+			statuses[id] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", id),
+				`{"amount":"1","idempotency_key":"b"}`).status
 		})
 	}
 	clients.Wait()
@@ -449,7 +308,8 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few to be worth it as they are.
+// TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few
+// to be worth it as they are.
 func TestStalledBatchHoldsUpNobody(t *testing.T) {
 	w := start(t, testEnv(t))
 	for id := 1; id <= 2; id++ {
@@ -460,7 +320,9 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 	go func() { stalled <- w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) }()
 	eventually(t, 400*time.Millisecond, "the first batch waits for the lock", func() bool {
 		var waiting int
-		err := tx.QueryRow(context.Background(), `SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`).Scan(&waiting)
+		err := tx.QueryRow(context.Background(),
+			`SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity
+				WHERE datname = current_database())`).Scan(&waiting)
 		return err == nil && waiting > 0
 	})
 	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"b"}`)
@@ -477,7 +339,8 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 func TestBadNeighbour(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
 	conn := connect(t, w.env["DATABASE_URL"])
-	if _, err := conn.Exec(context.Background(), `ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
+	if _, err := conn.Exec(context.Background(),
+		`ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
 		t.Fatal(err)
 	}
 	// Hold the writer, so that the next operations come in one batch.
@@ -491,14 +354,16 @@ func TestBadNeighbour(t *testing.T) {
 			if i == 13 {
 				key = "bad"
 			}
-			answers[i] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%3), fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key))
+			answers[i] = w.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+i%3),
+				fmt.Sprintf(`{"amount":"1","idempotency_key":%q}`, key))
 		})
 	}
 	time.Sleep(300 * time.Millisecond)
 	tx.Rollback(context.Background())
 	clients.Wait()
 	for i, a := range answers {
-		if i == 13 && (a.status != 500 || a.code() != "internal" || strings.Contains(a.body, "of_this_test")) {
+		if i == 13 && (a.status != 500 || a.code() != "internal" ||
+			strings.Contains(a.body, "of_this_test")) {
 			t.Errorf("the bad one: %s", a)
 		}
 		if i != 13 && a.status != 200 {
@@ -511,7 +376,7 @@ func TestBadNeighbour(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestStalledWriterIsThrownOut: a writer that stops between its two round trips holds its locks for 2 s at the most.
+// TestStalledWriterIsThrownOut: one that stops between its two round trips holds its locks for at most 2 s.
 func TestStalledWriterIsThrownOut(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
@@ -523,10 +388,12 @@ func TestStalledWriterIsThrownOut(t *testing.T) {
 	if _, err := conn.Exec(context.Background(), `BEGIN`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := conn.Exec(context.Background(), `SELECT FROM wallet WHERE id = 1 FOR NO KEY UPDATE`); err != nil {
+	if _, err := conn.Exec(context.Background(),
+		`SELECT FROM wallet WHERE id = 1 FOR NO KEY UPDATE`); err != nil {
 		t.Fatal(err)
 	}
-	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) // waits, runs again, succeeds
+	// Waits, runs again, succeeds.
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`)
 	if _, err := conn.Exec(context.Background(), `COMMIT`); err == nil {
 		t.Error("the stalled transaction could still commit")
 	}
@@ -544,9 +411,9 @@ func TestFullQueueIsRefused(t *testing.T) {
 	}
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // What the database enforces by itself
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 // TestLeastPrivilege: three roles, and what each of them cannot do.
 func TestLeastPrivilege(t *testing.T) {
@@ -561,14 +428,17 @@ func TestLeastPrivilege(t *testing.T) {
 		return v.String()
 	}
 	for _, statement := range []string{
-		"CREATE ROLE " + role("owner") + " LOGIN", "CREATE ROLE " + role("service") + " LOGIN", "CREATE ROLE " + role("relay") + " LOGIN REPLICATION",
+		"CREATE ROLE " + role("owner") + " LOGIN",
+		"CREATE ROLE " + role("service") + " LOGIN",
+		"CREATE ROLE " + role("relay") + " LOGIN REPLICATION",
 		"ALTER DATABASE " + strings.Trim(u.Path, "/") + " OWNER TO " + role("owner"),
 	} {
 		if _, err := admin.Exec(context.Background(), statement); err != nil {
 			t.Fatal(err)
 		}
 	}
-	env["DATABASE_URL"], env["MIGRATE_URL"], env["REPLICATION_URL"] = as(role("service")), as(role("owner")), as(role("relay"))
+	env["DATABASE_URL"], env["MIGRATE_URL"] = as(role("service")), as(role("owner"))
+	env["REPLICATION_URL"] = as(role("relay"))
 	w := start(t, env)
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	w.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"2","to_id":2,"idempotency_key":"b"}`)
@@ -581,34 +451,43 @@ func TestLeastPrivilege(t *testing.T) {
 	refused := func(name, code, statement string) {
 		t.Helper()
 		var pgErr *pgconn.PgError
-		if _, err := connect(t, as(name)).Exec(context.Background(), statement); !errors.As(err, &pgErr) || pgErr.Code != code {
+		if _, err := connect(t, as(name)).Exec(context.Background(), statement); !errors.As(err, &pgErr) ||
+			pgErr.Code != code {
 			t.Errorf("as %s: %s: %v, want SQLSTATE %s", name, statement, err, code)
 		}
 	}
 	for _, statement := range []string{
-		`UPDATE entry SET amount = 1`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE wallet SET id = 5`,
-		`UPDATE currency SET scale = 5`, `INSERT INTO currency VALUES ('XYZ', 2)`, `DELETE FROM outbox`, `UPDATE outbox SET payload = ''`, `CREATE TABLE t ()`,
-		`ALTER TABLE entry DISABLE TRIGGER ALL`, `DROP TABLE entry`, `DROP PUBLICATION wallet_outbox`, `INSERT INTO wallet_schema VALUES (2)`,
+		`UPDATE entry SET amount = 1`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`,
+		`UPDATE wallet SET currency = 'EUR'`, `UPDATE wallet SET id = 5`,
+		`UPDATE currency SET scale = 5`, `INSERT INTO currency VALUES ('XYZ', 2)`, `DELETE FROM outbox`,
+		`UPDATE outbox SET payload = ''`, `CREATE TABLE t ()`,
+		`ALTER TABLE entry DISABLE TRIGGER ALL`, `DROP TABLE entry`, `DROP PUBLICATION wallet_outbox`,
+		`INSERT INTO wallet_schema VALUES (2)`,
 		`SELECT pg_create_logical_replication_slot('x', 'pgoutput')`,
 	} {
 		refused(role("service"), "42501", statement)
 	}
-	for _, statement := range []string{`SELECT * FROM entry`, `INSERT INTO wallet (id, created_at, currency) VALUES (9, now(), 'USD')`, `SELECT outbox_make_partitions('1 day')`} {
+	for _, statement := range []string{`SELECT * FROM entry`,
+		`INSERT INTO wallet (id, created_at, currency) VALUES (9, now(), 'USD')`,
+		`SELECT outbox_make_partitions('1 day')`} {
 		refused(role("relay"), "42501", statement)
 	}
-	for _, statement := range []string{`UPDATE entry SET amount = amount`, `DELETE FROM entry`, `TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`, `UPDATE currency SET scale = 1`} {
+	for _, statement := range []string{`UPDATE entry SET amount = amount`, `DELETE FROM entry`,
+		`TRUNCATE entry`, `DELETE FROM wallet`, `UPDATE wallet SET currency = 'EUR'`,
+		`UPDATE currency SET scale = 1`} {
 		refused(role("owner"), "23001", statement) // by trigger: not even the owner, unawares
 	}
 	checkLedger(t, u.String())
 }
 
-// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by itself, by its name.
+// TestConstraintsStateTheRules: each rule of schema.sql that pairs a check in Go refuses by its own name.
 func TestConstraintsStateTheRules(t *testing.T) {
 	w := start(t, testEnv(t))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	conn := connect(t, w.env["DATABASE_URL"])
 	insert := func(values string) string {
-		return `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance, idempotency_key) VALUES (` + values + `)`
+		return `INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq,
+			created_at, kind, amount, balance, idempotency_key) VALUES (` + values + `)`
 	}
 	for _, c := range []struct{ constraint, statement string }{
 		{"balance_not_negative", `UPDATE wallet SET balance = -0.01`},
@@ -616,11 +495,19 @@ func TestConstraintsStateTheRules(t *testing.T) {
 		{"wallet_without_entries_is_empty", `UPDATE wallet SET seq = 0`},
 		{"wallet_id_positive", `INSERT INTO wallet (id, created_at, currency) VALUES (0, now(), 'USD')`},
 		{"wallet_currency_known", `INSERT INTO wallet (id, created_at, currency) VALUES (2, now(), 'QQQ')`},
-		{"entry_fits_wallet", insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},                                                               // no such wallet
-		{"entry_fits_wallet", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'k'`)},                                                                // beyond its wallet
-		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now(), 'deposit', 2, 7, 'k'`)}, // another balance
-		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` + insert(`1, 2, NULL, NULL, now() + '1s', 'deposit', 1, 6, 'k'`)},
-		{"entry_fits_wallet", `CREATE TEMP TABLE wallet AS SELECT 99::bigint AS id, 1::bigint AS seq, 1::numeric AS balance, now() AS entry_at; ` + insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)}, // a decoy
+		// No such wallet.
+		{"entry_fits_wallet", insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
+		// Beyond its wallet.
+		{"entry_fits_wallet", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'k'`)},
+		// Another balance.
+		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` +
+			insert(`1, 2, NULL, NULL, now(), 'deposit', 2, 7, 'k'`)},
+		{"entry_fits_wallet", `UPDATE wallet SET seq = 2, balance = 6, entry_at = now(); ` +
+			insert(`1, 2, NULL, NULL, now() + '1s', 'deposit', 1, 6, 'k'`)},
+		// A decoy.
+		{"entry_fits_wallet",
+			`CREATE TEMP TABLE wallet AS SELECT 99::bigint AS id, 1::bigint AS seq, 1::numeric AS balance,
+				now() AS entry_at; ` + insert(`99, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
 		{"entry_pkey", insert(`1, 1, NULL, NULL, now(), 'deposit', 1, 1, 'k'`)},
 		{"idempotency_key_posts_once", insert(`1, 2, NULL, NULL, now(), 'deposit', 1, 6, 'a'`)},
 		{"amount_sign_fits_kind", insert(`1, 2, NULL, NULL, now(), 'deposit', -1, 4, 'k'`)},
@@ -636,21 +523,23 @@ func TestConstraintsStateTheRules(t *testing.T) {
 		{"currency_scale_in_range", `INSERT INTO currency VALUES ('ABC', 19)`},
 	} {
 		var pgErr *pgconn.PgError
-		if _, err := conn.Exec(context.Background(), c.statement); !errors.As(err, &pgErr) || pgErr.ConstraintName != c.constraint {
+		if _, err := conn.Exec(context.Background(), c.statement); !errors.As(err, &pgErr) ||
+			pgErr.ConstraintName != c.constraint {
 			t.Errorf("%s: %v, want %s", c.statement, err, c.constraint)
 		}
 	}
 }
 
-// TestNoSequentialScanOnARequestPath: every statement of a request finds its rows by an index, also in a database that is new and
-// was never analysed.
+// TestNoSequentialScanOnARequestPath: every statement of a request finds its rows by an index, also in a
+// database that is new and was never analysed.
 func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	w := start(t, testEnv(t))
 	var body string
-	if err := w.reads.QueryRow(context.Background(), `SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
+	if err := w.reads.QueryRow(context.Background(),
+		`SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
 		t.Fatal(err)
 	}
-	// Analysed while nearly empty is the worst case: to read the whole of such a table looks cheap, and the plan stays.
+	// Analysed while nearly empty is the worst case: reading the whole table looks cheap, and the plan stays.
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"5","idempotency_key":"a"}`)
 	for _, analysed := range []bool{false, true} {
 		if analysed {
@@ -662,25 +551,35 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	}
 }
 
-func checkPlans(t *testing.T, w *wallets, seqSince string) {
+func checkPlans(t *testing.T, w *running, seqSince string) {
 	t.Helper()
 	for name, query := range map[string]string{
-		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets, "findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
-		"selectWallet": selectWallet, "selectTransaction": selectTransaction, "history": selectPageUp, "history backwards": selectPageDown,
-		"seq_since": seqSince, // EXPLAIN of a call does not show it
+		"lockWallets": lockWallets, "lockFreeWallets": lockFreeWallets, "findWallets": findWallets,
+		"findKeys": findKeys, "findCreations": findCreations, "updateWallets": updateWallets,
+		"updateHeads": updateHeads, "findHolds": findHolds, "findReversals": findReversals,
+		"findDueHolds": findDueHolds, "updateHolds": updateHolds, "dueHolds": dueHolds,
+		"selectWallet": selectWallet, "transactionByID": transactionByID,
+		"transactionByKey": transactionByKey, "transactionsByReference": transactionsByReference,
+		"history": selectPageUp, "history backwards": selectPageDown, "selectMoment": selectMoment,
+		"holds": selectHolds + `seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
+		"open holds": selectHolds + `status = 'open' AND seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
+		"seq_since":         seqSince, // EXPLAIN of a call does not show it
 	} {
 		conn, err := w.reads.Acquire(context.Background())
 		if err != nil {
 			t.Fatal(err)
 		}
-		nulls := "(" + strings.TrimSuffix(strings.Repeat("NULL, ", len(slicesOfParameters(query))), ", ") + ")"
+		nulls := strings.Repeat("NULL, ", len(parametersOf(query)))
+		nulls = "(" + strings.TrimSuffix(nulls, ", ") + ")"
 		plan := ""
 		err = pgx.BeginFunc(context.Background(), conn, func(tx pgx.Tx) error {
-			if _, err := tx.Exec(context.Background(), "PREPARE of_this_test AS "+strings.TrimRight(query, "\n ")); err != nil {
+			if _, err := tx.Exec(context.Background(),
+				"PREPARE of_this_test AS "+strings.TrimRight(query, "\n ")); err != nil {
 				return err
 			}
 			defer tx.Exec(context.Background(), "DEALLOCATE of_this_test")
-			rows, _ := tx.Query(context.Background(), "EXPLAIN EXECUTE of_this_test "+nulls, pgx.QueryExecModeSimpleProtocol)
+			rows, _ := tx.Query(context.Background(), "EXPLAIN EXECUTE of_this_test "+nulls,
+				pgx.QueryExecModeSimpleProtocol)
 			lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 			plan = strings.Join(lines, "\n")
 			return err
@@ -689,10 +588,12 @@ func checkPlans(t *testing.T, w *wallets, seqSince string) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") || strings.Contains(plan, "JIT") {
+		if strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "Index") ||
+			strings.Contains(plan, "JIT") {
 			t.Errorf("%s:\n%s", name, plan)
 		}
-		for _, scan := range regexp.MustCompile(`Index (?:Only )?Scan[^\n]*\n\s*([^\n]*)`).FindAllStringSubmatch(plan, -1) {
+		scans := regexp.MustCompile(`Index (?:Only )?Scan[^\n]*\n\s*([^\n]*)`)
+		for _, scan := range scans.FindAllStringSubmatch(plan, -1) {
 			if !strings.HasPrefix(scan[1], "Index Cond") {
 				t.Errorf("%s reads a whole index:\n%s", name, plan)
 			}
@@ -700,7 +601,7 @@ func checkPlans(t *testing.T, w *wallets, seqSince string) {
 	}
 }
 
-func slicesOfParameters(query string) map[string]bool {
+func parametersOf(query string) map[string]bool {
 	found := make(map[string]bool)
 	for _, p := range regexp.MustCompile(`\$\d+`).FindAllString(query, -1) {
 		found[p] = true
@@ -708,9 +609,9 @@ func slicesOfParameters(query string) map[string]bool {
 	return found
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Parsers
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 func FuzzCursor(f *testing.F) {
 	for _, p := range []page{{from: 1, to: 5}, {from: 3, to: 1<<63 - 1, descending: true}} {
@@ -725,14 +626,15 @@ func FuzzCursor(f *testing.F) {
 	})
 }
 
-// TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the wallets, and nobody starves.
+// TestWritersShareNoWallet: our own batches never wait for each other's locks at Postgres, however few the
+// wallets, and nobody starves.
 func TestWritersShareNoWallet(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=4", "WRITE_BATCH_MAX=2"))
 	conn := connect(t, w.env["DATABASE_URL"])
 	moved := make(chan struct{})
 	go func() {
 		defer close(moved)
-		moveAtRandom(t, 24, 100, 6, func() *wallets { return w })
+		moveAtRandom(t, 24, 100, 6, func() *running { return w })
 	}()
 	samples, busy, waits := 0, 0, 0
 	for going := true; going; samples++ {
@@ -742,14 +644,19 @@ func TestWritersShareNoWallet(t *testing.T) {
 		case <-time.After(time.Millisecond):
 		}
 		var active, waiting int
-		if err := conn.QueryRow(context.Background(), `SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event IN ('transactionid', 'tuple')) FROM pg_stat_activity
-			WHERE datname = current_database() AND application_name = 'wallet write' AND state <> 'idle'`).Scan(&active, &waiting); err != nil {
+		if err := conn.QueryRow(context.Background(),
+			`SELECT count(*),
+				count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event IN ('transactionid', 'tuple'))
+			FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = 'wallet write'
+			  AND state <> 'idle'`).Scan(&active, &waiting); err != nil {
 			t.Fatal(err)
 		}
 		busy, waits = busy+active, waits+waiting
 	}
 	if waits > 0 || busy == 0 {
-		t.Errorf("of %d batches seen at Postgres in %d samples, %d waited for another's lock", busy, samples, waits)
+		t.Errorf("of %d batches seen at Postgres in %d samples, %d waited for another's lock", busy, samples,
+			waits)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
 }

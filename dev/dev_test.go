@@ -1,5 +1,5 @@
-// The stack is tested as its users meet it: the built program, its standard input and output, signals, and what is
-// left of it afterwards. The lock on the data folder is the proof that nothing is: every child holds it.
+// The stack is tested as its users meet it: the built program, its standard input and output, signals, and
+// what is left of it afterwards. Every child holds the lock on the data folder: when it is free, nothing is.
 
 package main
 
@@ -211,7 +211,8 @@ func (r *running) sql(query string) (answer string) {
 
 func (r *running) kafka(opts ...kgo.Opt) *kgo.Client {
 	r.t.Helper()
-	client, err := kgo.NewClient(append(opts, kgo.SeedBrokers(strings.Split(r.address.KafkaBrokers, ",")...))...)
+	client, err := kgo.NewClient(append(opts,
+		kgo.SeedBrokers(strings.Split(r.address.KafkaBrokers, ",")...))...)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -239,7 +240,8 @@ func (r *running) produce(topic, value string, commit kgo.TransactionEndTry) {
 	client := r.kafka(kgo.TransactionalID("t"))
 	err := client.BeginTransaction()
 	if err == nil {
-		record := &kgo.Record{Topic: topic, Key: []byte("1"), Value: []byte(value), Headers: []kgo.RecordHeader{{Key: "ce_id", Value: []byte("1-1")}}}
+		record := &kgo.Record{Topic: topic, Key: []byte("1"), Value: []byte(value),
+			Headers: []kgo.RecordHeader{{Key: "ce_id", Value: []byte("1-1")}}}
 		err = client.ProduceSync(ctx, record).FirstErr()
 	}
 	if err == nil {
@@ -278,12 +280,14 @@ func TestServicesObeyAndLeaveNothing(t *testing.T) {
 			if _, refusal := r.order("kill kafka"); !strings.Contains(refusal, "-kafka apache") {
 				t.Errorf("kill of the embedded Kafka: %q", refusal)
 			}
-			for _, nonsense := range []string{"", "kill", "kill what", "start redis", "stop redis immediate", "resume redis now"} {
+			for _, nonsense := range []string{"", "kill", "kill what", "start redis", "stop redis immediate",
+				"resume redis now"} {
 				if _, refusal := r.order(nonsense); refusal == "" {
 					t.Errorf("%q was obeyed", nonsense)
 				}
 			}
-			for _, script := range []string{"kill postgres", "stop postgres", "stop postgres fast", "stop postgres immediate", "stop kafka", "kill redis", "stop redis"} {
+			for _, script := range []string{"kill postgres", "stop postgres", "stop postgres fast",
+				"stop postgres immediate", "stop kafka", "kill redis", "stop redis"} {
 				name := strings.Fields(script)[1]
 				if pids := r.obey(script); pids[name] != nil || len(pids) != 2 {
 					t.Errorf("%s leaves %v", script, pids)
@@ -381,7 +385,8 @@ func TestDataSurvivesUntilFresh(t *testing.T) {
 	if is := again.sql("SELECT count(*)::text FROM kept"); is != "1" {
 		t.Errorf("Postgres after a restart: %s", is)
 	}
-	if lines := again.events("-topic", "t", "-from", "start", "-n", "1"); !strings.Contains(lines[0], `"value":{"n":1}`) {
+	if lines := again.events("-topic", "t", "-from", "start", "-n", "1"); !strings.Contains(lines[0],
+		`"value":{"n":1}`) {
 		t.Errorf("Kafka after a restart: %v", lines)
 	}
 	again.end()
@@ -459,8 +464,13 @@ import ("encoding/json"; "net/http"; "os")
 
 func main() {
 	http.HandleFunc("GET /readyz", func(http.ResponseWriter, *http.Request) {})
-	http.HandleFunc("GET /environment", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(os.Environ()) })
-	http.HandleFunc("GET /die", func(http.ResponseWriter, *http.Request) { println("the last words"); os.Exit(3) })
+	http.HandleFunc("GET /environment", func(w http.ResponseWriter, _ *http.Request) {
+		json.NewEncoder(w).Encode(os.Environ())
+	})
+	http.HandleFunc("GET /die", func(http.ResponseWriter, *http.Request) {
+		println("the last words")
+		os.Exit(3)
+	})
 	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "KAFKA_BROKERS"} {
 		if os.Getenv(name) == "" { panic(name) }
 	}
@@ -486,7 +496,8 @@ func TestWholeStack(t *testing.T) {
 	cmd := exec.Command(program, "-json", "-replicas", "2", "-listen", "127.0.0.1:8790")
 	cmd.Dir = filepath.Join(root, "dev")
 	r := startCommand(t, filepath.Join(root, "dev", ".data"), cmd)
-	if urls := r.address.HTTP; !slices.Equal(urls, []string{"http://127.0.0.1:8790", "http://127.0.0.1:8791"}) {
+	if urls := r.address.HTTP; !slices.Equal(urls,
+		[]string{"http://127.0.0.1:8790", "http://127.0.0.1:8791"}) {
 		t.Fatalf("http: %v", urls)
 	}
 	if wallets, _ := r.address.PIDs["wallet"].([]any); len(wallets) != 2 || len(r.address.PIDs) != 4 {
@@ -516,7 +527,8 @@ func TestPostgresAsNobody(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(home) })
 	command := func(args ...string) *exec.Cmd {
-		cmd := exec.Command(program, append([]string{"services", "-redis", "miniredis", "-data", data}, args...)...)
+		cmd := exec.Command(program, append([]string{"services", "-redis", "miniredis", "-data", data},
+			args...)...)
 		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS=off")
 		return cmd
 	}
@@ -636,9 +648,11 @@ func (r *running) kafkaTime() time.Time {
 
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
-	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x", "services -brokers 3", "services -secure", "events -from x", "-replicas 0", "services more"} {
+	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x",
+		"services -brokers 3", "services -secure", "events -from x", "-replicas 0", "services more"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
-		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 {
+		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
+			strings.Count(string(out), "\n") != 1 {
 			t.Errorf("%s: %v, %s", args, err, out)
 		}
 	}
@@ -652,7 +666,8 @@ func TestApacheSurvivesKills(t *testing.T) {
 	for _, brokers := range []int{1, 3} {
 		t.Run(fmt.Sprint(brokers), func(t *testing.T) {
 			data := t.TempDir()
-			args := []string{"services", "-redis", "miniredis", "-kafka", "apache", "-brokers", fmt.Sprint(brokers)}
+			args := []string{"services", "-redis", "miniredis", "-kafka", "apache", "-brokers",
+				fmt.Sprint(brokers)}
 			r := start(t, data, args...)
 			r.makeTopic("t")
 			name := map[int]string{1: "kafka", 3: "kafka2"}[brokers]
@@ -675,8 +690,8 @@ func TestApacheSurvivesKills(t *testing.T) {
 	}
 }
 
-// TestSecuredApache: the service is told how to use the secured listener, which refuses whoever lacks any of it, also when the same
-// cluster is started again.
+// TestSecuredApache: the service is told how to use the secured listener, which refuses whoever lacks any of
+// it, also when the same cluster is started again.
 func TestSecuredApache(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("set WALLET_TEST_KAFKA=apache")
@@ -684,7 +699,8 @@ func TestSecuredApache(t *testing.T) {
 	root := idleCheckout(t)
 	var password string
 	for range 2 {
-		cmd := exec.Command(program, "-json", "-redis", "miniredis", "-kafka", "apache", "-secure", "-listen", "127.0.0.1:8792")
+		cmd := exec.Command(program, "-json", "-redis", "miniredis", "-kafka", "apache", "-secure", "-listen",
+			"127.0.0.1:8792")
 		cmd.Dir = root
 		r := startCommand(t, filepath.Join(root, "dev", ".data"), cmd)
 		settings := r.address.SecureKafka
@@ -724,17 +740,27 @@ func TestSecuredApache(t *testing.T) {
 			opts    []kgo.Opt
 			refused bool
 		}{
-			{"PLAIN", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, false},
-			{"SCRAM-SHA-256", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha256Mechanism())}, false},
-			{"SCRAM-SHA-512", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha512Mechanism())}, false},
-			{"PLAIN, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(plain.Auth{User: user, Pass: "wrong"}.AsMechanism())}, true},
-			{"SCRAM-SHA-256, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha256Mechanism())}, true},
-			{"SCRAM-SHA-512, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured), kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha512Mechanism())}, true},
+			{"PLAIN", []kgo.Opt{kgo.DialTLSConfig(secured),
+				kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, false},
+			{"SCRAM-SHA-256", []kgo.Opt{kgo.DialTLSConfig(secured),
+				kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha256Mechanism())}, false},
+			{"SCRAM-SHA-512", []kgo.Opt{kgo.DialTLSConfig(secured),
+				kgo.SASL(scram.Auth{User: user, Pass: password}.AsSha512Mechanism())}, false},
+			{"PLAIN, wrong password", []kgo.Opt{kgo.DialTLSConfig(secured),
+				kgo.SASL(plain.Auth{User: user, Pass: "wrong"}.AsMechanism())}, true},
+			{"SCRAM-SHA-256, wrong password",
+				[]kgo.Opt{kgo.DialTLSConfig(secured),
+					kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha256Mechanism())}, true},
+			{"SCRAM-SHA-512, wrong password",
+				[]kgo.Opt{kgo.DialTLSConfig(secured),
+					kgo.SASL(scram.Auth{User: user, Pass: "wrong"}.AsSha512Mechanism())}, true},
 			{"no SASL", []kgo.Opt{kgo.DialTLSConfig(secured)}, true},
-			{"no client certificate", []kgo.Opt{kgo.DialTLSConfig(nobody), kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, true},
+			{"no client certificate", []kgo.Opt{kgo.DialTLSConfig(nobody),
+				kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, true},
 			{"no TLS", []kgo.Opt{kgo.SASL(plain.Auth{User: user, Pass: password}.AsMechanism())}, true},
 		} {
-			client, err := kgo.NewClient(append(c.opts, kgo.SeedBrokers(settings["KAFKA_BROKERS"]), kgo.RequestRetries(0))...)
+			client, err := kgo.NewClient(append(c.opts, kgo.SeedBrokers(settings["KAFKA_BROKERS"]),
+				kgo.RequestRetries(0))...)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -1,4 +1,4 @@
-// Looking at the events without Kafka's tools: one JSON line per record, as a read_committed consumer sees the topic.
+// Looks at the events without Kafka's tools: a JSON line per record, as a read_committed consumer sees them.
 
 package main
 
@@ -44,7 +44,8 @@ func runEvents(ctx context.Context, cfg eventsConfig, out io.Writer) error {
 			err = json.Unmarshal(file, &stack)
 		}
 		if err != nil {
-			return fmt.Errorf("no stack runs on %s: start one with `go run -C dev .`, or say -data or -brokers", cfg.data)
+			return fmt.Errorf("no stack runs on %s: start one with `go run -C dev .`, "+
+				"or say -data or -brokers", cfg.data)
 		}
 		cfg.brokers = stack.KafkaBrokers
 	}
@@ -89,7 +90,8 @@ func runEvents(ctx context.Context, cfg eventsConfig, out io.Writer) error {
 }
 
 func newEvent(r *kgo.Record) event {
-	e := event{Partition: r.Partition, Offset: r.Offset, Key: string(r.Key), Headers: map[string]string{}, Value: r.Value}
+	e := event{Partition: r.Partition, Offset: r.Offset, Key: string(r.Key), Headers: map[string]string{},
+		Value: r.Value}
 	for _, h := range r.Headers {
 		e.Headers[h.Key] = string(h.Value)
 	}
@@ -99,9 +101,10 @@ func newEvent(r *kgo.Record) event {
 	return e
 }
 
-// untilTopic returns when the topic exists, and whether that took a wait. Brokers that do not answer are an error.
+// untilTopic returns when the topic exists, and whether it waited. It fails if no broker answers.
 func untilTopic(ctx context.Context, cfg eventsConfig) (waited bool, err error) {
-	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(cfg.brokers, ",")...), kgo.RetryTimeout(5*time.Second))
+	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(cfg.brokers, ",")...),
+		kgo.RetryTimeout(5*time.Second))
 	if err != nil {
 		return false, err
 	}

@@ -1,5 +1,5 @@
-// The cache: what is downloaded once per user and shared by all checkouts and all stacks that run at the same time.
-// A folder in it is either absent or complete.
+// The cache: what is downloaded once per user and shared by all checkouts and all stacks that run at the same
+// time. A folder in it is either absent or complete.
 
 package main
 
@@ -44,7 +44,7 @@ func publicFolder() (string, error) {
 	return dir, os.Chmod(dir, 0o755)
 }
 
-// once makes dir by calling fill on a temporary folder and renaming that; who comes second waits and finds it made.
+// once has fill make a temporary folder and renames that to dir. Who comes second waits and finds it made.
 func once(ctx context.Context, dir string, fill func(tmp string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil

@@ -1,8 +1,9 @@
 // Kafka: kfake in a process of its own, one or more real Apache Kafka brokers, or somebody else's.
 //
-// kfake keeps its data over a clean stop only: killed with a transaction open, it writes no abort marker, and later
-// commits of that transactional id stay hidden from read_committed consumers. So it ends by end of its input, it
-// leaves a marker while it runs, and a folder with that marker is refused. Whatever is about crashes needs the real one.
+// kfake keeps its data over a clean stop only: killed with a transaction open, it writes no abort marker, and
+// later commits of that transactional id stay hidden from read_committed consumers. So it ends by end of its
+// input, it leaves a marker while it runs, and a folder with that marker is refused. Whatever is about
+// crashes needs the real one.
 
 package main
 
@@ -43,8 +44,8 @@ type broker struct {
 func (b *broker) address() string        { return fmt.Sprintf("127.0.0.1:%d", b.port) }
 func (b *broker) securedAddress() string { return fmt.Sprintf("127.0.0.1:%d", b.secured) }
 
-// ready waits until the broker itself says that it is a member of its cluster and in sync with all that it replicates:
-// only then may the next one of a cluster be killed.
+// ready waits until the broker itself says that it is a member of its cluster and in sync with all that it
+// replicates: only then may the next one of a cluster be killed.
 func (b *broker) ready(ctx context.Context) error {
 	client, err := kgo.NewClient(kgo.SeedBrokers(b.address()))
 	if err != nil {
@@ -74,17 +75,21 @@ func (b *broker) inSync(cluster *kmsg.MetadataResponse) bool {
 			}
 		}
 	}
-	return slices.ContainsFunc(cluster.Brokers, func(m kmsg.MetadataResponseBroker) bool { return m.NodeID == b.node })
+	return slices.ContainsFunc(cluster.Brokers, func(m kmsg.MetadataResponseBroker) bool {
+		return m.NodeID == b.node
+	})
 }
 
 // newEmbedded is the one broker that kfake is.
 func newEmbedded(procs *processes, data string, port int) (*server, string, error) {
 	if _, err := os.Stat(runningMarker(data)); err == nil {
-		return nil, "", fmt.Errorf("the embedded Kafka in %s was not stopped in order and may hide events: start with -fresh (which wipes all data), or take -kafka apache, which survives that", data)
+		return nil, "", fmt.Errorf("the embedded Kafka in %s was not stopped in order and may hide events: "+
+			"start with -fresh (which wipes all data), or take -kafka apache, which survives that", data)
 	}
 	b := &broker{name: "kafka", port: port}
 	s := &server{name: b.name, ready: b.ready}
-	s.noKill = "the embedded Kafka does not survive SIGKILL (it may hide events afterwards): start with -kafka apache to kill it"
+	s.noKill = "the embedded Kafka does not survive SIGKILL (it may hide events afterwards): " +
+		"start with -kafka apache to kill it"
 	s.start = func(context.Context) (*child, error) {
 		cmd, err := self("_kfake", fmt.Sprint(port), data)
 		if err != nil {
@@ -122,18 +127,19 @@ var pom []byte
 // apacheVersion names the cache folder; pom.xml is what decides.
 const apacheVersion = "4.3.0"
 
-// defaultJava suits tests and short benchmarks: it compiles early and quickly rather than well, and stays small. By Java's own thresholds
-// a broker interprets a third of its work for minutes.
+// defaultJava suits tests and short benchmarks: it compiles early and quickly rather than well, and stays
+// small. By Java's own thresholds a broker interprets a third of its work for minutes.
 const defaultJava = "-Xmx192m -XX:TieredStopAtLevel=1 -XX:CompileThresholdScaling=0.02 -XX:+UseSerialGC"
 
 // apache is a cluster: one controller and brokers, each a process of its own.
 //
-// Roles are apart for the sake of transactions. A process that is both comes back from SIGKILL as leader of all it led,
-// by its old registration, until that expires and leaves no leader for a moment. If the markers of a commit that was
-// acknowledged before the kill are still to be written then, Kafka 4.3 takes the leaderless partition for a deleted one
-// ("likely deleted already and hence can be skipped"): the commit counts as complete, yet read_committed consumers never
-// get past it, until the same producer writes to that partition again. A broker that starts after its old registration
-// expired, at a controller that lived on, is never in that place.
+// Roles are apart for the sake of transactions. A process that is both comes back from SIGKILL as leader of
+// all it led, by its old registration, until that expires and leaves no leader for a moment. If the markers
+// of a commit that was acknowledged before the kill are still to be written then, Kafka 4.3 takes the
+// leaderless partition for a deleted one ("likely deleted already and hence can be skipped"): the commit
+// counts as complete, yet read_committed consumers never get past it, until the same producer writes to that
+// partition again. A broker that starts after its old registration expired, at a controller that lived on, is
+// never in that place.
 type apache struct {
 	procs   *processes
 	java    func(dir string, args ...string) *exec.Cmd
@@ -146,8 +152,8 @@ type apache struct {
 
 const (
 	controllerNode = 1000
-	// brokerSession is how long a dead broker's registration stands in its successor's way; the default is 9 s. A
-	// broker that is frozen or starved for longer is taken for dead.
+	// brokerSession is how long a dead broker's registration stands in its successor's way; Kafka's default
+	// is 9 s. A broker that is frozen or starved for longer is taken for dead.
 	brokerSession = 3 * time.Second
 	// sessionMargin is for the controller to notice.
 	sessionMargin = time.Second
@@ -160,7 +166,8 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 	say func(string, ...any)) ([]*server, string, map[string]string, error) {
 	program, err := exec.LookPath("java")
 	if err != nil {
-		return nil, "", nil, errors.New("-kafka apache needs Java 17 or later in PATH; -kafka embedded needs none")
+		return nil, "", nil, errors.New("-kafka apache needs Java 17 or later in PATH; " +
+			"-kafka embedded needs none")
 	}
 	jars, err := fetchApache(ctx, procs, say)
 	if err != nil {
@@ -176,7 +183,8 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 		}
 	}
 	a.java = func(dir string, args ...string) *exec.Cmd {
-		options := append(strings.Fields(cfg.java), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", filepath.Join(jars, "*"))
+		options := append(strings.Fields(cfg.java), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp",
+			filepath.Join(jars, "*"))
 		cmd := exec.Command(program, append(options, args...)...)
 		cmd.Dir = dir
 		return cmd
@@ -213,8 +221,8 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 			if err := a.awaitExpiry(ctx, b); err != nil {
 				return nil, err
 			}
-			// Its last resort is SIGKILL, which Kafka is made to survive: asked to end all at once, brokers would
-			// wait in vain for their controller.
+			// Its last resort is SIGKILL, which Kafka is made to survive: asked to end all at once, brokers
+			// would wait in vain for their controller.
 			var err error
 			cmd := a.java(b.data, "kafka.Kafka", b.config())
 			b.clock.give(cmd)
@@ -236,7 +244,7 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
 func (b *broker) log() string    { return filepath.Join(b.data, "log") }
 
-// format writes the configuration, whose ports are new each time, and makes the folder a member of the cluster.
+// format writes the configuration, whose ports are always new, and makes the folder a member of the cluster.
 func (a *apache) format(ctx context.Context, b *broker) error {
 	if err := os.MkdirAll(b.data, 0o755); err != nil {
 		return err
@@ -259,7 +267,8 @@ func (a *apache) format(ctx context.Context, b *broker) error {
 	// All that the tool would leave for a broker is this file, after a second of Java.
 	id := make([]byte, 16)
 	rand.Read(id)
-	text := fmt.Sprintf("version=1\ncluster.id=%s\nnode.id=%d\ndirectory.id=%s\n", cluster, b.node, base64.RawURLEncoding.EncodeToString(id))
+	text := fmt.Sprintf("version=1\ncluster.id=%s\nnode.id=%d\ndirectory.id=%s\n", cluster, b.node,
+		base64.RawURLEncoding.EncodeToString(id))
 	return errors.Join(os.MkdirAll(b.log(), 0o755), os.WriteFile(meta, []byte(text), 0o644))
 }
 
@@ -355,7 +364,8 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The cleaner takes 128 MB at once otherwise, more than the small heap has.
 log.cleaner.dedupe.buffer.size=4194304
-`, b.node, listeners, controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(), brokerSession.Milliseconds()) + security
+`, b.node, listeners, controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(),
+		brokerSession.Milliseconds()) + security
 }
 
 // replicas and inSync: what is written survives the loss of one broker of three, and goes on meanwhile.
@@ -372,7 +382,8 @@ func fetchApache(ctx context.Context, procs *processes, say func(string, ...any)
 	return dir, once(ctx, dir, func(tmp string) error {
 		mvn, err := exec.LookPath("mvn")
 		if err != nil {
-			return errors.New("-kafka apache needs Maven (mvn) in PATH to fetch Apache Kafka once; -kafka embedded needs neither")
+			return errors.New("-kafka apache needs Maven (mvn) in PATH to fetch Apache Kafka once; " +
+				"-kafka embedded needs neither")
 		}
 		say("fetching Apache Kafka %s by Maven (44 MB, once)", apacheVersion)
 		file := filepath.Join(tmp, "pom.xml")
@@ -380,6 +391,7 @@ func fetchApache(ctx context.Context, procs *processes, say func(string, ...any)
 			return err
 		}
 		return procs.run(ctx, "maven", exec.Command(mvn, "-B", "-q", "-f", file,
-			"org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory="+tmp))
+			"org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies",
+			"-DincludeScope=runtime", "-DoutputDirectory="+tmp))
 	})
 }

@@ -1,10 +1,10 @@
-// Command dev is the development stack: Postgres, Redis, Kafka and the wallet service in one command, on loopback,
-// with no containers and no configuration. `go run -C dev . -h` says how.
+// Command dev is the development stack: Postgres, Redis, Kafka and the wallet service in one command, on
+// loopback, with no containers and no configuration. `go run -C dev . -h` says how.
 //
-// File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child processes and
-// leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each; clock.go steps
-// their clocks; secure.go is what Kafka demands under -secure; fetch.go is the cache of downloads; events.go
-// prints a topic.
+// File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child
+// processes and leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each;
+// clock.go steps their clocks; secure.go is what Kafka demands under -secure; fetch.go is the cache of
+// downloads; events.go prints a topic.
 package main
 
 import (
@@ -31,13 +31,17 @@ const usage = `The development stack of the wallet service.
 All listen on 127.0.0.1 only. Nothing is left running, however the stack ends.
 `
 
-const servicesUsage = `Starts only the servers, for tests. Once they are ready it prints one JSON line on standard output:
+const servicesUsage = `Starts only the servers, for tests. Once they are ready it prints one JSON line on
+standard output, which is broken here:
 
-  {"database_url":"postgres://...","redis_url":"redis://...","kafka_brokers":"127.0.0.1:10004","pids":{"postgres":1,"redis":2,"kafka":3}}
+  {"database_url":"postgres://...","redis_url":"redis://...","kafka_brokers":"127.0.0.1:10004",
+   "pids":{"postgres":1,"redis":2,"kafka":3}}
 
-With -secure there is "secure_kafka" too: the service's settings for the secured listener, {"KAFKA_BROKERS":"127.0.0.1:10005","KAFKA_TLS":"true",...}.
+With -secure there is "secure_kafka" too: the service's settings for the secured listener,
+{"KAFKA_BROKERS":"127.0.0.1:10005","KAFKA_TLS":"true",...}.
 
-It stops when its standard input ends. Lines on standard input are obeyed, each answered by one JSON line when done:
+It stops when its standard input ends. Lines on standard input are obeyed, each answered by one JSON line
+when done:
 
   kill NAME     SIGKILL to the server's whole process tree, as a crash
   stop NAME     stop in order; "stop postgres immediate" is SIGQUIT, "fast" (SIGINT) is the default
@@ -49,11 +53,13 @@ It stops when its standard input ends. Lines on standard input are obeyed, each 
                 machine's: -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
 
 NAME is postgres, redis or kafka; under -kafka apache also controller, and kafka1, kafka2 ... with -brokers.
-Answers are {"ok":"kill redis","pids":{...}} or {"error":"..."}. The embedded Kafka cannot be killed, only stopped; a killed
-Apache broker takes some 7 s to start again (4 of them until its cluster has noticed).
+Answers are {"ok":"kill redis","pids":{...}} or {"error":"..."}. The embedded Kafka cannot be
+killed, only stopped. A killed Apache broker takes some 7 s to start again (4 of them until its cluster has
+noticed).
 `
 
-const eventsUsage = `Prints events, one JSON line each: partition, offset, key, headers, value. Finds the brokers of the running stack by itself.
+const eventsUsage = `Prints events, one JSON line each: partition, offset, key, headers, value.
+Finds the brokers of the running stack by itself.
 Goes on until Ctrl-C, or until -n events are printed. With -from start it begins with what is there already.
 `
 
@@ -77,14 +83,16 @@ func run(args []string) int {
 		if cfg, err = stackConfig(command == "services", args); err == nil {
 			// With SIGPIPE caught, a reader that went away with `go run` is an error like others.
 			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-			ctx, release := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+			ctx, release := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM,
+				syscall.SIGHUP)
 			context.AfterFunc(ctx, release) // a second Ctrl-C ends us at once; the janitor does the rest
 			err = runStack(untilParentEnds(ctx), cfg, os.Stdin, os.Stdout)
 		}
 	case "events":
 		var cfg eventsConfig
 		if cfg, err = newEventsConfig(args); err == nil {
-			ctx, release := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+			ctx, release := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM,
+				syscall.SIGHUP)
 			defer release()
 			err = runEvents(untilParentEnds(ctx), cfg, os.Stdout)
 		}
@@ -130,22 +138,31 @@ func stackConfig(services bool, args []string) (config, error) {
 	c := config{services: services}
 	var set list
 	f := flag.NewFlagSet("dev", flag.ContinueOnError)
-	f.StringVar(&c.postgres, "postgres", "download", "`where` Postgres comes from: download (18, once; the machine's own if that fails),\nlocal (PATH, /usr/lib/postgresql, Homebrew) or a folder with its programs")
+	f.StringVar(&c.postgres, "postgres", "download",
+		"`where` Postgres comes from: download (18, once; the machine's own if that fails),\n"+
+			"local (PATH, /usr/lib/postgresql, Homebrew) or a folder with its programs")
 	f.Var(&set, "pgset", "a further Postgres setting, `name=value`; may be repeated")
-	f.StringVar(&c.redis, "redis", "auto", "`which` Redis: redis-server, miniredis, or auto: the first if there is one")
-	f.StringVar(&c.kafka, "kafka", "embedded", "`which` Kafka: embedded (no Java), apache (real brokers; needs Java 17 and, once, Maven)\nor the host:port of one that runs already")
+	f.StringVar(&c.redis, "redis", "auto",
+		"`which` Redis: redis-server, miniredis, or auto: the first if there is one")
+	f.StringVar(&c.kafka, "kafka", "embedded",
+		"`which` Kafka: embedded (no Java), apache (real brokers; needs Java 17 and, once, Maven)\n"+
+			"or the host:port of one that runs already")
 	f.IntVar(&c.brokers, "brokers", 1, "how many brokers -kafka apache starts, as one cluster")
-	f.BoolVar(&c.secure, "secure", false, "with -kafka apache: a second listener by TLS and SASL, with certificates and a password made for it;\nthe service uses that one")
+	f.BoolVar(&c.secure, "secure", false,
+		"with -kafka apache: a second listener by TLS and SASL, with certificates and a password "+
+			"made for it;\nthe service uses that one")
 	f.StringVar(&c.java, "java", defaultJava, "`options` of the Java machine under -kafka apache")
 	f.BoolVar(&c.clocks, "clocks", false, "obey the line clock, which steps the clock of Postgres or\n"+
 		"Apache Kafka; needs the Debian package libfaketime")
 	f.BoolVar(&c.fresh, "fresh", false, "wipe the data folder's data first")
 	help, dataHelp := usage, "data `folder`, locked while in use (default dev/.data)"
 	if services {
-		help, dataHelp = servicesUsage, "data `folder`, locked while in use (default: a temporary one, removed at the end)"
+		help = servicesUsage
+		dataHelp = "data `folder`, locked while in use (default: a temporary one, removed at the end)"
 	} else {
 		f.StringVar(&c.listen, "listen", "127.0.0.1:8080", "`address` of the service")
-		f.IntVar(&c.replicas, "replicas", 1, "how many processes of the service, on ports following -listen's")
+		f.IntVar(&c.replicas, "replicas", 1,
+			"how many processes of the service, on ports following -listen's")
 		f.BoolVar(&c.key, "key", false, "make an API key, which the service then demands")
 		f.BoolVar(&c.rateLimit, "rate-limit", false, "keep the service's rate limit on")
 		f.BoolVar(&c.json, "json", false, "once ready, print exactly one JSON line on standard output")

@@ -1,8 +1,8 @@
-// Postgres: where its programs come from, who it runs as, and a cluster of its own in the data folder. The programs are
-// those of Maven Central's io.zonky.test.postgres archives, pinned by checksum, or the machine's own.
+// Postgres: where its programs come from, who it runs as, and a cluster of its own in the data folder. The
+// programs are the machine's own, or those of Maven Central's io.zonky.test.postgres, pinned by checksum.
 //
-// The cluster is in the state a killed machine leaves behind, at worst: fsync is on, and initdb works beside the final
-// place. A data folder holds one cluster per major version, so that another version never touches it.
+// At worst the cluster is as a killed machine leaves it: fsync is on, and initdb works in another place.
+// A data folder holds one cluster per major version, so that no other version touches it.
 
 package main
 
@@ -58,15 +58,16 @@ type identity struct {
 	namespace bool // in a user namespace: real owner of its files is root
 }
 
-// notRoot prefers the namespace, where folders of mode 0700 are no obstacle and nothing changes its owner; containers
-// often forbid it. WALLET_DEV_USERNS=off tries the other way where both work.
+// notRoot prefers the namespace, where folders of mode 0700 are no obstacle and nothing changes its owner;
+// containers often forbid it. WALLET_DEV_USERNS=off tries the other way where both work.
 func notRoot() (identity, error) {
 	if os.Geteuid() != 0 {
 		return identity{}, nil
 	}
 	nobody, err := user.Lookup("nobody") // initdb wants its uid in passwd
 	if err != nil {
-		return identity{}, fmt.Errorf("postgres refuses to run as root, and there is no user nobody to run it as: %w", err)
+		return identity{}, fmt.Errorf("postgres refuses to run as root, "+
+			"and there is no user nobody to run it as: %w", err)
 	}
 	var id identity
 	id.uid, _ = strconv.Atoi(nobody.Uid)
@@ -98,7 +99,8 @@ func (id identity) own(dir string) error {
 	if id.namespace {
 		uid, gid = 0, 0
 	}
-	if info, err := os.Stat(dir); err != nil || os.Geteuid() != 0 || int(info.Sys().(*syscall.Stat_t).Uid) == uid {
+	if info, err := os.Stat(dir); err != nil || os.Geteuid() != 0 ||
+		int(info.Sys().(*syscall.Stat_t).Uid) == uid {
 		return err
 	}
 	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
@@ -134,7 +136,9 @@ func (id identity) home(data string) (string, error) {
 }
 
 // findPostgres returns the folder of the programs for the -postgres flag: download, local or a folder.
-func findPostgres(ctx context.Context, procs *processes, as identity, choice string, say func(string, ...any)) (string, error) {
+func findPostgres(
+	ctx context.Context, procs *processes, as identity, choice string, say func(string, ...any),
+) (string, error) {
 	switch choice {
 	case "download":
 		bin, err := downloadPostgres(ctx, as, say)
@@ -155,7 +159,8 @@ func findPostgres(ctx context.Context, procs *processes, as identity, choice str
 		return localPostgres()
 	}
 	if !hasPrograms(choice) {
-		return "", fmt.Errorf("-postgres %s: not download, not local, and not a folder with postgres and initdb", choice)
+		return "", fmt.Errorf("-postgres %s: not download, not local, "+
+			"and not a folder with postgres and initdb", choice)
 	}
 	return filepath.Abs(choice)
 }
@@ -186,7 +191,8 @@ func localPostgres() (string, error) {
 			return dir, nil
 		}
 	}
-	return "", errors.New("no postgres on this machine (looked in PATH, /usr/lib/postgresql/*/bin and Homebrew)")
+	return "", errors.New("no postgres on this machine " +
+		"(looked in PATH, /usr/lib/postgresql/*/bin and Homebrew)")
 }
 
 var number = regexp.MustCompile(`\d+`)
@@ -212,7 +218,8 @@ func downloadPostgres(ctx context.Context, as identity, say func(string, ...any)
 	dir := filepath.Join(cache, "postgres-"+pinnedPostgres)
 	err = once(ctx, dir, func(tmp string) error {
 		name := "embedded-postgres-binaries-" + pin[0]
-		url := fmt.Sprintf("https://repo1.maven.org/maven2/io/zonky/test/postgres/%s/%s/%[1]s-%[2]s.jar", name, pinnedPostgres)
+		url := fmt.Sprintf("https://repo1.maven.org/maven2/io/zonky/test/postgres/%s/%s/%[1]s-%[2]s.jar",
+			name, pinnedPostgres)
 		jar := filepath.Join(tmp, "jar")
 		say("downloading Postgres %s (once)", pinnedPostgres)
 		err := download(ctx, url, jar, pin[1], func(percent int) { say("downloading %d%%", percent) })
@@ -285,7 +292,8 @@ func writeFile(root *os.Root, name string, from io.Reader, mode fs.FileMode) err
 }
 
 // newPostgres finds the programs and makes the cluster unless the data folder has one.
-func newPostgres(ctx context.Context, procs *processes, choice, data string, port int, set []string, fresh bool, say func(string, ...any)) (*postgres, error) {
+func newPostgres(ctx context.Context, procs *processes, choice, data string, port int, set []string,
+	fresh bool, say func(string, ...any)) (*postgres, error) {
 	as, err := notRoot()
 	if err != nil {
 		return nil, err
@@ -319,8 +327,9 @@ func newPostgres(ctx context.Context, procs *processes, choice, data string, por
 	if err := errors.Join(os.RemoveAll(tmp), os.Mkdir(tmp, 0o700), as.own(tmp)); err != nil {
 		return nil, err
 	}
-	// --no-sync: a power failure in the first seconds costs an empty cluster; waiting costs seconds on a busy disk.
-	initdb := as.command(filepath.Join(p.bin, "initdb"), "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+	// --no-sync saves seconds on a busy disk. A power failure in the first seconds costs an empty cluster.
+	initdb := as.command(filepath.Join(p.bin, "initdb"), "-D", tmp, "-U", "postgres", "-A", "trust", "-E",
+		"UTF8", "--no-locale", "--no-sync")
 	initdb.Dir = tmp // one that it may be in
 	if err := procs.run(ctx, "initdb", initdb); err != nil {
 		return nil, err
@@ -368,7 +377,7 @@ func (p *postgres) url(database string) string {
 	return fmt.Sprintf("postgres://postgres@127.0.0.1:%d/%s?sslmode=disable", p.port, database)
 }
 
-// ready waits until it takes connections, crash recovery included, and sees to it that the database wallet exists.
+// ready waits until it takes connections, crash recovery included, and makes the database wallet if need be.
 func (p *postgres) ready(ctx context.Context) error {
 	for {
 		conn, err := pgx.Connect(ctx, p.url("postgres"))
@@ -380,7 +389,8 @@ func (p *postgres) ready(ctx context.Context) error {
 		}
 		defer conn.Close(context.WithoutCancel(ctx))
 		var exists bool
-		err = conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_database WHERE datname = 'wallet')").Scan(&exists)
+		err = conn.QueryRow(ctx,
+			"SELECT EXISTS (SELECT FROM pg_database WHERE datname = 'wallet')").Scan(&exists)
 		if err == nil && !exists {
 			_, err = conn.Exec(ctx, "CREATE DATABASE wallet")
 		}

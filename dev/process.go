@@ -1,12 +1,12 @@
-// Child processes: how they start, end, freeze, and how none is ever left behind. This file knows nothing of what they do.
+// Child processes: how they start, end and freeze, and how none is left behind. What they do is no matter.
 //
 // Three nets, each for the death the one before it does not see:
 //   - we end in order: every child is asked to end and waited for;
-//   - we are killed: the janitor, a copy of this program that reads from a pipe of ours, sees end of input and ends
-//     all that is left, frozen process trees included;
+//   - we are killed: the janitor, a copy of this program that reads from a pipe of ours, sees end of input
+//     and ends all that is left, frozen process trees included;
 //   - both are killed (pkill -9): Linux itself signals the children (Pdeathsig, process_linux.go).
 //
-// Every child inherits the lock on the data folder, so that it is free again only when the last of them is gone.
+// Every child inherits the lock on the data folder: it is free again only when the last of them is gone.
 
 package main
 
@@ -137,7 +137,7 @@ func (p *processes) start(name string, cmd *exec.Cmd, quit syscall.Signal) (*chi
 	return c, nil
 }
 
-// run starts a tool and waits until it is through; when ctx ends first, it is killed with all that it started.
+// run starts a tool and waits for its end. If ctx ends first, the tool is killed with all that it started.
 func (p *processes) run(ctx context.Context, name string, cmd *exec.Cmd) error {
 	c, err := p.start(name, cmd, syscall.SIGKILL)
 	if err != nil {
@@ -166,7 +166,7 @@ func (p *processes) tell(format string, args ...any) {
 	}
 }
 
-// janitor is the hidden subcommand: it keeps the list of children that it reads, and at end of input ends them.
+// janitor is the hidden subcommand: it reads which children there are, and at end of input ends them.
 func janitor(in io.Reader) {
 	// Its pipe alone says when to end; a signal for everyone is not for it.
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
@@ -207,7 +207,8 @@ func janitor(in io.Reader) {
 	}
 }
 
-// end asks the child to end, with the signal given or its own way, and waits; after endWait it is killed and an error says so.
+// end asks the child to end, by the given signal or in its own way, and waits. After endWait it kills the
+// child, and an error says so.
 func (c *child) end(sig syscall.Signal) error {
 	c.wanted.Store(true)
 	c.resume()
@@ -272,11 +273,12 @@ func (c *child) failure(verb string) error {
 	if len(all) > lines {
 		all = all[len(all)-lines:]
 	}
-	return fmt.Errorf("%s %s (%s); the end of %s:\n    %s", c.name, verb, how, c.log, strings.Join(all, "\n    "))
+	return fmt.Errorf("%s %s (%s); the end of %s:\n    %s", c.name, verb, how, c.log,
+		strings.Join(all, "\n    "))
 }
 
-// tree lists the process and all its descendants. Postgres gives each of its processes a session of its own, so
-// process groups do not find them.
+// tree lists the process and all its descendants. Postgres gives each of its processes a session of its own,
+// so process groups do not find them.
 func tree(pid int) []int {
 	parents := processTable()
 	if _, ok := parents[pid]; !ok {
@@ -312,7 +314,7 @@ func waitGone(pids []int, wait time.Duration) bool {
 	}
 }
 
-// untilParentEnds ends ctx when the process that started us is gone: `go run` passes on neither SIGTERM nor SIGKILL.
+// untilParentEnds ends ctx when our parent is gone: `go run` passes on neither SIGTERM nor SIGKILL.
 func untilParentEnds(ctx context.Context) context.Context {
 	parent := os.Getppid()
 	if parent == 1 {

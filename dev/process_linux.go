@@ -1,5 +1,5 @@
-// What only Linux can: the kernel ends our children when we are killed, and a user namespace lets root run Postgres
-// without being root.
+// What only Linux can: the kernel ends our children when we are killed, and a user namespace lets root run
+// Postgres without being root.
 
 package main
 
@@ -14,8 +14,8 @@ import (
 // dieWithParent has the kernel send sig to the child when the thread that started it ends.
 func dieWithParent(attr *syscall.SysProcAttr, sig syscall.Signal) { attr.Pdeathsig = sig }
 
-// inUserNamespace runs the child under uid and gid of a namespace of its own, where they stand for our real ones: it
-// may touch exactly our files and yet is not root. False where the system has no such thing.
+// inUserNamespace runs the child under uid and gid of a namespace of its own, where they stand for our real
+// ones: it may touch exactly our files and yet is not root. False where the system has no such thing.
 func inUserNamespace(attr *syscall.SysProcAttr, uid, gid int) bool {
 	attr.Cloneflags |= syscall.CLONE_NEWUSER
 	attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: uid, HostID: os.Getuid(), Size: 1}}

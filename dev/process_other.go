@@ -1,6 +1,6 @@
 //go:build !linux
 
-// Systems without Pdeathsig, user namespaces and /proc: the janitor alone ends what a killed stack leaves behind.
+// Systems without Pdeathsig, user namespaces and /proc: the janitor alone ends what a killed stack leaves.
 
 package main
 

@@ -1,5 +1,5 @@
-// Redis: the machine's redis-server, else miniredis in a process of its own. The cache is never authoritative, so a
-// killed Redis comes back with its last snapshot at best, and miniredis with nothing.
+// Redis: the machine's redis-server, else miniredis in a process of its own. The cache is never
+// authoritative, so a killed Redis comes back with its last snapshot at best, and miniredis with nothing.
 
 package main
 

@@ -1,5 +1,6 @@
-// What -secure adds to -kafka apache: beside each broker's plain listener, which the stack itself and the brokers among themselves use, one
-// by TLS that demands a client certificate and SASL, as in production. Its authority, certificates and password are made here.
+// What -secure adds to -kafka apache: beside each broker's plain listener, which the stack itself and the
+// brokers among themselves use, one by TLS that demands a client certificate and SASL, as in production. Its
+// authority, certificates and password are made here.
 
 package main
 
@@ -21,7 +22,8 @@ import (
 
 const (
 	secureUser = "wallet"
-	// secureSession is how long a connection lives without authenticating again, which brokers in the cloud demand too; so short that a test sees it.
+	// secureSession is how long a connection lives without authenticating again, which brokers in the cloud
+	// demand too; so short that a test sees it.
 	secureSession = 3 * time.Second
 )
 
@@ -31,7 +33,7 @@ type credentials struct {
 	password string // secureUser's
 }
 
-// newCredentials makes certificates anew at each start, but the password once: the controller's data has it too.
+// newCredentials makes new certificates at each start, but one password: the controller's data has it too.
 func newCredentials(dir string) (*credentials, error) {
 	c := &credentials{dir: dir}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -42,15 +44,19 @@ func newCredentials(dir string) (*credentials, error) {
 		password = []byte(rand.Text())
 	}
 	c.password = string(password)
-	authority, err := issue(nil, x509.Certificate{Subject: pkix.Name{CommonName: "wallet dev authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
+	authority, err := issue(nil, x509.Certificate{Subject: pkix.Name{CommonName: "wallet dev authority"},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
 	if err != nil {
 		return nil, err
 	}
-	broker, err := issue(authority, x509.Certificate{Subject: pkix.Name{CommonName: "broker"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	broker, err := issue(authority, x509.Certificate{Subject: pkix.Name{CommonName: "broker"},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	if err != nil {
 		return nil, err
 	}
-	client, err := issue(authority, x509.Certificate{Subject: pkix.Name{CommonName: "client"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	client, err := issue(authority, x509.Certificate{Subject: pkix.Name{CommonName: "client"},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 	if err != nil {
 		return nil, err
 	}
@@ -91,14 +97,16 @@ func issue(authority *issued, template x509.Certificate) (*issued, error) {
 		return nil, err
 	}
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-	return &issued{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})}, err
+	return &issued{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})}, err
 }
 
 // format is what makes the user known to SCRAM, of which the cluster's metadata keeps a salted hash.
 func (c *credentials) format() []string {
 	var args []string
 	for _, mechanism := range []string{"SCRAM-SHA-256", "SCRAM-SHA-512"} {
-		args = append(args, "--add-scram", fmt.Sprintf("%s=[name=%s,password=%s]", mechanism, secureUser, c.password))
+		args = append(args, "--add-scram", fmt.Sprintf("%s=[name=%s,password=%s]", mechanism, secureUser,
+			c.password))
 	}
 	return args
 }
@@ -115,7 +123,8 @@ func (c *credentials) properties() string {
 		"ssl.client.auth=required",
 		fmt.Sprintf("connections.max.reauth.ms=%d", secureSession.Milliseconds()),
 		"sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
-		fmt.Sprintf("plain.sasl.jaas.config=%splain.PlainLoginModule required user_%s=%q;", login, secureUser, c.password),
+		fmt.Sprintf("plain.sasl.jaas.config=%splain.PlainLoginModule required user_%s=%q;", login, secureUser,
+			c.password),
 		"scram-sha-256.sasl.jaas.config=" + login + "scram.ScramLoginModule required;",
 		"scram-sha-512.sasl.jaas.config=" + login + "scram.ScramLoginModule required;",
 	} {

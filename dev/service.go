@@ -1,5 +1,5 @@
-// The service itself, as a user of the stack runs it: built from the module above this one, one process per replica,
-// configured by environment alone.
+// The service itself, as a user of the stack runs it: built from the module above this one, one process per
+// replica, configured by environment alone.
 
 package main
 
@@ -27,7 +27,8 @@ func checkout() (string, error) {
 		return "", err
 	}
 	for ; ; dir = filepath.Dir(dir) {
-		if mod, err := os.ReadFile(filepath.Join(dir, "dev", "go.mod")); err == nil && strings.HasPrefix(string(mod), "module wallet/dev\n") {
+		if mod, err := os.ReadFile(filepath.Join(dir, "dev", "go.mod")); err == nil &&
+			strings.HasPrefix(string(mod), "module wallet/dev\n") {
 			return dir, nil
 		}
 		if dir == "/" {
@@ -36,7 +37,9 @@ func checkout() (string, error) {
 	}
 }
 
-func buildService(ctx context.Context, procs *processes, data string, say func(string, ...any)) (string, error) {
+func buildService(
+	ctx context.Context, procs *processes, data string, say func(string, ...any),
+) (string, error) {
 	root, err := checkout()
 	if err != nil {
 		return "", err
@@ -60,7 +63,8 @@ func (c config) listenAddresses() ([]string, error) {
 		address := net.JoinHostPort(host, strconv.Itoa(first+i))
 		l, err := net.Listen("tcp", address)
 		if err != nil {
-			return nil, fmt.Errorf("the service cannot listen on %s (%w): choose another place with -listen", address, err)
+			return nil, fmt.Errorf("the service cannot listen on %s (%w): choose another place with -listen",
+				address, err)
 		}
 		l.Close()
 		all = append(all, address)
@@ -76,11 +80,13 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 	}
 	// Whatever of a real deployment stands in a developer's environment must not meet this stack.
 	environment := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return slices.ContainsFunc([]string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}, func(prefix string) bool {
+		return slices.ContainsFunc([]string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS",
+			"TLS_", "OPERATE_ADDR"}, func(prefix string) bool {
 			return strings.HasPrefix(v, prefix)
 		})
 	})
-	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL, "KAFKA_BROKERS="+s.address.KafkaBrokers)
+	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL,
+		"KAFKA_BROKERS="+s.address.KafkaBrokers)
 	for name, value := range s.address.SecureKafka {
 		environment = append(environment, name+"="+value)
 	}
@@ -182,6 +188,6 @@ Try, in another terminal:
   go run -C dev . events%[9]s -from start
 
 Ctrl-C stops everything; the data stays.
-`, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL, s.address.RedisURL, kafka, s.cfg.data,
-		s.address.HTTP[0], key, data, s.address.Operate[0])
+`, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL,
+		s.address.RedisURL, kafka, s.cfg.data, s.address.HTTP[0], key, data, s.address.Operate[0])
 }

@@ -1,8 +1,8 @@
-// The stack: which servers there are, in which order they start and stop, who watches them, and the control lines by
-// which tests kill, stop, freeze and start them again.
+// The stack: which servers there are, in which order they start and stop, who watches them, and the control
+// lines by which tests kill, stop, freeze and start them again.
 //
-// One goroutine, run, owns all of it once everything is up: deaths, control lines and the wish to stop reach it
-// through channels, so that no two of them interleave.
+// One goroutine, run, owns all of it once everything is up: deaths, control lines and the wish to stop reach
+// it through channels, so that no two of them interleave.
 
 package main
 
@@ -28,7 +28,7 @@ import (
 // readyWait bounds every wait for a server to be ready; a long crash recovery must fit.
 const readyWait = 3 * time.Minute
 
-// config is what the flags say; see newFlags for their meaning.
+// config is what the flags say; stackConfig reads them and says what each means.
 type config struct {
 	services bool // servers only, driven by standard input
 
@@ -79,14 +79,15 @@ type stack struct {
 
 // addresses is what the JSON line says, and what stack.json in the data folder keeps for `events`.
 type addresses struct {
-	HTTP         []string          `json:"http,omitempty"`
-	Operate      []string          `json:"operate,omitempty"` // metrics and profiles
-	APIKey       string            `json:"api_key,omitempty"` // under -key
-	DatabaseURL  string            `json:"database_url"`
-	RedisURL     string            `json:"redis_url"`
-	KafkaBrokers string            `json:"kafka_brokers"`
-	SecureKafka  map[string]string `json:"secure_kafka,omitempty"` // under -secure: the service's settings, KAFKA_BROKERS included
-	PIDs         map[string]any    `json:"pids"`
+	HTTP         []string `json:"http,omitempty"`
+	Operate      []string `json:"operate,omitempty"` // metrics and profiles
+	APIKey       string   `json:"api_key,omitempty"` // under -key
+	DatabaseURL  string   `json:"database_url"`
+	RedisURL     string   `json:"redis_url"`
+	KafkaBrokers string   `json:"kafka_brokers"`
+	// Under -secure: the service's settings, KAFKA_BROKERS included.
+	SecureKafka map[string]string `json:"secure_kafka,omitempty"`
+	PIDs        map[string]any    `json:"pids"`
 }
 
 const addressFile = "stack.json"
@@ -94,12 +95,12 @@ const addressFile = "stack.json"
 // ours are the names that a data folder may hold; -fresh removes these and nothing else.
 var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressFile}
 
-// runStack is the whole life of a stack; it returns when ctx ends, a server dies, or with services input ends.
+// runStack is a stack's life. It returns when ctx ends or a server dies, and with services at end of input.
 func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
 	s := &stack{cfg: cfg, out: out, began: time.Now(), died: make(chan *child, 16)}
-	// Stacks that start at the same time search from different places: between finding a port and using it another
-	// may take it. Below 32768: a client's own port must never be a server's, or it can connect to itself while the
-	// server is down.
+	// Stacks that start at the same time search from different places: between finding a port and using it
+	// another may take it. Below 32768: a client's own port must never be a server's, or it can connect to
+	// itself while the server is down.
 	s.nextTry = 10000 + os.Getpid()%1100*20
 
 	temporary := cfg.data == ""
@@ -164,7 +165,8 @@ func (s *stack) openData(ctx context.Context) error {
 	if err := os.MkdirAll(s.cfg.data, 0o755); err != nil {
 		return err
 	}
-	if s.lock, err = os.OpenFile(filepath.Join(s.cfg.data, "lock"), os.O_CREATE|os.O_RDWR, 0o644); err != nil {
+	if s.lock, err = os.OpenFile(filepath.Join(s.cfg.data, "lock"), os.O_CREATE|os.O_RDWR,
+		0o644); err != nil {
 		return err
 	}
 	for {
@@ -172,11 +174,12 @@ func (s *stack) openData(ctx context.Context) error {
 		if err == nil {
 			break
 		}
-		// The servers hold the lock too. When the stack that started them was killed, they need a moment to end.
+		// The servers hold the lock too. If their stack was killed, they need a moment to end.
 		owner, _ := os.ReadFile(filepath.Join(s.cfg.data, "lock"))
 		pid, _ := strconv.Atoi(string(owner))
 		if _, alive := processTable()[pid]; alive || time.Since(s.began) > 2*endWait {
-			return fmt.Errorf("the data folder %s is in use by another stack (process %d): stop that one, or give this one its own with -data", s.cfg.data, pid)
+			return fmt.Errorf("the data folder %s is in use by another stack (process %d): "+
+				"stop that one, or give this one its own with -data", s.cfg.data, pid)
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
 			return err
@@ -208,7 +211,8 @@ func writeAt(f *os.File, text string) error {
 // say reports progress, for humans.
 func (s *stack) say(name string) func(string, ...any) {
 	return func(format string, args ...any) {
-		fmt.Fprintf(os.Stderr, "%5.1fs %-8s  %s\n", time.Since(s.began).Seconds(), name, fmt.Sprintf(format, args...))
+		fmt.Fprintf(os.Stderr, "%5.1fs %-8s  %s\n", time.Since(s.began).Seconds(), name,
+			fmt.Sprintf(format, args...))
 	}
 }
 
@@ -244,7 +248,8 @@ func (s *stack) start(ctx context.Context) error {
 	}
 	group, together := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		p, err := newPostgres(together, s.procs, s.cfg.postgres, s.cfg.data, ports[0], s.cfg.postgresSet, s.cfg.fresh, s.say("postgres"))
+		p, err := newPostgres(together, s.procs, s.cfg.postgres, s.cfg.data, ports[0], s.cfg.postgresSet,
+			s.cfg.fresh, s.say("postgres"))
 		if err != nil {
 			return err
 		}
@@ -270,7 +275,8 @@ func (s *stack) start(ctx context.Context) error {
 		switch s.cfg.kafka {
 		case "embedded":
 			servers = make([]*server, 1)
-			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs, filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
+			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs,
+				filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
 		case "apache":
 			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg,
 				faketime, s.port, s.say("kafka"))
@@ -312,7 +318,8 @@ func (s *stack) up(ctx context.Context, server *server) error {
 		return err
 	}
 	server.child = c
-	ctx, cancel := context.WithTimeoutCause(ctx, readyWait, fmt.Errorf("%s is not ready after %v; its log is %s", server.name, readyWait, c.log))
+	ctx, cancel := context.WithTimeoutCause(ctx, readyWait,
+		fmt.Errorf("%s is not ready after %v; its log is %s", server.name, readyWait, c.log))
 	defer cancel()
 	ready := make(chan error, 1)
 	go func() { ready <- server.ready(ctx) }()

@@ -1,8 +1,9 @@
-// Package k8s holds the tests of k8s.yaml and of the Dockerfile, which need no cluster, and in lab/ the proof on a real one.
+// Package k8s holds the tests of k8s.yaml and of the Dockerfile, which need no cluster, and in lab/ the proof
+// on a real one.
 //
-// Every document is decoded strictly into the API types of Kubernetes 1.25, so that a field that is misspelt, of another type or
-// newer is refused; then the rules below hold it against itself and against what the service reads. Each rule is shown to fail on a
-// copy with one fault.
+// Every document is decoded strictly into the API types of Kubernetes 1.25, so that a field that is misspelt,
+// of another type or newer is refused; then the rules below hold it against itself and against what the
+// service reads. Each rule is shown to fail on a copy with one fault.
 package k8s
 
 import (
@@ -66,55 +67,88 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"  replicas: 2\n", "  replica: 2\n", `unknown field "replica"`},
 		{"  replicas: 2\n", "  replicas: two\n", "cannot unmarshal"},
 		{"  replicas: 2\n", "  replicas: 2\n  replicas: 3\n", `"replicas" already set`},
-		{"  maxUnavailable: 1\n", "  maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n", `unknown field "unhealthyPodEvictionPolicy"`}, // since 1.26
-		{"          whenUnsatisfiable: ScheduleAnyway\n", "          whenUnsatisfiable: ScheduleAnyway\n          matchLabelKeys: [pod-template-hash]\n", "alpha"},
-		{"apiVersion: policy/v1\n", "apiVersion: policy/v1beta1\n", "policy/v1beta1 PodDisruptionBudget is not among"},
+		// Since 1.26.
+		{"  maxUnavailable: 1\n", "  maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n",
+			`unknown field "unhealthyPodEvictionPolicy"`},
+		{"          whenUnsatisfiable: ScheduleAnyway\n",
+			"          whenUnsatisfiable: ScheduleAnyway\n          matchLabelKeys: [pod-template-hash]\n",
+			"alpha"},
+		{"apiVersion: policy/v1\n", "apiVersion: policy/v1beta1\n",
+			"policy/v1beta1 PodDisruptionBudget is not among"},
 		{"storage: 5Gi", "storage: 5Gigs", "quantities must match"},
 		// Names and places.
-		{"kind: Service\nmetadata:\n  name: redis\n  namespace: wallet", "kind: Service\nmetadata:\n  name: redis\n  namespace: default", "Service redis is in namespace"},
-		{"name: kafka-config\n  namespace", "name: wallet-config\n  namespace", "ConfigMap wallet-config is there twice"},
-		{"pod-security.kubernetes.io/enforce: restricted", "pod-security.kubernetes.io/enforce: baseline", "restricted"},
+		{"kind: Service\nmetadata:\n  name: redis\n  namespace: wallet",
+			"kind: Service\nmetadata:\n  name: redis\n  namespace: default", "Service redis is in namespace"},
+		{"name: kafka-config\n  namespace", "name: wallet-config\n  namespace",
+			"ConfigMap wallet-config is there twice"},
+		{"pod-security.kubernetes.io/enforce: restricted", "pod-security.kubernetes.io/enforce: baseline",
+			"restricted"},
 		// Selectors and ports.
-		{"  selector:\n    matchLabels:\n      app: wallet-server\n  template", "  selector:\n    matchLabels:\n      app: wallet\n  template", "selector does not match its own pods"},
-		{"  selector:\n    app: redis\n", "  selector:\n    app: reddis\n", "Service redis selects 0 workloads"},
+		{"  selector:\n    matchLabels:\n      app: wallet-server\n  template",
+			"  selector:\n    matchLabels:\n      app: wallet\n  template",
+			"selector does not match its own pods"},
+		{"  selector:\n    app: redis\n", "  selector:\n    app: reddis\n",
+			"Service redis selects 0 workloads"},
 		{"targetPort: redis", "targetPort: radis", `no container port "radis"`},
 		{"containerPort: 8080", "containerPort: 8081", "LISTEN_ADDR"},
 		{"      port: 80\n", "      port: 8080\n", "port 80"},
 		{"serviceName: kafka\n", "serviceName: kafkas\n", "there is no Service kafkas"},
-		{"httpGet: {path: /readyz, port: http}", "httpGet: {path: /readyz, port: web}", `readiness probe: no container port "web"`},
+		{"httpGet: {path: /readyz, port: http}", "httpGet: {path: /readyz, port: web}",
+			`readiness probe: no container port "web"`},
 		{"httpGet: {path: /readyz, port: http}", "httpGet: {path: /ready, port: http}", "probes /ready"},
 		{"                  name: http\n", "                  name: https\n", "Ingress wallet-server"},
-		{"nginx.ingress.kubernetes.io/ssl-redirect: \"false\"", "nginx.ingress.kubernetes.io/ssl-redirect: \"true\"", "ssl-redirect"},
-		{"REDIS_URL: redis://redis:6379/0", "REDIS_URL: redis://cache:6379/0", "REDIS_URL: there is no Service cache"},
-		{"KAFKA_BROKERS: kafka:9092", "KAFKA_BROKERS: kafka:9093,kafka:9094", "KAFKA_BROKERS: Service kafka has no port 9094"},
-		{"$(SERVICE_PASSWORD)@postgres:5432", "$(SERVICE_PASSWORD)@postgres:5433", "DATABASE_URL: Service postgres has no port 5433"},
+		{"nginx.ingress.kubernetes.io/ssl-redirect: \"false\"",
+			"nginx.ingress.kubernetes.io/ssl-redirect: \"true\"", "ssl-redirect"},
+		{"REDIS_URL: redis://redis:6379/0", "REDIS_URL: redis://cache:6379/0",
+			"REDIS_URL: there is no Service cache"},
+		{"KAFKA_BROKERS: kafka:9092", "KAFKA_BROKERS: kafka:9093,kafka:9094",
+			"KAFKA_BROKERS: Service kafka has no port 9094"},
+		{"$(SERVICE_PASSWORD)@postgres:5432", "$(SERVICE_PASSWORD)@postgres:5433",
+			"DATABASE_URL: Service postgres has no port 5433"},
 		{"prometheus.io/port: \"8081\"", "prometheus.io/port: \"8080\"", "prometheus.io/port"},
 		{"containerPort: 8081", "containerPort: 8082", "OPERATE_ADDR"},
 		// References.
-		{"secretKeyRef: {name: wallet-db-secret, key: RELAY_PASSWORD}", "secretKeyRef: {name: wallet-db-secret, key: RELAYS_PASSWORD}", "no key RELAYS_PASSWORD"},
-		{"secretKeyRef: {name: wallet-db-secret, key: OWNER_PASSWORD}", "secretKeyRef: {name: db-secret, key: OWNER_PASSWORD}", "no Secret db-secret"},
-		{"            - configMapRef:\n                name: kafka-config", "            - configMapRef:\n                name: kafka-confg", "no ConfigMap kafka-confg"},
-		{"configMapKeyRef: {name: wallet-config, key: LOG_FORMAT}", "configMapKeyRef: {name: wallet-config, key: LOG_STYLE}", "no key LOG_STYLE"},
-		{"          configMap:\n            name: postgres-init", "          configMap:\n            name: postgres-start", "no ConfigMap postgres-start"},
+		{"secretKeyRef: {name: wallet-db-secret, key: RELAY_PASSWORD}",
+			"secretKeyRef: {name: wallet-db-secret, key: RELAYS_PASSWORD}", "no key RELAYS_PASSWORD"},
+		{"secretKeyRef: {name: wallet-db-secret, key: OWNER_PASSWORD}",
+			"secretKeyRef: {name: db-secret, key: OWNER_PASSWORD}", "no Secret db-secret"},
+		{"            - configMapRef:\n                name: kafka-config",
+			"            - configMapRef:\n                name: kafka-confg", "no ConfigMap kafka-confg"},
+		{"configMapKeyRef: {name: wallet-config, key: LOG_FORMAT}",
+			"configMapKeyRef: {name: wallet-config, key: LOG_STYLE}", "no key LOG_STYLE"},
+		{"          configMap:\n            name: postgres-init",
+			"          configMap:\n            name: postgres-start", "no ConfigMap postgres-start"},
 		{"subPath: roles.sh", "subPath: role.sh", "has no file role.sh"},
 		{"- {name: data, mountPath: /data}", "- {name: cache, mountPath: /data}", "no volume cache"},
-		{"            - {name: socket, mountPath: /var/run/postgresql}\n", "", "volume socket is mounted nowhere"},
+		{"            - {name: socket, mountPath: /var/run/postgresql}\n", "",
+			"volume socket is mounted nowhere"},
 		{"secretName: wallet-api-keys", "secretName: api-keys", "no Secret api-keys"},
-		{"API_KEYS_FILE: /etc/wallet/api-keys/keys", "API_KEYS_FILE: /etc/wallet/api-keys/key", "API_KEYS_FILE"},
+		{"API_KEYS_FILE: /etc/wallet/api-keys/keys", "API_KEYS_FILE: /etc/wallet/api-keys/key",
+			"API_KEYS_FILE"},
 		{"laptop:read+write+operate:9b", "laptop:read+write+operate:9c", "laptop-key"},
 		{"  RELAY_PASSWORD: laptop-relay ", "  RELAY_PASSWORD: laptop:relay ", "RELAY_PASSWORD"},
 		// What the service reads.
 		{"  DRAIN_DELAY: 5s", "  DRAIN_DELEY: 5s", "DRAIN_DELEY is no setting"},
 		{"name: MIGRATE_URL", "name: MIGRATION_URL", "MIGRATION_URL is no setting"},
-		{"wallet_relay:$(RELAY_PASSWORD)@", "wallet_relay:$(RELAYS_PASSWORD)@", "$(RELAYS_PASSWORD) is not set before"},
+		{"wallet_relay:$(RELAY_PASSWORD)@", "wallet_relay:$(RELAYS_PASSWORD)@",
+			"$(RELAYS_PASSWORD) is not set before"},
 		{"wallet_relay:$(RELAY_PASSWORD)@", "wallet_relay:x@", "RELAY_PASSWORD is no setting"},
 		{"wallet_service:$(SERVICE_PASSWORD)@", "wallet_owner:$(SERVICE_PASSWORD)@", "DATABASE_URL"},
-		{"            - name: RELAY_PASSWORD\n              valueFrom: {secretKeyRef: {name: wallet-db-secret, key: RELAY_PASSWORD}}\n            # Without", "            - name: RELAY_PASSWORD\n              valueFrom: {secretKeyRef: {name: wallet-db-secret, key: OWNER_PASSWORD}}\n            # Without", "sees OWNER_PASSWORD"},
+		{"            - name: RELAY_PASSWORD\n" +
+			"              valueFrom: {secretKeyRef: {name: wallet-db-secret, key: RELAY_PASSWORD}}\n" +
+			"            # Without",
+			"            - name: RELAY_PASSWORD\n" +
+				"              valueFrom: {secretKeyRef: {name: wallet-db-secret, key: OWNER_PASSWORD}}\n" +
+				"            # Without",
+			"sees OWNER_PASSWORD"},
 		// Stopping and rolling.
 		{"SHUTDOWN_TIMEOUT: 15s", "SHUTDOWN_TIMEOUT: 25s", "terminationGracePeriodSeconds"},
 		{"maxUnavailable: 0 ", "maxUnavailable: 1 ", "maxUnavailable"},
-		{"          imagePullPolicy: IfNotPresent\n          envFrom", "          imagePullPolicy: Always\n          envFrom", "pull policy"},
-		{"          image: wallet:latest\n          imagePullPolicy: IfNotPresent\n          envFrom", "          image: wallet:1.1\n          imagePullPolicy: IfNotPresent\n          envFrom", "another image than its init container"},
+		{"          imagePullPolicy: IfNotPresent\n          envFrom",
+			"          imagePullPolicy: Always\n          envFrom", "pull policy"},
+		{"          image: wallet:latest\n          imagePullPolicy: IfNotPresent\n          envFrom",
+			"          image: wallet:1.1\n          imagePullPolicy: IfNotPresent\n          envFrom",
+			"another image than its init container"},
 		{"image: redis:8.6.4", "image: redis", "not pinned"},
 		{"image: apache/kafka:4.2.0", "image: apache/kafka:4.3.0", "drops transaction markers"},
 		{"image: redis:8.6.4", "image: redis:8", "not pinned"},
@@ -128,8 +162,10 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"automountServiceAccountToken: false", "automountServiceAccountToken: true", "token"},
 		{"enableServiceLinks: false", "enableServiceLinks: true", "enableServiceLinks"},
 		{"            limits: {cpu: \"2\", memory: 1280Mi}\n", "", "no limit of cpu"},
-		{"requests: {cpu: 250m, memory: 768Mi}", "requests: {cpu: 250m, memory: 2Gi}", "requests more memory than its limit"},
-		{"          livenessProbe:\n            tcpSocket: {port: client}\n            periodSeconds: 10\n            timeoutSeconds: 5\n            failureThreshold: 6\n", "", "no liveness probe"},
+		{"requests: {cpu: 250m, memory: 768Mi}", "requests: {cpu: 250m, memory: 2Gi}",
+			"requests more memory than its limit"},
+		{"          livenessProbe:\n            tcpSocket: {port: client}\n            periodSeconds: 10\n" +
+			"            timeoutSeconds: 5\n            failureThreshold: 6\n", "", "no liveness probe"},
 		// The stores' own rules.
 		{"- wal_level=logical", "- wal_level=replica", "wal_level=logical"},
 		{"max_slot_wal_keep_size=2GB", "max_slot_wal_keep_size=4GB", "WAL may fill"},
@@ -137,15 +173,24 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"- 192mb", "- 256mb", "maxmemory"},
 		{"- allkeys-lru", "- noeviction", "evict"},
 		{"KAFKA_LOG_DIRS: /var/lib/kafka/data/log", "KAFKA_LOG_DIRS: /tmp/kraft", "KAFKA_LOG_DIRS"},
-		{"KAFKA_DEFAULT_REPLICATION_FACTOR: \"1\"", "KAFKA_DEFAULT_REPLICATION_FACTOR: \"3\"", "KAFKA_DEFAULT_REPLICATION_FACTOR"},
+		{"KAFKA_DEFAULT_REPLICATION_FACTOR: \"1\"", "KAFKA_DEFAULT_REPLICATION_FACTOR: \"3\"",
+			"KAFKA_DEFAULT_REPLICATION_FACTOR"},
 		{"\n  KAFKA_CONTROLLER_QUORUM_VOTERS: 0@", "\n  KAFKA_CONTROLLER_QUORUM_VOTERS: 1@", "QUORUM_VOTERS"},
-		{"KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"false\"", "KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"true\"", "AUTO_CREATE"},
+		{"KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"false\"", "KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"true\"",
+			"AUTO_CREATE"},
 		// Who may talk to whom.
-		{"  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: redis", "  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: rediss", "no NetworkPolicy"},
+		{"  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: redis",
+			"  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: rediss",
+			"no NetworkPolicy"},
 		{"        - port: redis\n", "        - port: radis\n", `no container port "radis"`},
-		{"    - from:\n        - podSelector:\n            matchLabels:\n              app: wallet-server\n      ports:\n        - port: redis", "    - from:\n        - podSelector: {}\n      ports:\n        - port: redis", "lets others in"},
-		{"  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet-server", "  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet", "PodDisruptionBudget wallet-server"},
-		{"  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet-server", "  minAvailable: 2\n  selector:\n    matchLabels:\n      app: wallet-server", "never be drained"},
+		{"    - from:\n        - podSelector:\n            matchLabels:\n              app: wallet-server\n" +
+			"      ports:\n        - port: redis",
+			"    - from:\n        - podSelector: {}\n      ports:\n        - port: redis", "lets others in"},
+		{"  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet-server",
+			"  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet",
+			"PodDisruptionBudget wallet-server"},
+		{"  maxUnavailable: 1\n  selector:\n    matchLabels:\n      app: wallet-server",
+			"  minAvailable: 2\n  selector:\n    matchLabels:\n      app: wallet-server", "never be drained"},
 	} {
 		if !strings.Contains(text, f.old) {
 			t.Errorf("the manifest has no longer %q", f.old)
@@ -189,7 +234,8 @@ func TestSecretCanBeReplacedAsItSays(t *testing.T) {
 		}
 	}
 	if !maps.Equal(whole.names, without.names) {
-		t.Errorf("%s leaves %v, want %v", recipe[1], slices.Sorted(maps.Keys(without.names)), slices.Sorted(maps.Keys(whole.names)))
+		t.Errorf("%s leaves %v, want %v", recipe[1], slices.Sorted(maps.Keys(without.names)),
+			slices.Sorted(maps.Keys(whole.names)))
 	}
 	if strings.Contains(string(rest), "laptop-") {
 		t.Error("a default password is left")
@@ -207,12 +253,14 @@ func TestSecretCanBeReplacedAsItSays(t *testing.T) {
 
 // The image has what the program needs and little else: its Dockerfile's own build command, run here.
 func TestImage(t *testing.T) {
-	dockerfile, m := read(t, "Dockerfile"), regexp.MustCompile(`(?m)^RUN CGO_ENABLED=0 go build (.*) -o /wallet \.$`)
+	dockerfile := read(t, "Dockerfile")
+	m := regexp.MustCompile(`(?m)^RUN CGO_ENABLED=0 go build (.*) -o /wallet \.$`)
 	build := m.FindStringSubmatch(dockerfile)
 	if build == nil {
 		t.Fatal("no build command in the Dockerfile")
 	}
-	for _, want := range []string{"FROM scratch", "USER 65532:65532", "EXPOSE 8080", `ENTRYPOINT ["/wallet"]`, "ENV LISTEN_ADDR=:8080", "/etc/ssl/certs/ca-certificates.crt"} {
+	for _, want := range []string{"FROM scratch", "USER 65532:65532", "EXPOSE 8080", `ENTRYPOINT ["/wallet"]`,
+		"ENV LISTEN_ADDR=:8080", "/etc/ssl/certs/ca-certificates.crt"} {
 		if !strings.Contains(dockerfile, want) {
 			t.Errorf("the Dockerfile lacks %q", want)
 		}
@@ -241,7 +289,8 @@ func TestImage(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if out, err := exec.Command(binary, "-version").Output(); err != nil || strings.TrimSpace(string(out)) != "1.2.3" {
+	if out, err := exec.Command(binary, "-version").Output(); err != nil ||
+		strings.TrimSpace(string(out)) != "1.2.3" {
 		t.Errorf("-version says %q, %v", out, err)
 	}
 	file, err := os.Stat(binary)
@@ -294,9 +343,9 @@ func settings(t *testing.T) map[string]string {
 	return found
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Reading
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 type manifest struct {
 	settings   map[string]string // the service's, with their defaults
@@ -375,7 +424,9 @@ func (m *manifest) add(document []byte) error {
 			err = fmt.Errorf("%s: say how many replicas", name)
 		}
 		if err == nil {
-			m.workloads = append(m.workloads, &workload{o.Kind, o.Name, int(*o.Spec.Replicas), o.Spec.Selector, o.Spec.Template, o.Spec.VolumeClaimTemplates, o.Spec.ServiceName})
+			m.workloads = append(m.workloads,
+				&workload{o.Kind, o.Name, int(*o.Spec.Replicas), o.Spec.Selector, o.Spec.Template,
+					o.Spec.VolumeClaimTemplates, o.Spec.ServiceName})
 		}
 	case "apps/v1 Deployment":
 		o := new(apps.Deployment)
@@ -384,7 +435,8 @@ func (m *manifest) add(document []byte) error {
 		}
 		if err == nil {
 			m.deployment = o
-			m.workloads = append(m.workloads, &workload{o.Kind, o.Name, int(*o.Spec.Replicas), o.Spec.Selector, o.Spec.Template, nil, ""})
+			m.workloads = append(m.workloads,
+				&workload{o.Kind, o.Name, int(*o.Spec.Replicas), o.Spec.Selector, o.Spec.Template, nil, ""})
 		}
 	case "policy/v1 PodDisruptionBudget":
 		o := new(policy.PodDisruptionBudget)
@@ -399,7 +451,8 @@ func (m *manifest) add(document []byte) error {
 		err = strict(o)
 		m.policies = append(m.policies, o)
 	default:
-		err = fmt.Errorf("%s %s is not among the stable objects that this test knows", head.APIVersion, head.Kind)
+		err = fmt.Errorf("%s %s is not among the stable objects that this test knows", head.APIVersion,
+			head.Kind)
 	}
 	if err != nil {
 		return err
@@ -414,20 +467,23 @@ func (m *manifest) add(document []byte) error {
 	return nil
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Rules
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 func (m *manifest) check() error {
 	m.faults = nil
-	for _, kind := range []string{"Namespace wallet", "Secret wallet-db-secret", "ConfigMap wallet-config", "StatefulSet postgres", "StatefulSet redis",
-		"StatefulSet kafka", "Deployment wallet-server", "Service wallet-server", "Ingress wallet-server", "PodDisruptionBudget wallet-server"} {
+	for _, kind := range []string{"Namespace wallet", "Secret wallet-db-secret", "ConfigMap wallet-config",
+		"StatefulSet postgres", "StatefulSet redis",
+		"StatefulSet kafka", "Deployment wallet-server", "Service wallet-server", "Ingress wallet-server",
+		"PodDisruptionBudget wallet-server"} {
 		m.must(m.names[kind], "there is no %s", kind)
 	}
 	if len(m.faults) > 0 {
 		return errors.Join(m.faults...)
 	}
-	m.must(m.namespaces[0].Labels["pod-security.kubernetes.io/enforce"] == "restricted", "the namespace does not enforce the restricted standard")
+	m.must(m.namespaces[0].Labels["pod-security.kubernetes.io/enforce"] == "restricted",
+		"the namespace does not enforce the restricted standard")
 	for _, w := range m.workloads {
 		m.checkSelectors(w)
 		m.checkSecurity(w)
@@ -484,7 +540,8 @@ func (w *workload) container() *core.Container { return &w.pods.Spec.Containers[
 func (w *workload) port(p intstr.IntOrString) (int32, error) {
 	for _, c := range w.pods.Spec.Containers {
 		for _, have := range c.Ports {
-			if p.Type == intstr.String && have.Name == p.StrVal || p.Type == intstr.Int && have.ContainerPort == p.IntVal {
+			if p.Type == intstr.String && have.Name == p.StrVal || p.Type == intstr.Int &&
+				have.ContainerPort == p.IntVal {
 				return have.ContainerPort, nil
 			}
 		}
@@ -504,10 +561,12 @@ func (m *manifest) selected(s *meta.LabelSelector) []*workload {
 
 func (m *manifest) checkSelectors(w *workload) {
 	m.must(w.matches(w.selector), "%v: its selector does not match its own pods", w)
-	m.must(w.serviceName == "" || m.services[w.serviceName] != nil, "%v: there is no Service %s", w, w.serviceName)
+	m.must(w.serviceName == "" || m.services[w.serviceName] != nil, "%v: there is no Service %s", w,
+		w.serviceName)
 	for _, s := range w.pods.Spec.TopologySpreadConstraints {
 		m.must(w.matches(s.LabelSelector), "%v: its topology spread does not match its own pods", w)
-		m.must(s.MinDomains == nil && s.MatchLabelKeys == nil && s.NodeAffinityPolicy == nil && s.NodeTaintsPolicy == nil, "%v: its topology spread has an alpha field of 1.25", w)
+		m.must(s.MinDomains == nil && s.MatchLabelKeys == nil && s.NodeAffinityPolicy == nil &&
+			s.NodeTaintsPolicy == nil, "%v: its topology spread has an alpha field of 1.25", w)
 	}
 }
 
@@ -515,24 +574,29 @@ func (m *manifest) checkSecurity(w *workload) {
 	is := func(p *bool, want bool) bool { return p != nil && *p == want }
 	pod := &w.pods.Spec
 	m.must(is(pod.AutomountServiceAccountToken, false), "%v mounts a service account token", w)
-	m.must(is(pod.EnableServiceLinks, false), "%v: enableServiceLinks is not false: variables that nobody asked for", w)
+	m.must(is(pod.EnableServiceLinks, false),
+		"%v: enableServiceLinks is not false: variables that nobody asked for", w)
 	m.must(!pod.HostNetwork && !pod.HostPID && !pod.HostIPC, "%v shares the host's namespaces", w)
 	s := pod.SecurityContext
 	if !m.must(s != nil, "%v has no securityContext", w) {
 		return
 	}
 	m.must(is(s.RunAsNonRoot, true) && s.RunAsUser != nil && *s.RunAsUser > 0, "%v may run as root", w)
-	m.must(s.SeccompProfile != nil && s.SeccompProfile.Type == core.SeccompProfileTypeRuntimeDefault, "%v: seccomp is not RuntimeDefault", w)
+	m.must(s.SeccompProfile != nil && s.SeccompProfile.Type == core.SeccompProfileTypeRuntimeDefault,
+		"%v: seccomp is not RuntimeDefault", w)
 	for _, c := range w.containers() {
 		s := c.SecurityContext
 		if !m.must(s != nil, "%v, %s has no securityContext", w, c.Name) {
 			continue
 		}
-		m.must(is(s.AllowPrivilegeEscalation, false) && (s.Privileged == nil || !*s.Privileged), "%v, %s: allowPrivilegeEscalation is not false", w, c.Name)
+		m.must(is(s.AllowPrivilegeEscalation, false) && (s.Privileged == nil || !*s.Privileged),
+			"%v, %s: allowPrivilegeEscalation is not false", w, c.Name)
 		m.must(is(s.ReadOnlyRootFilesystem, true), "%v, %s: readOnlyRootFilesystem is not true", w, c.Name)
-		m.must(s.Capabilities != nil && slices.Equal(s.Capabilities.Drop, []core.Capability{"ALL"}), "%v, %s does not drop ALL capabilities", w, c.Name)
+		m.must(s.Capabilities != nil && slices.Equal(s.Capabilities.Drop, []core.Capability{"ALL"}),
+			"%v, %s does not drop ALL capabilities", w, c.Name)
 		m.must(s.Capabilities == nil || len(s.Capabilities.Add) == 0, "%v, %s adds capabilities", w, c.Name)
-		m.must(s.RunAsUser == nil && s.RunAsNonRoot == nil && s.SeccompProfile == nil, "%v, %s: user and seccomp are the pod's", w, c.Name)
+		m.must(s.RunAsUser == nil && s.RunAsNonRoot == nil && s.SeccompProfile == nil,
+			"%v, %s: user and seccomp are the pod's", w, c.Name)
 	}
 }
 
@@ -556,7 +620,9 @@ func (m *manifest) checkVolumes(w *workload) {
 	for _, c := range w.claims {
 		volumes[c.Name] = false
 		size := c.Spec.Resources.Requests[core.ResourceStorage]
-		m.must(!size.IsZero() && slices.Equal(c.Spec.AccessModes, []core.PersistentVolumeAccessMode{core.ReadWriteOnce}), "%v: claim %s wants a size and ReadWriteOnce", w, c.Name)
+		once := []core.PersistentVolumeAccessMode{core.ReadWriteOnce}
+		m.must(!size.IsZero() && slices.Equal(c.Spec.AccessModes, once),
+			"%v: claim %s wants a size and ReadWriteOnce", w, c.Name)
 	}
 	for _, c := range w.containers() {
 		for _, mount := range c.VolumeMounts {
@@ -564,7 +630,8 @@ func (m *manifest) checkVolumes(w *workload) {
 			m.must(there, "%v, %s: there is no volume %s", w, c.Name, mount.Name)
 			volumes[mount.Name] = true
 			if content := files[mount.Name]; content != nil && mount.SubPath != "" {
-				m.must(content[mount.SubPath] != "", "%v, %s: volume %s has no file %s", w, c.Name, mount.Name, mount.SubPath)
+				m.must(content[mount.SubPath] != "", "%v, %s: volume %s has no file %s", w, c.Name,
+					mount.Name, mount.SubPath)
 			}
 		}
 		// A script that is run must be mounted.
@@ -590,9 +657,11 @@ func (m *manifest) environment(w *workload, c *core.Container) map[string]string
 		return value
 	}
 	for _, from := range c.EnvFrom {
-		m.must(from.ConfigMapRef != nil && from.SecretRef == nil, "%v, %s: secrets are named one by one", w, c.Name)
+		m.must(from.ConfigMapRef != nil && from.SecretRef == nil, "%v, %s: secrets are named one by one", w,
+			c.Name)
 		if from.ConfigMapRef != nil {
-			m.must(m.configs[from.ConfigMapRef.Name] != nil, "%v, %s: there is no ConfigMap %s", w, c.Name, from.ConfigMapRef.Name)
+			m.must(m.configs[from.ConfigMapRef.Name] != nil, "%v, %s: there is no ConfigMap %s", w, c.Name,
+				from.ConfigMapRef.Name)
 			maps.Copy(seen, m.configs[from.ConfigMapRef.Name])
 		}
 	}
@@ -623,7 +692,8 @@ func (m *manifest) environment(w *workload, c *core.Container) map[string]string
 var reference = regexp.MustCompile(`\$\(([A-Za-z_]+)\)`)
 
 // roles are the logins of each URL.
-var roles = map[string]string{"DATABASE_URL": "wallet_service", "REPLICATION_URL": "wallet_relay", "MIGRATE_URL": "wallet_owner"}
+var roles = map[string]string{"DATABASE_URL": "wallet_service", "REPLICATION_URL": "wallet_relay",
+	"MIGRATE_URL": "wallet_owner"}
 
 func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 	seen := m.environment(w, c)
@@ -638,9 +708,12 @@ func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 	}
 	for name, value := range seen {
 		_, setting := m.settings[name]
-		m.must(setting || used[name] || name == "GOMEMLIMIT", "%v, %s: %s is no setting of the service, and used in none", w, c.Name, name)
+		m.must(setting || used[name] || name == "GOMEMLIMIT",
+			"%v, %s: %s is no setting of the service, and used in none", w, c.Name, name)
 		if role, isURL := roles[name]; isURL {
-			m.must(strings.HasPrefix(value, "postgres://"+role+"@") || strings.HasPrefix(value, "postgres://"+role+":<"), "%v, %s: %s is not %s's", w, c.Name, name, role)
+			own := "postgres://" + role
+			m.must(strings.HasPrefix(value, own+"@") || strings.HasPrefix(value, own+":<"),
+				"%v, %s: %s is not %s's", w, c.Name, name, role)
 		}
 	}
 	// Each container sees the secrets of its task only.
@@ -656,7 +729,8 @@ func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 	for _, name := range []string{"DATABASE_URL", "REPLICATION_URL"} {
 		m.must(seen[name] != "", "%v, %s has no %s", w, c.Name, name)
 	}
-	m.must(c == w.container() || slices.Equal(c.Args, []string{"-migrate"}) && seen["MIGRATE_URL"] != "", "%v, %s does not migrate", w, c.Name)
+	m.must(c == w.container() || slices.Equal(c.Args, []string{"-migrate"}) && seen["MIGRATE_URL"] != "",
+		"%v, %s does not migrate", w, c.Name)
 	// Passwords are parts of URLs.
 	for name, value := range m.secrets["wallet-db-secret"] {
 		m.must(regexp.MustCompile(`^[A-Za-z0-9-]+$`).MatchString(value), "%s cannot stand in a URL", name)
@@ -668,19 +742,26 @@ func (m *manifest) checkResources(w *workload, c *core.Container) {
 		request, limit := c.Resources.Requests[name], c.Resources.Limits[name]
 		m.must(!request.IsZero(), "%v, %s has no request of %s", w, c.Name, name)
 		m.must(!limit.IsZero(), "%v, %s has no limit of %s", w, c.Name, name)
-		m.must(limit.IsZero() || request.Cmp(limit) <= 0, "%v, %s requests more %s than its limit", w, c.Name, name)
+		m.must(limit.IsZero() || request.Cmp(limit) <= 0, "%v, %s requests more %s than its limit", w, c.Name,
+			name)
 	}
 	own := strings.HasPrefix(c.Image, "wallet:")
-	m.must(own && c.ImagePullPolicy == core.PullIfNotPresent || !own && c.ImagePullPolicy == "", "%v, %s: pull policy %q does not fit image %s", w, c.Name, c.ImagePullPolicy, c.Image)
-	m.must(own || regexp.MustCompile(`^[a-z/]+:\d+\.\d+(\.\d+)?$`).MatchString(c.Image), "%v, %s: image %s is not pinned", w, c.Name, c.Image)
-	m.must(!strings.HasPrefix(c.Image, "postgres:") || len(strings.Split(c.Image, ".")) == 2, "%v, %s: image %s is not pinned", w, c.Name, c.Image)
-	m.must(!strings.HasPrefix(c.Image, "redis:") || len(strings.Split(c.Image, ".")) == 3, "%v, %s: image %s is not pinned", w, c.Name, c.Image)
+	m.must(own && c.ImagePullPolicy == core.PullIfNotPresent || !own && c.ImagePullPolicy == "",
+		"%v, %s: pull policy %q does not fit image %s", w, c.Name, c.ImagePullPolicy, c.Image)
+	m.must(own || regexp.MustCompile(`^[a-z/]+:\d+\.\d+(\.\d+)?$`).MatchString(c.Image),
+		"%v, %s: image %s is not pinned", w, c.Name, c.Image)
+	m.must(!strings.HasPrefix(c.Image, "postgres:") || len(strings.Split(c.Image, ".")) == 2,
+		"%v, %s: image %s is not pinned", w, c.Name, c.Image)
+	m.must(!strings.HasPrefix(c.Image, "redis:") || len(strings.Split(c.Image, ".")) == 3,
+		"%v, %s: image %s is not pinned", w, c.Name, c.Image)
 	m.must(!strings.Contains(c.Image, "bitnami"), "%v, %s: that image is retired", w, c.Name)
-	m.must(c.Image != "apache/kafka:4.3.0", "%v, %s: that broker drops transaction markers (KAFKA-20734)", w, c.Name)
+	m.must(c.Image != "apache/kafka:4.3.0", "%v, %s: that broker drops transaction markers (KAFKA-20734)", w,
+		c.Name)
 }
 
 func (m *manifest) checkProbes(w *workload, c *core.Container) {
-	for what, probe := range map[string]*core.Probe{"startup": c.StartupProbe, "liveness": c.LivenessProbe, "readiness": c.ReadinessProbe} {
+	for what, probe := range map[string]*core.Probe{"startup": c.StartupProbe, "liveness": c.LivenessProbe,
+		"readiness": c.ReadinessProbe} {
 		if !m.must(probe != nil, "%v, %s has no %s probe", w, c.Name, what) {
 			continue
 		}
@@ -692,7 +773,8 @@ func (m *manifest) checkProbes(w *workload, c *core.Container) {
 			if what == "readiness" {
 				want = "/readyz"
 			}
-			m.must(probe.HTTPGet.Path == want, "%v, %s: %s probes %s, not %s", w, c.Name, what, probe.HTTPGet.Path, want)
+			m.must(probe.HTTPGet.Path == want, "%v, %s: %s probes %s, not %s", w, c.Name, what,
+				probe.HTTPGet.Path, want)
 		case probe.TCPSocket != nil:
 			_, err = w.port(probe.TCPSocket.Port)
 		case probe.Exec == nil:
@@ -715,8 +797,10 @@ func (m *manifest) checkServices() {
 	}
 	for _, b := range m.budgets {
 		found := m.selected(b.Spec.Selector)
-		if m.must(len(found) == 1, "PodDisruptionBudget %s selects %d workloads", b.Name, len(found)) && b.Spec.MinAvailable != nil {
-			m.must(b.Spec.MinAvailable.IntValue() < found[0].replicas, "PodDisruptionBudget %s: a node could never be drained", b.Name)
+		if m.must(len(found) == 1, "PodDisruptionBudget %s selects %d workloads", b.Name, len(found)) &&
+			b.Spec.MinAvailable != nil {
+			m.must(b.Spec.MinAvailable.IntValue() < found[0].replicas,
+				"PodDisruptionBudget %s: a node could never be drained", b.Name)
 		}
 	}
 }
@@ -730,7 +814,9 @@ func (m *manifest) checkAddresses() {
 		if !m.must(err == nil && service != nil, "%s: there is no Service %s", setting, host) {
 			return
 		}
-		m.must(slices.ContainsFunc(service.Spec.Ports, func(p core.ServicePort) bool { return fmt.Sprint(p.Port) == port }), "%s: Service %s has no port %s", setting, host, port)
+		m.must(slices.ContainsFunc(service.Spec.Ports, func(p core.ServicePort) bool {
+			return fmt.Sprint(p.Port) == port
+		}), "%s: Service %s has no port %s", setting, host, port)
 	}
 	redis, err := neturl.Parse(config["REDIS_URL"])
 	if m.must(err == nil && config["REDIS_URL"] != "", "REDIS_URL: %v", err) {
@@ -753,31 +839,40 @@ func (m *manifest) checkAddresses() {
 		_, port, err := net.SplitHostPort(config[setting])
 		number, _ := strconv.Atoi(port)
 		_, portErr := w.port(intstr.FromInt(number))
-		m.must(err == nil && portErr == nil, "%s %q is not where the container's port is", setting, config[setting])
-		m.must(setting != "OPERATE_ADDR" || w.pods.Annotations["prometheus.io/port"] == port, "prometheus.io/port is not where the metrics are")
+		m.must(err == nil && portErr == nil, "%s %q is not where the container's port is", setting,
+			config[setting])
+		m.must(setting != "OPERATE_ADDR" || w.pods.Annotations["prometheus.io/port"] == port,
+			"prometheus.io/port is not where the metrics are")
 	}
 	m.must(slices.ContainsFunc(w.container().VolumeMounts, func(v core.VolumeMount) bool {
 		key, found := strings.CutPrefix(config["API_KEYS_FILE"], v.MountPath+"/")
 		return found && v.Name == "api-keys" && m.secrets["wallet-api-keys"][key] != ""
 	}), "API_KEYS_FILE %s is no file of the mounted Secret", config["API_KEYS_FILE"])
-	m.must(strings.Contains(m.secrets["wallet-api-keys"]["keys"], fmt.Sprintf(":%x\n", sha256.Sum256([]byte("laptop-key")))), "the README's laptop-key does not fit the Secret")
+	m.must(strings.Contains(m.secrets["wallet-api-keys"]["keys"],
+		fmt.Sprintf(":%x\n",
+			sha256.Sum256([]byte("laptop-key")))), "the README's laptop-key does not fit the Secret")
 }
 
 func (m *manifest) checkWayIn() {
 	s := m.services["wallet-server"]
 	target, err := m.workload("wallet-server").port(s.Spec.Ports[0].TargetPort)
-	m.must(err == nil && len(s.Spec.Ports) == 1 && s.Spec.Ports[0].Port == 80 && target == 8080, "Service wallet-server does not lead from port 80 to 8080")
+	m.must(err == nil && len(s.Spec.Ports) == 1 && s.Spec.Ports[0].Port == 80 && target == 8080,
+		"Service wallet-server does not lead from port 80 to 8080")
 	for _, i := range m.ingresses {
-		m.must(i.Spec.IngressClassName != nil && *i.Spec.IngressClassName == "nginx", "Ingress %s is of another class than nginx", i.Name)
-		m.must(i.Annotations["nginx.ingress.kubernetes.io/ssl-redirect"] == "false", "Ingress %s: ssl-redirect is not off", i.Name)
+		m.must(i.Spec.IngressClassName != nil && *i.Spec.IngressClassName == "nginx",
+			"Ingress %s is of another class than nginx", i.Name)
+		m.must(i.Annotations["nginx.ingress.kubernetes.io/ssl-redirect"] == "false",
+			"Ingress %s: ssl-redirect is not off", i.Name)
 		for _, rule := range i.Spec.Rules {
 			m.must(rule.Host == "wallet.local", "Ingress %s is for host %s", i.Name, rule.Host)
 			for _, path := range rule.HTTP.Paths {
 				b := path.Backend.Service
 				service := m.services[b.Name]
-				m.must(service != nil && slices.ContainsFunc(service.Spec.Ports, func(p core.ServicePort) bool {
-					return b.Port.Name != "" && p.Name == b.Port.Name || b.Port.Name == "" && p.Port == b.Port.Number
-				}), "Ingress %s leads to a port that Service %s has not", i.Name, b.Name)
+				m.must(service != nil && slices.ContainsFunc(service.Spec.Ports,
+					func(p core.ServicePort) bool {
+						return b.Port.Name != "" && p.Name == b.Port.Name || b.Port.Name == "" &&
+							p.Port == b.Port.Number
+					}), "Ingress %s leads to a port that Service %s has not", i.Name, b.Name)
 			}
 		}
 	}
@@ -789,18 +884,21 @@ func (m *manifest) checkPolicies() {
 		w := m.workload(name)
 		guarded, walletMay := false, false
 		for _, p := range m.policies {
-			if !w.matches(&p.Spec.PodSelector) || !slices.Contains(p.Spec.PolicyTypes, networking.PolicyTypeIngress) {
+			if !w.matches(&p.Spec.PodSelector) ||
+				!slices.Contains(p.Spec.PolicyTypes, networking.PolicyTypeIngress) {
 				continue
 			}
 			guarded = true
 			for _, rule := range p.Spec.Ingress {
-				m.must(len(rule.From) > 0 && len(rule.Ports) > 0, "NetworkPolicy %s lets others in, or to every port", p.Name)
+				m.must(len(rule.From) > 0 && len(rule.Ports) > 0,
+					"NetworkPolicy %s lets others in, or to every port", p.Name)
 				for _, port := range rule.Ports {
 					_, err := w.port(*port.Port)
 					m.must(err == nil, "NetworkPolicy %s: %v", p.Name, err)
 				}
 				for _, peer := range rule.From {
-					known := peer.PodSelector != nil && peer.NamespaceSelector == nil && peer.IPBlock == nil &&
+					known := peer.PodSelector != nil && peer.NamespaceSelector == nil &&
+						peer.IPBlock == nil &&
 						(wallet.matches(peer.PodSelector) || w.matches(peer.PodSelector))
 					m.must(known, "NetworkPolicy %s lets others in than the service", p.Name)
 					walletMay = walletMay || known && wallet.matches(peer.PodSelector)
@@ -815,7 +913,8 @@ func (m *manifest) checkPolicies() {
 func (m *manifest) checkRolling() {
 	d := m.deployment
 	rolling := d.Spec.Strategy.RollingUpdate
-	m.must(rolling != nil && rolling.MaxUnavailable != nil && rolling.MaxUnavailable.IntValue() == 0 && rolling.MaxUnavailable.Type == intstr.Int,
+	m.must(rolling != nil && rolling.MaxUnavailable != nil && rolling.MaxUnavailable.IntValue() == 0 &&
+		rolling.MaxUnavailable.Type == intstr.Int,
 		"Deployment wallet-server: maxUnavailable is not 0")
 	m.must(*d.Spec.Replicas >= 2, "Deployment wallet-server has no second replica")
 	pod := &d.Spec.Template.Spec
@@ -825,7 +924,8 @@ func (m *manifest) checkRolling() {
 		m.must(err == nil && length > 0, "%s: %v", name, err)
 		total += length
 	}
-	m.must(pod.TerminationGracePeriodSeconds != nil && time.Duration(*pod.TerminationGracePeriodSeconds)*time.Second > total,
+	m.must(pod.TerminationGracePeriodSeconds != nil &&
+		time.Duration(*pod.TerminationGracePeriodSeconds)*time.Second > total,
 		"terminationGracePeriodSeconds is not above DRAIN_DELAY + SHUTDOWN_TIMEOUT (%v)", total)
 	for _, c := range pod.InitContainers {
 		m.must(c.Image == pod.Containers[0].Image, "the service runs another image than its init container")
@@ -850,18 +950,21 @@ func (m *manifest) checkPostgres() {
 		m.must(err == nil, "postgres: %s: %v", name, err)
 		wal.Add(size)
 	}
-	m.must(volume.Cmp(resource.MustParse("5Gi")) == 0 && wal.Cmp(resource.MustParse("4Gi")) < 0, "the WAL may fill Postgres' volume: %v of %v", &wal, &volume)
+	m.must(volume.Cmp(resource.MustParse("5Gi")) == 0 && wal.Cmp(resource.MustParse("4Gi")) < 0,
+		"the WAL may fill Postgres' volume: %v of %v", &wal, &volume)
 	m.must(slices.ContainsFunc(c.VolumeMounts, func(v core.VolumeMount) bool {
 		return v.Name == w.claims[0].Name && v.MountPath == "/var/lib/postgresql"
-	}),
-		"Postgres 18's volume belongs at /var/lib/postgresql")
+	}), "Postgres 18's volume belongs at /var/lib/postgresql")
 	// Every password that the roles are made with is there.
 	seen := m.environment(w, c)
-	for _, name := range regexp.MustCompile(`\\getenv \w+ (\w+)`).FindAllStringSubmatch(m.configs["postgres-init"]["roles.sh"], -1) {
-		m.must(seen[name[1]] == "<"+name[1]+">", "roles.sh reads %s, which Postgres' container has not", name[1])
+	reads := regexp.MustCompile(`\\getenv \w+ (\w+)`)
+	for _, name := range reads.FindAllStringSubmatch(m.configs["postgres-init"]["roles.sh"], -1) {
+		m.must(seen[name[1]] == "<"+name[1]+">", "roles.sh reads %s, which Postgres' container has not",
+			name[1])
 	}
 	for setting, role := range roles {
-		m.must(strings.Contains(m.configs["postgres-init"]["roles.sh"], "CREATE ROLE "+role+" "), "roles.sh does not make %s, which %s names", role, setting)
+		m.must(strings.Contains(m.configs["postgres-init"]["roles.sh"], "CREATE ROLE "+role+" "),
+			"roles.sh does not make %s, which %s names", role, setting)
 	}
 }
 
@@ -877,8 +980,10 @@ func (m *manifest) checkRedis() {
 	most, err := resource.ParseQuantity(strings.TrimSuffix(option("maxmemory"), "mb") + "Mi")
 	limit := c.Resources.Limits[core.ResourceMemory]
 	most.Add(resource.MustParse("32Mi")) // its own
-	m.must(err == nil && most.Cmp(limit) < 0, "redis: maxmemory %s is not well below the container's limit %v", option("maxmemory"), &limit)
-	m.must(option("maxmemory-policy") == "allkeys-lru", "redis does not evict as a cache should: %s", option("maxmemory-policy"))
+	m.must(err == nil && most.Cmp(limit) < 0,
+		"redis: maxmemory %s is not well below the container's limit %v", option("maxmemory"), &limit)
+	m.must(option("maxmemory-policy") == "allkeys-lru", "redis does not evict as a cache should: %s",
+		option("maxmemory-policy"))
 	m.must(option("save") == "" && option("appendonly") == "no", "redis must not load an old cache from disk")
 	size := w.claims[0].Spec.Resources.Requests[core.ResourceStorage]
 	m.must(size.Cmp(resource.MustParse("1Gi")) == 0, "redis' claim is not 1Gi")
@@ -890,14 +995,16 @@ func (m *manifest) checkKafka() {
 	m.must(slices.ContainsFunc(c.VolumeMounts, func(v core.VolumeMount) bool {
 		return v.Name == w.claims[0].Name && strings.HasPrefix(config["KAFKA_LOG_DIRS"], v.MountPath+"/")
 	}), "KAFKA_LOG_DIRS %s is not below the claim's mount", config["KAFKA_LOG_DIRS"])
-	m.must(config["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false", "KAFKA_AUTO_CREATE_TOPICS_ENABLE: a mistyped topic must be an error")
+	m.must(config["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false",
+		"KAFKA_AUTO_CREATE_TOPICS_ENABLE: a mistyped topic must be an error")
 	id, err := base64.RawURLEncoding.DecodeString(config["CLUSTER_ID"])
 	m.must(err == nil && len(id) == 16, "CLUSTER_ID is not 16 bytes in base64")
 	var voters []string
 	for i := range w.replicas {
 		voters = append(voters, fmt.Sprintf("%d@%s-%d.%s:9093", i, w.name, i, w.serviceName))
 	}
-	m.must(config["KAFKA_CONTROLLER_QUORUM_VOTERS"] == strings.Join(voters, ","), "KAFKA_CONTROLLER_QUORUM_VOTERS is not %s", strings.Join(voters, ","))
+	m.must(config["KAFKA_CONTROLLER_QUORUM_VOTERS"] == strings.Join(voters, ","),
+		"KAFKA_CONTROLLER_QUORUM_VOTERS is not %s", strings.Join(voters, ","))
 	for name, value := range config {
 		n, _ := strconv.Atoi(value)
 		if strings.HasSuffix(name, "REPLICATION_FACTOR") {
@@ -908,7 +1015,11 @@ func (m *manifest) checkKafka() {
 		}
 	}
 	advertised := m.environment(w, c)["KAFKA_ADVERTISED_LISTENERS"]
-	m.must(advertised == "CLIENT://<metadata.name>."+w.serviceName+":9092", "KAFKA_ADVERTISED_LISTENERS is %s", advertised)
-	m.must(m.services[w.serviceName] != nil && m.services[w.serviceName].Spec.ClusterIP == core.ClusterIPNone && m.services[w.serviceName].Spec.PublishNotReadyAddresses,
-		"Service kafka must be headless, and publish brokers that are not ready: they become ready by finding each other")
+	m.must(advertised == "CLIENT://<metadata.name>."+w.serviceName+":9092",
+		"KAFKA_ADVERTISED_LISTENERS is %s", advertised)
+	m.must(m.services[w.serviceName] != nil &&
+		m.services[w.serviceName].Spec.ClusterIP == core.ClusterIPNone &&
+		m.services[w.serviceName].Spec.PublishNotReadyAddresses,
+		"Service kafka must be headless, and publish brokers that are not ready: "+
+			"they become ready by finding each other")
 }

@@ -1,16 +1,19 @@
-// Command load moves money through a running service for a while and checks what it is told: for the proof on the cluster, where
-// pods die meanwhile.
+// Command load moves money through a running service for a while and checks what it is told: for the proof on
+// the cluster, where pods die meanwhile.
 //
-// Every movement is repeated with its key until it has an answer, as a careful client does. What it holds the service to:
+// Every movement is repeated with its key until it has an answer, as a careful client does. What it holds the
+// service to:
 //   - failed: a request whose first attempt had no answer, or a 5xx. With -strict none may.
 //   - lost: a movement without an answer after -patience. None may.
-//   - stale: a balance that is older than a movement that was answered before the question, though it was asked with that movement's
-//     seq as min_seq. None may. Without min_seq, one whose put to Redis timed out may be, for a moment: counted as behind.
+//   - stale: a balance that is older than a movement that was answered before the question, though the
+//     question had that movement's seq as min_seq. None may.
+//   - behind: the same without min_seq. It may be for a moment, if the put to Redis timed out.
 //   - changed: a movement that is answered differently when it is sent once more at the end. None may.
 //   - money: the wallets' balances at the end are what was deposited less what was withdrawn. They must be.
 //
-// The key travels in the body: with an Idempotency-Key header, Go's client would itself repeat a movement whose connection broke,
-// and hide what this program counts. (It repeats what it had not sent a byte of, and GETs, as every client does.)
+// The key travels in the body: with an Idempotency-Key header, Go's client would itself repeat a movement
+// whose connection broke, and hide what this program counts. (It repeats what it had not sent a byte of, and
+// GETs, as every client does.)
 package main
 
 import (
@@ -153,8 +156,10 @@ func newClient(cfg *config, first int64, key string) *client {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.Proxy = nil
 	transport.MaxIdleConnsPerHost = 1
-	return &client{cfg: cfg, http: &http.Client{Transport: transport, Timeout: cfg.timeout}, first: first, key: key,
-		failures: make(map[string]int), strange: make(map[string]int)}
+	return &client{
+		cfg: cfg, http: &http.Client{Transport: transport, Timeout: cfg.timeout}, first: first, key: key,
+		failures: make(map[string]int), strange: make(map[string]int),
+	}
 }
 
 // step is one operation, or two that belong together.
@@ -262,7 +267,8 @@ func (c *client) do(method, path, body string) answer {
 			c.lost++
 			return answer{}
 		}
-		time.Sleep(time.Duration(min(attempt, 10))*20*time.Millisecond + time.Duration(rand.Int64N(int64(50*time.Millisecond))))
+		chance := time.Duration(rand.Int64N(int64(50 * time.Millisecond)))
+		time.Sleep(time.Duration(min(attempt, 10))*20*time.Millisecond + chance)
 	}
 }
 
@@ -302,14 +308,19 @@ func (c *client) once(method, path, body string) (answer, error) {
 
 // conclude sends the movements once more, adds the balances up and sums the workers' numbers.
 func conclude(cfg *config, clients []*client, first int64, began time.Time) report {
-	r := report{Seconds: time.Since(began).Seconds(), Failures: make(map[string]int), Unexpected: make(map[string]int)}
+	r := report{Seconds: time.Since(began).Seconds(), Failures: make(map[string]int),
+		Unexpected: make(map[string]int)}
 	var took []time.Duration
 	var successes []time.Time
 	var deposited, balances int64
 	checker := newClient(cfg, first, "")
 	for _, c := range clients {
 		took, successes = append(took, c.took...), append(successes, c.successes...)
-		r.Failed, r.Lost, r.Stale, r.Behind, r.Limited = r.Failed+c.failed, r.Lost+c.lost, r.Stale+c.stale, r.Behind+c.behind, r.Limited+c.limited
+		r.Failed += c.failed
+		r.Lost += c.lost
+		r.Stale += c.stale
+		r.Behind += c.behind
+		r.Limited += c.limited
 		deposited += c.deposited
 		for why, n := range c.failures {
 			r.Failures[why] += n

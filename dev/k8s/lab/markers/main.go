@@ -1,10 +1,12 @@
-// Command markers shows whether a Kafka drops transaction markers when its only broker stops or starts (KAFKA-20734: 4.3.0 does,
-// 4.2.0 does not). Run it before raising the version that k8s.yaml pins:
+// Command markers shows whether a Kafka drops transaction markers when its only broker stops or starts.
+// KAFKA-20734: 4.3.0 does, 4.2.0 does not. Run it before raising the version that k8s.yaml pins:
 //
-//	go run -C dev ./k8s/lab/markers -libs FOLDER [-kill]     FOLDER has Kafka's jars, as images.sh leaves them in the lab's cache
+//	go run -C dev ./k8s/lab/markers -libs FOLDER [-kill]
 //
-// Several producers commit small transactions until the broker is stopped, again and again; what the coordinator dropped it says in
-// its own log.
+// FOLDER has Kafka's jars, as images.sh leaves them in the lab's cache.
+//
+// Several producers commit small transactions until the broker is stopped, again and again; what the
+// coordinator dropped it says in its own log.
 package main
 
 import (
@@ -68,13 +70,17 @@ func run(libs string, rounds int, kill bool) (dropped int, err error) {
 	}
 	defer os.RemoveAll(dir)
 	file := filepath.Join(dir, "server.properties")
-	if err := os.WriteFile(file, []byte(properties+"log.dirs="+filepath.Join(dir, "log")+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(properties+"log.dirs="+filepath.Join(dir, "log")+"\n"),
+		0o600); err != nil {
 		return 0, err
 	}
 	java := func(args ...string) *exec.Cmd {
-		return exec.Command("java", append([]string{"-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", filepath.Join(libs, "*")}, args...)...)
+		return exec.Command("java",
+			append([]string{"-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp",
+				filepath.Join(libs, "*")}, args...)...)
 	}
-	if out, err := java("kafka.tools.StorageTool", "format", "-g", "-t", "d2FsbGV0LWRldi1zdGFjaw", "-c", file).CombinedOutput(); err != nil {
+	if out, err := java("kafka.tools.StorageTool", "format", "-g", "-t", "d2FsbGV0LWRldi1zdGFjaw", "-c",
+		file).CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("format: %w\n%s", err, out)
 	}
 	for round := range rounds {
@@ -108,15 +114,18 @@ func run(libs string, rounds int, kill bool) (dropped int, err error) {
 	return dropped, nil
 }
 
-// commit starts the producers and returns once they have committed enough; they go on until the function that it returns is called.
+// commit starts the producers and returns once they have committed enough; they go on until the function that
+// it returns is called.
 func commit(round int) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
 	var committed atomic.Int64
 	for i := range producers {
 		all.Go(func() {
-			client, err := kgo.NewClient(kgo.SeedBrokers(address), kgo.TransactionalID(fmt.Sprintf("%d-%d", round, i)),
-				kgo.DefaultProduceTopic("events"), kgo.AllowAutoTopicCreation(), kgo.RecordPartitioner(kgo.RoundRobinPartitioner()), kgo.ProducerLinger(0))
+			client, err := kgo.NewClient(kgo.SeedBrokers(address),
+				kgo.TransactionalID(fmt.Sprintf("%d-%d", round, i)),
+				kgo.DefaultProduceTopic("events"), kgo.AllowAutoTopicCreation(),
+				kgo.RecordPartitioner(kgo.RoundRobinPartitioner()), kgo.ProducerLinger(0))
 			if err != nil {
 				log.Fatal(err)
 			}

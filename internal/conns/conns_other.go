@@ -1,8 +1,6 @@
 //go:build !linux
 
-// The load generator's connections where there is no epoll: a goroutine reads each.
-
-package main
+package conns
 
 import (
 	"iter"
@@ -10,7 +8,8 @@ import (
 	"time"
 )
 
-type connections struct {
+// Set is connections to one server, numbered from 0. One goroutine uses it; one more per connection reads.
+type Set struct {
 	conns     []net.Conn
 	responses chan response
 }
@@ -21,32 +20,36 @@ type response struct {
 	err error
 }
 
-func dial(address string, n int) (*connections, error) {
-	s := &connections{responses: make(chan response, n)}
+// Dial opens n connections to an address, an IPv4 address with a port.
+func Dial(address string, n int) (*Set, error) {
+	s := &Set{responses: make(chan response, n)}
 	for c := range n {
-		conn, err := net.Dial("tcp", address)
+		conn, err := net.Dial("tcp4", address)
 		if err != nil {
+			s.Close()
 			return nil, err
 		}
 		s.conns = append(s.conns, conn)
-		go s.receive(c)
+		go s.receive(c, conn)
 	}
 	return s, nil
 }
 
-func (s *connections) close() {
+// Close closes all connections.
+func (s *Set) Close() {
 	for _, conn := range s.conns {
 		conn.Close()
 	}
 }
 
-func (s *connections) send(c int, request []byte) error {
+// Send writes a whole request to connection c, which must not be waiting for a response.
+func (s *Set) Send(c int, request []byte) error {
 	_, err := s.conns[c].Write(request)
 	return err
 }
 
-// answered waits until a response arrives, at most so long or for ever, and yields its connection.
-func (s *connections) answered(most time.Duration) iter.Seq2[int, error] {
+// Answered waits for a response, at most so long or Never, and yields its connection.
+func (s *Set) Answered(most time.Duration) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		select {
 		case r := <-s.responses:
@@ -56,10 +59,10 @@ func (s *connections) answered(most time.Duration) iter.Seq2[int, error] {
 	}
 }
 
-func (s *connections) receive(c int) {
+func (s *Set) receive(c int, conn net.Conn) {
 	buffer, length := make([]byte, 1<<16), 0
 	for {
-		n, err := s.conns[c].Read(buffer[length:])
+		n, err := conn.Read(buffer[length:])
 		length += n
 		whole := false
 		if err == nil {
