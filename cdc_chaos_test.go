@@ -52,6 +52,8 @@ type load struct {
 	stop    atomic.Bool
 	working sync.WaitGroup
 
+	known known
+
 	mu           sync.Mutex
 	acknowledged map[string]bool // "<wallet> <key>"
 	refused      int
@@ -96,49 +98,43 @@ func startLoad(urls []string, clients int) *load {
 
 // move is one movement, sent again with its key until it is answered with something final.
 func (l *load) move(key string) {
-	id, to := 1+rand.IntN(40), 1+rand.IntN(40)
-	path := fmt.Sprintf("/v1/wallets/%d/deposit", id)
-	body := fmt.Sprintf(`{"amount":"%d.%02d","idempotency_key":%q}`, rand.IntN(50), 1+rand.IntN(99), key)
-	if rand.IntN(2) == 0 {
-		path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
-		body = fmt.Sprintf(`{"amount":"%d.%02d","to_id":%d,"idempotency_key":%q}`,
-			rand.IntN(20), 1+rand.IntN(99), to, key)
-	}
+	m := l.known.draw(rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), 40, key)
+	path, body := m.path, m.body
 	began := time.Now()
 	for {
 		response, err := replicaClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json",
 			strings.NewReader(body))
 		status := 0
-		var receipt struct {
-			Seq     int64 `json:"seq"`
-			FromSeq int64 `json:"from_seq"`
-			ToSeq   int64 `json:"to_seq"`
-		}
+		var answered receipt
 		if err == nil {
 			text, failed := io.ReadAll(response.Body)
 			response.Body.Close()
 			if failed == nil {
 				status = response.StatusCode
 			}
-			if status == 200 && json.Unmarshal(text, &receipt) != nil {
+			if status/100 == 2 && json.Unmarshal(text, &answered) != nil {
 				status = 0
 			}
 		}
 		if status >= 200 && status < 500 && status != 429 {
-			if status == 200 {
+			id := max(answered.WalletID, answered.FromID)
+			if status/100 == 2 {
+				l.known.learn(&answered)
 				defer func() { // at once: this is when a cache is behind, if ever
-					l.read(int64(id))
-					if receipt.ToSeq > 0 {
-						l.read(int64(to))
+					l.read(id)
+					if answered.ToSeq > 0 {
+						l.read(answered.ToID)
 					}
 				}()
 			}
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			if status == 200 {
+			if status/100 == 2 {
 				l.acknowledged[fmt.Sprintf("%d %s", id, key)] = true
-				l.told(int64(id), max(receipt.Seq, receipt.FromSeq))
-				l.told(int64(to), receipt.ToSeq)
+				l.told(id, max(answered.Seq, answered.FromSeq))
+				if answered.ToSeq > 0 {
+					l.told(answered.ToID, answered.ToSeq)
+				}
 			} else {
 				l.refused++
 			}

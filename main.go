@@ -766,7 +766,7 @@ var (
 
 	ofHold = subject{"TransactionID", "hold_id_malformed",
 		func(ctx context.Context, l *ledger, op *operation, text string) (err error) {
-			if op.walletID, op.ofSeq, err = parseEntryID(text, "hold"); err != nil {
+			if op.walletID, op.ofSeq, err = parseEntryID(text, errHoldID); err != nil {
 				return err
 			}
 			h, err := l.hold(ctx, op.walletID, op.ofSeq)
@@ -778,7 +778,7 @@ var (
 
 	ofTransaction = subject{"TransactionID", "transaction_id_malformed",
 		func(ctx context.Context, l *ledger, op *operation, text string) error {
-			walletID, seq, err := parseEntryID(text, "transaction")
+			walletID, seq, err := parseEntryID(text, errTransactionID)
 			if err != nil {
 				return err
 			}
@@ -1019,21 +1019,27 @@ func missing(field string) error {
 	return refuse("field_missing", "Send the %q.", field)
 }
 
+var (
+	errReference = refuse("reference_malformed",
+		"The \"reference\" is a string of 1 to %d bytes of printable UTF-8.", noteBytesMax)
+	errNote = refuse("note_malformed", "The \"note\" is a string of 1 to %d bytes of printable UTF-8.",
+		noteBytesMax)
+)
+
 // readNote reads what a movement says in words.
 func readNote(body api.Fields, n *note) error {
-	text := func(name string) (string, error) {
+	text := func(name string, malformed *refusal) (string, error) {
 		f, given := body[name]
 		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !printable(f.Text)) {
-			return "", refuse(name+"_malformed",
-				"The %q is a string of 1 to %d bytes of printable UTF-8.", name, noteBytesMax)
+			return "", malformed
 		}
 		return f.Text, nil
 	}
 	var err error
-	if n.Reference, err = text("reference"); err != nil {
+	if n.Reference, err = text("reference", errReference); err != nil {
 		return err
 	}
-	if n.Text, err = text("note"); err != nil {
+	if n.Text, err = text("note", errNote); err != nil {
 		return err
 	}
 	if state, given := body["state"]; given {
@@ -1400,7 +1406,7 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 }
 
 func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
-	walletID, seq, err := parseEntryID(r.PathValue("id"), "transaction")
+	walletID, seq, err := parseEntryID(r.PathValue("id"), errTransactionID)
 	if err != nil {
 		return nil, err
 	}
@@ -1513,7 +1519,7 @@ func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
 }
 
 func (s *server) getHold(r *http.Request) (*api.Reply, error) {
-	walletID, seq, err := parseEntryID(r.PathValue("hold_id"), "hold")
+	walletID, seq, err := parseEntryID(r.PathValue("hold_id"), errHoldID)
 	if err != nil {
 		return nil, err
 	}

@@ -400,6 +400,19 @@ func checkLedger(tb testing.TB, databaseURL string) {
 			JOIN (SELECT w.currency, sum(e.amount) FROM entry e JOIN wallet w ON w.id = e.wallet_id
 			      WHERE e.kind IN ('deposit', 'withdrawal') GROUP BY 1) d ON d.currency = w.currency
 			GROUP BY 1, 3 HAVING sum(w.balance) <> d.sum`,
+		"what is held is what open holds reserve": `SELECT w.id, w.held, h.sum FROM wallet w
+			LEFT JOIN (SELECT wallet_id, sum(remaining) FROM hold WHERE status = 'open' GROUP BY 1) h
+			       ON h.wallet_id = w.id
+			WHERE w.held <> coalesce(h.sum, 0)`,
+		"each hold ended once or is open": `SELECT h.wallet_id, h.seq, count(e.seq) FROM hold h
+			LEFT JOIN entry e ON e.wallet_id = h.wallet_id AND e.of_seq = h.seq AND e.remaining = 0
+			                 AND e.held_change < 0
+			GROUP BY 1, 2, h.status HAVING count(e.seq) <> CASE h.status WHEN 'open' THEN 0 ELSE 1 END`,
+		"no more is undone than was done": `SELECT o.wallet_id, o.seq FROM entry o
+			JOIN (SELECT wallet_id, of_seq, sum(abs(amount)) AS undone FROM entry
+			      WHERE of_seq IS NOT NULL AND held_change IS NULL GROUP BY 1, 2) u
+			  ON u.wallet_id = o.wallet_id AND u.of_seq = o.seq
+			WHERE u.undone > abs(o.amount)`,
 		"a key posts once": `SELECT wallet_id, idempotency_key, count(*) FROM entry
 			WHERE kind <> 'transfer_in' GROUP BY 1, 2 HAVING count(*) > 1`,
 		"an outbox row for each entry": `SELECT e.wallet_id, e.seq, count(o.seq) FROM entry e
@@ -438,6 +451,99 @@ func inUse(tb testing.TB, c *cache) {
 type movement struct {
 	path, key, body string // of the request
 	answer          string
+	status          int
+}
+
+// draw is a movement of any kind between the wallets from 1 on. What it is of, a hold or a transaction, is one
+// that the clients were told of.
+func (k *known) draw(dice *rand.Rand, wallets int, key string) movement {
+	id, to := 1+dice.IntN(wallets), 1+dice.IntN(wallets)
+	amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
+	m := movement{key: key}
+	body := fmt.Sprintf(`"amount":%q,"idempotency_key":%q`, amount, key)
+	words := []string{"", "", "", `,"reference":"r` + amount + `"`, `,"metadata":{"a":"` + amount + `"}`}
+	of := func(ids []string, path string) {
+		if len(ids) > 0 {
+			m.path = fmt.Sprintf(path, ids[len(ids)-1-dice.IntN(min(len(ids), 200))])
+		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch n := dice.IntN(40); {
+	case n < 6:
+		m.path = fmt.Sprintf("/v1/wallets/%d/withdraw", id)
+	case n == 6:
+		m.path = fmt.Sprintf("/v1/wallets/%d/withdraw", id)
+		body = fmt.Sprintf(`"amount":"all","idempotency_key":%q`, key)
+	case n < 16:
+		m.path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
+		body += fmt.Sprintf(`,"to_id":%d`, to)
+	case n < 23:
+		m.path = fmt.Sprintf("/v1/wallets/%d/holds", id)
+		body += fmt.Sprintf(`,"expires_in":"%ds"`, 1+dice.IntN(30))
+		if dice.IntN(3) == 0 {
+			body += fmt.Sprintf(`,"to_id":%d`, to)
+		}
+	case n < 28:
+		of(k.holds, "/v1/holds/%s/capture")
+		if dice.IntN(3) == 0 {
+			body = fmt.Sprintf(`"idempotency_key":%q`, key)
+		}
+		if dice.IntN(3) == 0 {
+			body += fmt.Sprintf(`,"to_id":%d`, to)
+		}
+		body += fmt.Sprintf(`,"final":%v`, dice.IntN(2) == 0)
+	case n < 30:
+		of(k.holds, "/v1/holds/%s/void")
+		body = fmt.Sprintf(`"idempotency_key":%q`, key)
+	case n < 33:
+		of(k.transactions, "/v1/transactions/%s/reverse")
+		if dice.IntN(2) == 0 {
+			body = fmt.Sprintf(`"idempotency_key":%q`, key)
+		}
+	case n == 33:
+		m.path = fmt.Sprintf("/v1/wallets/%d/state", 1+wallets-1-dice.IntN(1+wallets/6))
+		state := []string{"open", "open", "open", "no_out", "frozen"}[dice.IntN(5)]
+		m.body = fmt.Sprintf(`{"state":%q,"note":"drawn","idempotency_key":%q}`, state, key)
+		return m
+	}
+	if m.path == "" {
+		m.path = fmt.Sprintf("/v1/wallets/%d/deposit", id)
+		body = fmt.Sprintf(`"amount":%q,"idempotency_key":%q`, amount, key)
+	}
+	m.body = "{" + body + words[dice.IntN(len(words))] + "}"
+	return m
+}
+
+// known are holds and transactions that the clients were told of.
+type known struct {
+	mu                  sync.Mutex
+	holds, transactions []string
+}
+
+// receipt is what clients read in an answer.
+type receipt struct {
+	WalletID      int64  `json:"wallet_id"`
+	FromID        int64  `json:"from_id"`
+	ToID          int64  `json:"to_id"`
+	Seq           int64  `json:"seq"`
+	FromSeq       int64  `json:"from_seq"`
+	ToSeq         int64  `json:"to_seq"`
+	HoldID        string `json:"hold_id"`
+	TransactionID string `json:"transaction_id"`
+	Status        string `json:"status"`
+}
+
+// learn remembers what an answer tells of, for others to capture and reverse.
+func (k *known) learn(r *receipt) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if r.Status == "open" {
+		k.holds = append(k.holds, r.HoldID)
+	}
+	if r.TransactionID != "" {
+		k.transactions = append(k.transactions, r.TransactionID)
+	}
 }
 
 // moveAtRandom runs clients that move money between a few wallets until each has had `each` operations
@@ -449,35 +555,28 @@ func moveAtRandom(
 	tb.Helper()
 	var mu sync.Mutex
 	var working sync.WaitGroup
+	var k known
 	for c := range clients {
 		working.Go(func() {
 			dice := rand.New(rand.NewPCG(uint64(c), 42))
 			for i := range each {
-				id, to := 1+dice.IntN(wallets), 1+dice.IntN(wallets)
-				m := movement{key: fmt.Sprintf("c%d-%d", c, i)}
-				amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
-				switch dice.IntN(4) {
-				case 0:
-					m.path = fmt.Sprintf("/v1/wallets/%d/deposit", id)
-					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				case 1:
-					m.path = fmt.Sprintf("/v1/wallets/%d/withdraw", id)
-					m.body = fmt.Sprintf(`{"amount":%q,"idempotency_key":%q}`, amount, m.key)
-				default:
-					m.path = fmt.Sprintf("/v1/wallets/%d/transfer", id)
-					m.body = fmt.Sprintf(`{"amount":%q,"to_id":%d,"idempotency_key":%q}`, amount, to, m.key)
-				}
+				m := k.draw(dice, wallets, fmt.Sprintf("c%d-%d", c, i))
 				deadline := time.Now().Add(60 * time.Second)
 				for {
 					a := replica().post(m.path, m.body)
-					if a.status == 200 {
-						m.answer = a.body
+					if a.status == 200 || a.status == 201 {
+						m.answer, m.status = a.body, a.status
+						var r receipt
+						if err := json.Unmarshal([]byte(a.body), &r); err != nil {
+							tb.Errorf("%s: %v", a, err)
+						}
+						k.learn(&r)
 						mu.Lock()
 						acknowledged = append(acknowledged, m)
 						mu.Unlock()
 						break
 					}
-					if a.status == 404 || a.status == 422 || a.status == 400 {
+					if a.status == 404 || a.status == 422 || a.status == 400 || a.status == 409 {
 						break
 					}
 					if a.status != 0 && a.status != 503 {
@@ -502,7 +601,7 @@ func checkAcknowledged(tb testing.TB, w *running, acknowledged []movement) {
 	tb.Helper()
 	before := w.mustCount(tb)
 	for _, m := range acknowledged {
-		if a := w.post(m.path, m.body); a.status != 200 || a.body != m.answer ||
+		if a := w.post(m.path, m.body); a.status != m.status || a.body != m.answer ||
 			a.header.Get("Idempotent-Replayed") != "true" {
 			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
 		}
@@ -1060,19 +1159,102 @@ func checkStream(t *testing.T, cfg *config) {
 	if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&want); err != nil {
 		t.Fatal(err)
 	}
-	seqs := make(map[string]int64)
+	chains := make(map[string]*streamed)
 	got := 0
 	for m := range consume(t, cfg, want) {
 		got++
 		id := string(m.Key)
-		seqs[id]++
-		if want := id + "-" + strconv.FormatInt(seqs[id], 10); string(m.Headers[1].Value) != want {
+		c := chains[id]
+		if c == nil {
+			c = &streamed{holds: make(map[int64]decimal.Decimal), undone: make(map[int64]decimal.Decimal)}
+			chains[id] = c
+		}
+		c.seq++
+		if want := id + "-" + strconv.FormatInt(c.seq, 10); string(m.Headers[1].Value) != want {
 			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
+		}
+		if wrong := c.follow(m.Value); wrong != "" {
+			t.Fatalf("partition %d, offset %d: %s: %s", m.Partition, m.Offset, wrong, m.Value)
 		}
 	}
 	if got != want {
 		t.Errorf("%d events for %d entries", got, want)
 	}
+	rows, _ := conn.Query(context.Background(),
+		`SELECT id::text, balance, held, coalesce(state, '') FROM wallet WHERE seq > 0`)
+	var id, state string
+	var balance, held decimal.Decimal
+	if _, err := pgx.ForEachRow(rows, []any{&id, &balance, &held, &state}, func() error {
+		if c := chains[id]; c == nil || !c.balance.Equal(balance) || !c.held.Equal(held) || c.state != state {
+			t.Errorf("wallet %s has %s, %s held, state %q; by the stream alone: %+v", id, balance, held, state, c)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// streamed is what a consumer knows of a wallet from its events alone.
+type streamed struct {
+	seq           int64
+	balance, held decimal.Decimal
+	state         string
+	holds         map[int64]decimal.Decimal // what remains of each open one
+	undone        map[int64]decimal.Decimal // what is left of each entry that was undone in part
+}
+
+// follow says what is wrong with the wallet's next event, or nothing. It knows no code of the service's.
+func (c *streamed) follow(payload []byte) string {
+	var e struct {
+		Seq           int64            `json:"seq"`
+		Kind          string           `json:"kind"`
+		Amount        decimal.Decimal  `json:"amount"`
+		BalanceBefore decimal.Decimal  `json:"balance_before"`
+		BalanceAfter  decimal.Decimal  `json:"balance_after"`
+		HeldBefore    decimal.Decimal  `json:"held_before"`
+		HeldAfter     decimal.Decimal  `json:"held_after"`
+		OfSeq         int64            `json:"of_seq"`
+		Remaining     *decimal.Decimal `json:"remaining"`
+		State         string           `json:"state"`
+	}
+	if err := json.Unmarshal(payload, &e); err != nil {
+		return err.Error()
+	}
+	change := e.HeldAfter.Sub(e.HeldBefore)
+	switch {
+	case e.Seq != c.seq || !e.BalanceBefore.Equal(c.balance) || !e.HeldBefore.Equal(c.held):
+		return fmt.Sprintf("it does not begin where the one before ended: %+v", c)
+	case !e.BalanceAfter.Equal(e.BalanceBefore.Add(e.Amount)) || e.HeldAfter.IsNegative() ||
+		e.HeldAfter.GreaterThan(e.BalanceAfter):
+		return "it does not add up"
+	case c.state == "closed", c.state == "frozen" && e.Kind != "release" && e.Kind != "state",
+		c.state == "no_out" && e.Amount.IsNegative() && !change.IsNegative(), c.state == "no_out" && e.Kind == "hold":
+		return "the wallet is " + c.state
+	}
+	c.balance, c.held = e.BalanceAfter, e.HeldAfter
+	switch {
+	case e.Kind == "state":
+		c.state = e.State
+	case e.Kind == "hold":
+		c.holds[e.Seq] = change
+	case change.IsNegative():
+		was, open := c.holds[e.OfSeq]
+		if !open || e.Remaining == nil || e.Amount.Abs().GreaterThan(was) || !e.Remaining.Equal(was.Add(change)) {
+			return fmt.Sprintf("of its hold there remained %s", was)
+		}
+		if c.holds[e.OfSeq] = *e.Remaining; e.Remaining.IsZero() {
+			delete(c.holds, e.OfSeq) // so that it ends once
+		}
+	case !change.IsZero():
+		return "more is held without a hold"
+	case e.OfSeq != 0:
+		was, again := c.undone[e.OfSeq]
+		if e.Remaining == nil || again && !e.Remaining.Equal(was.Sub(e.Amount.Abs())) {
+			return fmt.Sprintf("of what it undoes there was left %s", was)
+		}
+		c.undone[e.OfSeq] = *e.Remaining
+	}
+	return ""
 }
 
 func checkAudit(t *testing.T, cfg *config) {

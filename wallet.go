@@ -214,13 +214,19 @@ func parseWalletID(s string) (int64, error) {
 	return id, nil
 }
 
-// parseEntryID reads the id of a transaction or a hold.
-func parseEntryID(s, what string) (walletID, seq int64, err error) {
+var (
+	errTransactionID = refuse("transaction_id_malformed",
+		"A transaction id is <wallet_id>-<seq>, such as 1-1.")
+	errHoldID = refuse("hold_id_malformed", "A hold id is <wallet_id>-<seq>, such as 1-1.")
+)
+
+// parseEntryID reads the id of a transaction or a hold; malformed is what to say where it is none.
+func parseEntryID(s string, malformed *refusal) (walletID, seq int64, err error) {
 	wallet, number, _ := strings.Cut(s, "-")
 	walletID, err = parseWalletID(wallet)
 	seq, seqErr := parseWalletID(number) // the same form
 	if err != nil || seqErr != nil {
-		return 0, 0, refuse(what+"_id_malformed", "A %s id is <wallet_id>-<seq>, such as 1-1.", what)
+		return 0, 0, malformed
 	}
 	return walletID, seq, nil
 }
@@ -1589,7 +1595,8 @@ FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
 FROM entry e WHERE e.wallet_id = $1 AND e.idempotency_key = $2 AND e.kind <> 'transfer_in'`
 
 	transactionsByReference = selectTransaction + `
-FROM reference f JOIN entry e ON e.wallet_id = f.wallet_id AND e.seq = f.seq
+FROM reference f
+CROSS JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = f.wallet_id AND seq = f.seq LIMIT 1) e
 WHERE f.reference = $1 AND (f.wallet_id, f.seq) > ($2, $3) ORDER BY f.wallet_id, f.seq LIMIT $4`
 
 	selectPageUp   = selectPage + `ASC LIMIT $6) e ON true ORDER BY e.seq ASC`

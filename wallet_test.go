@@ -561,9 +561,9 @@ func checkPlans(t *testing.T, w *running, seqSince string) {
 		"selectWallet": selectWallet, "transactionByID": transactionByID,
 		"transactionByKey": transactionByKey, "transactionsByReference": transactionsByReference,
 		"history": selectPageUp, "history backwards": selectPageDown, "selectMoment": selectMoment,
-		"holds": selectHolds + `seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
+		"holds":      selectHolds + `seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
 		"open holds": selectHolds + `status = 'open' AND seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
-		"seq_since":         seqSince, // EXPLAIN of a call does not show it
+		"seq_since":  seqSince, // EXPLAIN of a call does not show it
 	} {
 		conn, err := w.reads.Acquire(context.Background())
 		if err != nil {

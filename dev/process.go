@@ -209,7 +209,9 @@ func janitor(in io.Reader) {
 
 // end asks the child to end, by the given signal or in its own way, and waits. After endWait it kills the
 // child, and an error says so.
-func (c *child) end(sig syscall.Signal) error {
+func (c *child) end(sig syscall.Signal) error { return c.endWithin(sig, endWait) }
+
+func (c *child) endWithin(sig syscall.Signal, wait time.Duration) error {
 	c.wanted.Store(true)
 	c.resume()
 	switch {
@@ -223,9 +225,9 @@ func (c *child) end(sig syscall.Signal) error {
 	select {
 	case <-c.done:
 		return nil
-	case <-time.After(endWait):
+	case <-time.After(wait):
 		c.kill()
-		return fmt.Errorf("%s did not end within %v and was killed", c.name, endWait)
+		return fmt.Errorf("%s did not end within %v and was killed", c.name, wait)
 	}
 }
 

@@ -458,7 +458,8 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 				return usage
 			}
 		}
-		err := server.child.end(how)
+		// Postgres ends once its WAL senders have delivered everything: behind a backlog that takes a while.
+		err := server.child.endWithin(how, time.Minute)
 		server.child = nil
 		return err
 	case "pause":

@@ -141,8 +141,7 @@ func TestConfigErrorsNameSettings(t *testing.T) {
 	if err := os.WriteFile(none, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	short := topic{name: "messages", settings: map[string]string{"retention.ms": "-1"},
-		checked: []string{"retention.ms"}}
+	forever := Config{Topic: "messages", Retention: -1, Settings: names}
 	for want, ask := range map[string]func() error{
 		"set CA to a file that can be read: open " + absent +
 			": no such file or directory": func() error {
@@ -158,9 +157,9 @@ func TestConfigErrorsNameSettings(t *testing.T) {
 			_, err := Open(Config{TLS: true, TLSCert: absent, TLSKey: absent, Settings: names})
 			return err
 		},
-		"topic messages has retention.ms=1000 but needs -1: alter it with kafka-configs, or set KEEP to what " +
-			"it has": func() error {
-			return short.check([]sarama.ConfigEntry{{Name: "retention.ms", Value: "1000"}}, names.Retention)
+		"topic messages has retention.ms=1000 but needs -1: alter it with kafka-configs, " +
+			"or set KEEP to what it has": func() error {
+			return forever.topics()[0].check([]sarama.ConfigEntry{{Name: "retention.ms", Value: "1000"}})
 		},
 	} {
 		var refusal ConfigError

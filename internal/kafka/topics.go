@@ -26,6 +26,7 @@ type topic struct {
 	settings   map[string]string // of one that is made
 	asked      []string          // the settings to look at in one that is there
 	checked    []string          // those of them that must be as in settings
+	retention  string            // what the operator sets its retention by
 }
 
 // prepareTopics makes the topics that are missing and checks those that are there.
@@ -43,7 +44,7 @@ func (c *Client) prepareTopics() error {
 			return fmt.Errorf("settings of topic %s: %w", t.name, err)
 		}
 		takeAnyTime(admin, t.name, actual)
-		if err := t.check(actual, c.cfg.Settings.Retention); err != nil {
+		if err := t.check(actual); err != nil {
 			return err
 		}
 	}
@@ -77,8 +78,10 @@ func (cfg *Config) topics() []topic {
 	}
 	checked := []string{"cleanup.policy", "retention.ms", "retention.bytes", "message.timestamp.type"}
 	return []topic{
-		{cfg.Topic, cfg.Partitions, messages, slices.Concat(checked, timeLimits), checked},
-		{cfg.Checkpoints, 1, checkpoints, []string{"cleanup.policy"}, []string{"cleanup.policy"}},
+		{cfg.Topic, cfg.Partitions, messages, slices.Concat(checked, timeLimits), checked,
+			cfg.Settings.Retention},
+		{cfg.Checkpoints, 1, checkpoints, []string{"cleanup.policy"}, []string{"cleanup.policy"},
+			cfg.Settings.Retention},
 	}
 }
 
@@ -125,8 +128,8 @@ func (t *topic) readSettings(admin sarama.ClusterAdmin) ([]sarama.ConfigEntry, e
 	return nil, err
 }
 
-// check refuses a topic whose settings would lose messages. retention is what the operator sets it by.
-func (t *topic) check(actual []sarama.ConfigEntry, retention string) error {
+// check refuses a topic whose settings would lose messages.
+func (t *topic) check(actual []sarama.ConfigEntry) error {
 	for _, entry := range actual {
 		want := t.settings[entry.Name]
 		if !slices.Contains(t.checked, entry.Name) || entry.Value == want ||
@@ -134,7 +137,7 @@ func (t *topic) check(actual []sarama.ConfigEntry, retention string) error {
 			continue
 		}
 		return configError("topic %s has %s=%s but needs %s: alter it with kafka-configs, or set "+
-			"%s to what it has", t.name, entry.Name, entry.Value, want, retention)
+			"%s to what it has", t.name, entry.Name, entry.Value, want, t.retention)
 	}
 	return nil
 }

@@ -37,36 +37,42 @@ func (e *Error) Error() string { return e.code + ": " + e.detail }
 // amount_scale) and the sentence.
 func (e *Error) Refusal() (code, detail string) { return e.code, e.detail }
 
-// Parse reads a plain decimal number, such as "10.50". Digits are counted before anything is computed, so that
-// no text is expensive. Its error is an *Error.
+func refuse(code, format string, args ...any) *Error {
+	return &Error{code, fmt.Sprintf(format, args...)}
+}
+
+var errMalformed = refuse("amount_malformed",
+	"Write the amount as a plain decimal number, such as \"10.50\".")
+
+// Parse reads a plain decimal number, such as "10.50". Digits are counted before anything is computed, so
+// that no text is expensive. Its error is an *Error.
 func Parse(s string) (Amount, error) {
-	malformed := func(detail string) (Amount, error) { return Amount{}, &Error{"amount_malformed", detail} }
 	rest, negative := strings.CutPrefix(s, "-")
 	whole, fraction, pointed := strings.Cut(rest, ".")
 	switch {
 	case strings.ContainsAny(s, "eE") && strings.Trim(s, "0123456789.eE+-") == "":
-		return Amount{}, &Error{"amount_exponent",
-			"Write the amount without an exponent, such as \"10.50\"."}
+		return Amount{}, refuse("amount_exponent",
+			"Write the amount without an exponent, such as \"10.50\".")
 	case whole == "" || pointed && fraction == "" || strings.Trim(whole, "0123456789") != "" ||
 		strings.Trim(fraction, "0123456789") != "":
-		return malformed("Write the amount as a plain decimal number, such as \"10.50\".")
+		return Amount{}, errMalformed
 	case len(whole) > 1 && whole[0] == '0':
-		return malformed("Write the amount without leading zeros, such as \"10.50\".")
+		return Amount{}, refuse("amount_malformed",
+			"Write the amount without leading zeros, such as \"10.50\".")
 	case len(whole) > WholeDigitsMax:
-		return Amount{}, &Error{"amount_too_large",
-			fmt.Sprintf("An amount has at most %d digits before the point.", WholeDigitsMax)}
+		return Amount{}, refuse("amount_too_large", "An amount has at most %d digits before the point.",
+			WholeDigitsMax)
 	case len(fraction) > DecimalsMax:
-		return Amount{}, &Error{"amount_scale",
-			fmt.Sprintf("The amount has %d decimals; no currency here has more than %d.", len(fraction),
-				DecimalsMax)}
+		return Amount{}, refuse("amount_scale",
+			"The amount has %d decimals; no currency here has more than %d.", len(fraction), DecimalsMax)
 	}
 	value, err := decimal.NewFromString(rest)
 	if err != nil {
-		return malformed("Write the amount as a plain decimal number, such as \"10.50\".")
+		return Amount{}, errMalformed
 	}
 	if negative || value.IsZero() {
-		return Amount{}, &Error{"amount_not_positive",
-			"The amount must be greater than zero; the route says in which direction the money moves."}
+		return Amount{}, refuse("amount_not_positive",
+			"The amount must be greater than zero; the route says in which direction the money moves.")
 	}
 	return Amount{value, int32(len(fraction))}, nil
 }
