@@ -219,9 +219,9 @@ func (l *load) read(id int64) {
 		path, response.StatusCode, bytes.TrimSpace(text), known.seq, sent.Sub(known.at), l.happens))
 }
 
-// excuse has reads that show too little be counted apart from now until end is called: the one thing that the
-// README leaves open, a replica whose put got lost while another still reads. Only around a Redis that was
-// frozen for all.
+// excuse has reads that show too little be counted apart from now until end is called: the one thing that
+// docs/design.md leaves open, a replica whose put got lost while another still reads. Only around a Redis
+// that was frozen for all.
 func (l *load) excuse() (end func()) {
 	turn := func() { l.mu.Lock(); l.window++; l.mu.Unlock() }
 	turn()

@@ -22,6 +22,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode"
 
 	"wallet/internal/api"
 )
@@ -761,89 +762,210 @@ func TestSigtermLosesNothing(t *testing.T) {
 }
 
 // -----------------------------------------------------------------------------------------------------------
-// The README tells the truth: its commands run as printed, its tables match the code
+// The pages tell the truth, README.md and docs/: their commands run as printed, their tables match the code,
+// their links lead somewhere
 // -----------------------------------------------------------------------------------------------------------
 
-// changing matches what differs from run to run in the answers that the README shows.
-var changing = regexp.MustCompile(`("created_at":"|"request_id":")[^"]*`)
-
-// TestReadmeRunsAsPrinted runs the blocks marked <!-- run --> in order, with only the addresses replaced by
-// this test's, and compares what they print with the block that follows.
-func TestReadmeRunsAsPrinted(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+func readPage(tb testing.TB, name string) string {
+	tb.Helper()
+	text, err := os.ReadFile(name)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
+	return string(text)
+}
+
+// pages is README.md, CHANGELOG.md and all of docs/.
+func pages(tb testing.TB) []string {
+	tb.Helper()
+	docs, err := filepath.Glob("docs/*.md")
+	if err != nil || len(docs) == 0 {
+		tb.Fatalf("docs/*.md: %d pages, %v", len(docs), err)
+	}
+	return append([]string{"README.md", "CHANGELOG.md"}, docs...)
+}
+
+var (
+	// A block to run, and what it prints.
+	toRun = regexp.MustCompile("(?s)<!-- run -->\n```(sh|sql)\n(.*?)```\n(?:```(?:json|text)\n(.*?)```)?")
+	// changing matches what differs from run to run in the answers that the pages show, wrapped what is
+	// printed on one line.
+	changing = regexp.MustCompile(`("created_at":"|"request_id":"|cursor=)[^">]*`)
+	wrapped  = regexp.MustCompile(`\s*\n\s*`)
+)
+
+// TestReadmeRunsAsPrinted runs the blocks marked <!-- run -->, each page's in order on a service of its own,
+// with only the addresses and names replaced by this test's, and compares what they print with the block
+// that follows.
+func TestReadmeRunsAsPrinted(t *testing.T) {
+	for _, name := range pages(t) {
+		blocks := toRun.FindAllStringSubmatch(readPage(t, name), -1)
+		if name == "README.md" && len(blocks) < 5 {
+			t.Fatalf("%d blocks of README.md are marked to run", len(blocks))
+		}
+		if len(blocks) > 0 {
+			t.Run(name, func(t *testing.T) { runBlocks(t, blocks) })
+		}
+	}
+}
+
+func runBlocks(t *testing.T, blocks [][]string) {
 	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
+	operators := httptest.NewServer(w.api.operator)
+	defer operators.Close()
 	dev, err := devBinary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	addresses := strings.NewReplacer(
-		"http://127.0.0.1:8080", w.http.URL,
-		"go run -C dev . events",
-		fmt.Sprintf("%s events -brokers %s -topic %s", dev, stack(t).KafkaBrokers, w.env["KAFKA_TOPIC"]),
-	)
-	marked := regexp.MustCompile("(?s)<!-- run -->\n```sh\n(.*?)```\n(?:```json\n(.*?)```)?")
-	blocks := marked.FindAllStringSubmatch(string(readme), -1)
-	if len(blocks) < 5 {
-		t.Fatalf("%d blocks are marked to run", len(blocks))
+	binary, err := walletBinary()
+	if err != nil {
+		t.Fatal(err)
 	}
+	database, err := url.Parse(w.env["DATABASE_URL"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	suffix := fmt.Sprintf("_%d_%d", os.Getpid(), names.Add(1)) // roles belong to the whole cluster
+	ours := strings.NewReplacer(
+		"http://127.0.0.1:8080", w.http.URL,
+		"http://127.0.0.1:8081", operators.URL,
+		"go run -C dev . events", fmt.Sprintf("%s events -data . -brokers %s -topic %s", dev,
+			stack(t).KafkaBrokers, w.env["KAFKA_TOPIC"]),
+		"go build .", "cp "+binary+" wallet",
+		"'wallet_relay'", "'"+w.env["REPLICATION_SLOT"]+"'",
+		"wallet_owner", "wallet_owner"+suffix,
+		"wallet_service", "wallet_service"+suffix,
+		"wallet_relay", "wallet_relay"+suffix,
+		"DATABASE wallet", "DATABASE wallet"+suffix,
+		"127.0.0.1:5432/wallet", database.Host+"/wallet"+suffix,
+	)
+	folder := t.TempDir()
 	for _, block := range blocks {
-		command := addresses.Replace(block[1])
-		if command == block[1] {
-			t.Errorf("no address of ours in %s", command)
+		command := ours.Replace(block[2])
+		if block[1] == "sql" {
+			conn := connect(t, w.env["DATABASE_URL"])
+			for _, statement := range strings.Split(command, ";\n") {
+				if _, err := conn.PgConn().Exec(context.Background(), statement).ReadAll(); err != nil {
+					t.Errorf("%s: %v", statement, err)
+				}
+			}
+			continue
 		}
-		out, err := exec.Command("bash", "-ec", command).CombinedOutput()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		shell := exec.CommandContext(ctx, "bash", "-ec", command)
+		shell.WaitDelay = time.Second // else it would wait for what bash has started
+		shell.Dir = folder
+		shell.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"))
+		for name, value := range w.env {
+			shell.Env = append(shell.Env, name+"="+value)
+		}
+		out, err := shell.CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", command, err, out)
 			continue
 		}
-		got := changing.ReplaceAllString(strings.TrimSpace(string(out)), "$1...")
-		want := changing.ReplaceAllString(strings.TrimSpace(block[2]), "$1...")
-		if block[2] != "" && got != want {
-			t.Errorf("%s\nprints\n%s\nthe README says\n%s", command, got, want)
+		if got, want := oneLine(string(out)), oneLine(block[3]); block[3] != "" && got != want {
+			t.Errorf("%s\nprints\n%s\nthe page says\n%s", command, got, want)
 		}
 		if strings.Contains(command, " events ") {
-			lines := strings.Split(string(out), "\n")
-			for i, id := range []string{"1-1", "1-2", "2-1"} {
+			for _, id := range []string{"1-1", "1-2", "2-1"} {
 				if !strings.Contains(string(out), `"ce_id":"`+id+`"`) {
-					t.Errorf("event %d, %s, is not in\n%s", i, id, strings.Join(lines, "\n"))
+					t.Errorf("event %s is not in\n%s", id, out)
 				}
 			}
 		}
 	}
 }
 
-// TestReadmeTables: the README lists every setting and route of the code, and no other setting.
+func oneLine(text string) string {
+	return changing.ReplaceAllString(wrapped.ReplaceAllString(strings.TrimSpace(text), ""), "$1...")
+}
+
+// TestReadmeTables: every setting, route and problem that docs/ lists is the code's, and the other way round.
 func TestReadmeTables(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listed := make(map[string]string)
-	rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (?:`([^`]*)`)? ?\\| (.*) \\|$")
-	for _, row := range rows.FindAllStringSubmatch(string(readme), -1) {
-		listed[row[1]] = row[2] + " " + row[3]
-	}
+	const row = "(?m)^\\| `([A-Z_]+)` \\| (?:`([^`]*)`)? ?\\| (.*) \\|$"
+	settings := make(map[string]string)
 	for _, s := range new(config).settings() {
-		if want := s.Default + " " + s.Help; listed[s.Name] != want {
-			t.Errorf("the README says of %s: %q, -h says %q", s.Name, listed[s.Name], want)
-		}
-		delete(listed, s.Name)
+		settings[s.Name] = s.Default + " " + s.Help
 	}
-	for name := range listed {
-		t.Errorf("the README lists %s, which is not read", name)
+	same(t, "docs/configuration.md", row, settings)
+
+	refusals := make(map[string]string)
+	for code, p := range api.New(api.Config{Problems: problems}).Problems {
+		refusals[code] = fmt.Sprint(p.Status, " ", p.Title)
 	}
+	same(t, "docs/api.md", "(?m)^\\| `([a-z_]+)` \\| ([0-9]{3}) \\| ([^|]*) \\|", refusals)
+
+	listed := readPage(t, "docs/api.md")
 	for _, r := range new(server).routes() {
-		path := r.Path
-		for _, short := range []string{path, strings.Replace(path, "/v1/wallets/{id}", "...", 1)} {
-			if strings.Contains(string(readme), short+"`") {
-				path = ""
+		if !strings.Contains(listed, "`"+r.Method+" "+r.Path+"`") {
+			t.Errorf("docs/api.md does not list %s %s", r.Method, r.Path)
+		}
+	}
+}
+
+// same compares the rows of a page's tables with what the code says: the row's name, and its other cells.
+func same(t *testing.T, name, row string, code map[string]string) {
+	t.Helper()
+	for _, cells := range regexp.MustCompile(row).FindAllStringSubmatch(readPage(t, name), -1) {
+		says, known := code[cells[1]]
+		if listed := cells[2] + " " + cells[3]; !known || listed != says {
+			t.Errorf("%s says of %s: %q, the code says %q", name, cells[1], listed, says)
+		}
+		delete(code, cells[1])
+	}
+	for missing := range code {
+		t.Errorf("%s does not list %s", name, missing)
+	}
+}
+
+// TestReadmeLinksAndWidth: every relative link of the pages leads to a file that is there, and its fragment
+// to a heading; no line but of a table or with a URL is wider than 110 columns; README.md stays short.
+func TestReadmeLinksAndWidth(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	for _, name := range pages(t) {
+		text := readPage(t, name)
+		for _, found := range link.FindAllStringSubmatch(text, -1) {
+			target, fragment, _ := strings.Cut(found[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			file := filepath.Join(filepath.Dir(name), target)
+			if target == "" {
+				file = name
+			}
+			if _, err := os.Stat(file); err != nil {
+				t.Errorf("%s links to %s: %v", name, found[1], err)
+			} else if fragment != "" && !anchors(readPage(t, file))[fragment] {
+				t.Errorf("%s links to %s, and there is no such heading", name, found[1])
 			}
 		}
-		if path != "" {
-			t.Errorf("the README does not list %s %s", r.Method, r.Path)
+		for i, line := range strings.Split(text, "\n") {
+			if len([]rune(line)) > 110 && !strings.HasPrefix(line, "|") && !strings.Contains(line, "://") {
+				t.Errorf("%s:%d is wider than 110 columns", name, i+1)
+			}
 		}
 	}
+	readme := readPage(t, "README.md")
+	if lines, words := strings.Count(readme, "\n"), len(strings.Fields(readme)); lines > 180 || words > 1600 {
+		t.Errorf("README.md has %d lines and %d words, at most 180 and 1,600 are meant", lines, words)
+	}
+}
+
+// anchors is the fragments that a page's headings get: small letters, digits, hyphens for blanks.
+func anchors(text string) map[string]bool {
+	found := make(map[string]bool)
+	for _, heading := range regexp.MustCompile("(?m)^#+ (.*)$").FindAllStringSubmatch(text, -1) {
+		found[strings.Map(func(r rune) rune {
+			switch {
+			case r == ' ':
+				return '-'
+			case r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r):
+				return unicode.ToLower(r)
+			}
+			return -1
+		}, heading[1])] = true
+	}
+	return found
 }

@@ -1,6 +1,6 @@
 // What goes wrong while the clients go on. Three hands do harm at the same time: one on the replicas' ways to
-// Postgres, one on the replicas, one on the servers. Left out is only what README.md says to be no fault that
-// it covers: one replica alone without Redis.
+// Postgres, one on the replicas, one on the servers. Left out is only what docs/design.md does not
+// promise to cover: one replica alone without Redis.
 
 package lin
 

@@ -405,7 +405,7 @@ func (r *run) around(ops []porcupine.Operation) string {
 	return text.String()
 }
 
-// relax gives cached balances the time that README.md allows them. They may be behind whatever was not
+// relax gives cached balances the time that docs/design.md allows. They may be behind whatever was not
 // answered before they were asked for, although a read of Postgres has shown it: they begin at the last
 // answer of a write to their wallet. And they may be ahead of Postgres, in which a commit becomes visible a
 // moment after the WAL, and so the relay, have it: they end with the answer of the write that they show, if
