@@ -818,7 +818,43 @@ func TestAuditFinds(t *testing.T) {
 		}, "not in the topic"},
 		"balance": {func(t *testing.T, g *rig) {
 			g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`)
-		}, "wallet 2: its balance or time is not its last entry's"},
+		}, "wallet 2: its balance, time, held or state is not what its entries say"},
+		"held": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
+			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL;
+				ALTER TABLE entry DROP CONSTRAINT held_before_within_balance;
+				UPDATE entry SET held = 0.5 WHERE kind = 'hold'; UPDATE wallet SET held = 0.5 WHERE id = 1`)
+		}, "what it holds is not what was held before plus its change"},
+		"hold": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
+			g.mustExec(t, `UPDATE hold SET remaining = 0, status = 'voided'`)
+		}, "its row is not what its entries say"},
+		"capture": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
+			g.mustPost(t, 200, "/v1/holds/1-4/capture", `{"idempotency_key":"c"}`)
+			g.mustExec(t,
+				`ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET of_seq = 1 WHERE of_seq = 4`)
+		}, "there is no open hold that it could be of"},
+		"state": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"frozen","idempotency_key":"s"}`)
+			g.mustExec(t, `UPDATE wallet SET state = 'open' WHERE id = 2`)
+		}, "wallet 2: its balance, time, held or state is not what its entries say"},
+		"frozen": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
+			g.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"s2"}`)
+			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL;
+				UPDATE entry SET note = '{"state":"frozen"}' WHERE kind = 'state';
+				UPDATE wallet SET state = 'frozen' WHERE id = 2`)
+		}, "the wallet was frozen"},
+		"reversal": {func(t *testing.T, g *rig) {
+			g.mustPost(t, 200, "/v1/transactions/2-1/reverse", `{"amount":"0.5","idempotency_key":"r"}`)
+			g.mustExec(t, `UPDATE reversal SET reversed = 1`)
+		}, "transaction 2-1: how much of it was reversed is not what its entries say"},
+		"reference": {func(t *testing.T, g *rig) {
+			body := `{"amount":"1","reference":"r","idempotency_key":"r"}`
+			g.mustPost(t, 200, "/v1/wallets/2/deposit", body)
+			g.mustExec(t, `DELETE FROM reference`)
+		}, "it is not found by its reference"},
 		"leg": {func(t *testing.T, g *rig) {
 			g.mustExec(t,
 				`ALTER TABLE entry DISABLE TRIGGER ALL;

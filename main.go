@@ -18,46 +18,39 @@ import (
 	"context"
 	"crypto/rand"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"runtime/metrics"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/shopspring/decimal"
 
 	"wallet/internal/api"
 	"wallet/internal/env"
 	"wallet/internal/export"
 	"wallet/internal/gate"
+	"wallet/internal/jsontext"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
 	"wallet/internal/money"
+	"wallet/internal/parts"
+	"wallet/internal/pg"
 )
 
 func main() {
@@ -114,7 +107,8 @@ func main() {
 	exit := 0
 	switch {
 	case *migrateOnly:
-		err = waitFor(ctx, "Postgres", func(ctx context.Context) error { return migrateSchema(ctx, cfg) })
+		err = parts.WaitFor(ctx, "Postgres",
+			func(ctx context.Context) error { return migrateSchema(ctx, cfg) })
 		if err == nil {
 			err = validateSchema(ctx, cfg)
 		}
@@ -126,7 +120,7 @@ func main() {
 	case *adoptOnly:
 		err = adopt(ctx, &cfg.relayConfig)
 	default:
-		tuneCollector()
+		parts.TuneCollector()
 		var s *service
 		if s, err = newService(cfg); err != nil {
 			break
@@ -144,19 +138,6 @@ func main() {
 		exit = 2
 	}
 	os.Exit(exit)
-}
-
-// tuneCollector spends memory on fewer collections while serving: a few MB live, so that by Go's default a
-// fifth of the processor time under load went into collecting every few milliseconds. GOGC and GOMEMLIMIT,
-// where set, decide instead: thousands of connections live in more than 90 MB, and the collector would work
-// hard to no avail.
-func tuneCollector() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(90 << 20)
-	}
 }
 
 func buildVersion() string {
@@ -232,10 +213,11 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	// Every part runs in one of these groups, which stop one after the other. The first part that fails stops
 	// them all.
 	failed := make(chan error, 1)
-	web, keeping, writing := newGroup(failed), newGroup(failed), newGroup(failed)
-	relaying, operating := newGroup(failed), newGroup(failed)
+	web, keeping, writing := parts.NewGroup(failed), parts.NewGroup(failed), parts.NewGroup(failed)
+	relaying, operating := parts.NewGroup(failed), parts.NewGroup(failed)
 	limited := gate.Connections(listener, s.cfg.connectionsMax)
-	public := s.listen(web, limited, s.api.public, 10*time.Second+s.cfg.requestTimeout)
+	public := gate.Server(s.api.public, 10*time.Second+s.cfg.requestTimeout)
+	web.Run(func(context.Context) error { return gate.Serve(public, limited, s.certificate) })
 	slog.Info("listening", "address", listener.Addr().String(), "tls", s.certificate != nil,
 		"version", buildVersion())
 	if s.cfg.operateAddr != "" {
@@ -243,35 +225,37 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		if err != nil {
 			return fmt.Errorf("set OPERATE_ADDR to an address that can be listened on: %w", err)
 		}
-		server := s.listen(operating, gate.Connections(operators, 100), s.api.operator, 5*time.Minute)
-		operating.run(func(ctx context.Context) error { <-ctx.Done(); return server.Close() })
+		server := gate.Server(s.api.operator, 5*time.Minute)
+		few := gate.Connections(operators, 100)
+		operating.Run(func(context.Context) error { return gate.Serve(server, few, s.certificate) })
+		operating.Run(func(ctx context.Context) error { <-ctx.Done(); return server.Close() })
 		slog.Info("listening for operators", "address", operators.Addr().String())
 	}
-	keeping.run(func(ctx context.Context) error {
-		if err := waitFor(ctx, "Postgres", s.prepare); err != nil {
+	keeping.Run(func(ctx context.Context) error {
+		if err := parts.WaitFor(ctx, "Postgres", s.prepare); err != nil {
 			return err
 		}
-		writing.run(s.ledger.run)
-		keeping.run(s.ledger.sweep)
+		writing.Run(s.ledger.run)
+		keeping.Run(s.ledger.sweep)
 		if s.balances != nil {
-			writing.run(s.balances.run)
+			writing.Run(s.balances.run)
 		}
 		if s.relay != nil {
-			relaying.run(s.relay.run)
+			relaying.Run(s.relay.run)
 		}
 		if s.cfg.apiKeysFile != "" {
-			keeping.run(func(ctx context.Context) error {
+			keeping.Run(func(ctx context.Context) error {
 				load := func() error { return keysAdvice(s.api.Keys.Load()) }
 				return gate.Watch(ctx, 5*time.Second, load, s.cfg.apiKeysFile)
 			})
 		}
 		if s.certificate != nil {
-			keeping.run(func(ctx context.Context) error {
+			keeping.Run(func(ctx context.Context) error {
 				load := func() error { return certificateAdvice(s.certificate.Load()) }
 				return gate.Watch(ctx, 5*time.Second, load, s.cfg.tlsCert, s.cfg.tlsKey)
 			})
 		}
-		keeping.run(func(ctx context.Context) error {
+		keeping.Run(func(ctx context.Context) error {
 			if err := validateSchema(ctx, s.cfg); err != nil && ctx.Err() == nil {
 				slog.Warn("old rows not checked against new constraints; the next start tries again",
 					"error", err)
@@ -299,8 +283,8 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	if shutdownErr := public.Shutdown(deadline); shutdownErr != nil {
 		slog.Warn("requests were still open at the deadline", "error", shutdownErr)
 	}
-	for _, g := range []*group{web, keeping, writing, relaying, operating} {
-		if !g.stop(deadline) {
+	for _, g := range []*parts.Group{web, keeping, writing, relaying, operating} {
+		if !g.Stop(deadline) {
 			return fmt.Errorf("not everything stopped within SHUTDOWN_TIMEOUT (%v)", s.cfg.shutdownTimeout)
 		}
 	}
@@ -308,199 +292,44 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	return err
 }
 
-// listen serves a handler on a listener. The timeouts let no slow client hold anything for long.
-func (s *service) listen(g *group, l net.Listener, h http.Handler, writeTimeout time.Duration) *http.Server {
-	server := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		// Clients that break off.
-		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
-	}
-	g.run(func(context.Context) (err error) {
-		if s.certificate != nil {
-			server.TLSConfig = s.certificate.Config()
-			err = server.ServeTLS(l, "", "")
-		} else {
-			err = server.Serve(l)
-		}
-		if errors.Is(err, http.ErrServerClosed) {
-			return nil
-		}
-		return err
-	})
-	return server
-}
-
-// group runs parts that stop together.
-type group struct {
-	ctx    context.Context
-	cancel context.CancelFunc
-	parts  sync.WaitGroup
-	failed chan<- error
-}
-
-func newGroup(failed chan<- error) *group {
-	g := &group{failed: failed}
-	g.ctx, g.cancel = context.WithCancel(context.Background())
-	return g
-}
-
-func (g *group) run(part func(context.Context) error) {
-	g.parts.Go(func() {
-		if err := part(g.ctx); err != nil && g.ctx.Err() == nil {
-			select {
-			case g.failed <- err:
-			default:
-			}
-		}
-	})
-}
-
-// stop ends the group's context and waits for its parts, or false at the deadline.
-func (g *group) stop(deadline context.Context) bool {
-	g.cancel()
-	done := make(chan struct{})
-	go func() { g.parts.Wait(); close(done) }()
-	select {
-	case <-done:
-		return true
-	case <-deadline.Done():
-		return false
-	}
-}
-
-// finalError is a fault that waiting does not cure.
-type finalError struct{ error }
-
-// waitFor calls try until it succeeds, with a log line whenever the reason changes and at least every 10 s.
-func waitFor(ctx context.Context, what string, try func(context.Context) error) error {
-	var last string
-	var logged time.Time
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
-		err := try(ctx)
-		var final finalError
-		switch {
-		case err == nil:
-			return nil
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.As(err, &final):
-			return err
-		case err.Error() != last || time.Since(logged) > 10*time.Second:
-			last, logged = err.Error(), time.Now()
-			slog.Warn("waiting for "+what, "error", err)
-		}
-		select {
-		case <-time.After(pause/2 + mathrand.N(pause)):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// openPool makes a pool of connections as the service's role. No connection is made before the first is
-// needed.
-func openPool(cfg *config, connections int, name string, balances *cache) (*pgxpool.Pool, error) {
-	pool, err := pgxpool.ParseConfig(cfg.databaseURL)
-	if err != nil {
-		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as "+
-			"postgres://user:password@host:5432/wallet: %w", err)
-	}
-	pool.MaxConns = int32(connections)
-	pool.MaxConnIdleTime = 10 * time.Minute
-	pool.ConnConfig.ConnectTimeout = 3 * time.Second
-	for name, value := range map[string]string{
-		"application_name": name,
-		// A statement prepared while its table is empty is planned for an empty table and stays so. All of
-		// ours are lookups by an index: leave the planner nothing else, plan once, and do not compile.
-		"enable_seqscan":   "off",
-		"enable_hashjoin":  "off",
-		"enable_mergejoin": "off",
-		"plan_cache_mode":  "force_generic_plan",
-		"jit":              "off",
-		// A stalled writer holds row locks that stall every replica; each of these makes its batch run again.
-		"lock_timeout":                        "500ms",
-		"statement_timeout":                   "4s",
-		"idle_in_transaction_session_timeout": "2s",
-		"tcp_user_timeout":                    "5s",
-		"tcp_keepalives_idle":                 "5",
-		"tcp_keepalives_interval":             "2",
-		"tcp_keepalives_count":                "3",
-	} {
-		pool.ConnConfig.RuntimeParams[name] = value
-	}
-	pool.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
-		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for
-		// us.
-		var ledger, life string
-		err := conn.QueryRow(ctx, `
-SELECT format('%s.%s.%s', system_identifier, d.oid, current_schema()),
-       format('%s.%s', substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
-              extract(epoch FROM pg_postmaster_start_time())),
-       CASE WHEN current_setting('synchronous_commit') = 'off'
-            THEN set_config('synchronous_commit', 'on', false) END
-FROM pg_control_system(), pg_database d WHERE d.datname = current_database()`).Scan(&ledger, &life, nil)
-		if err == nil && balances != nil {
-			balances.enter(ledger, life)
-		}
-		return err
-	}
-	return pgxpool.NewWithConfig(context.Background(), pool)
-}
-
 //go:embed schema.sql
 var schemaSQL string
 
-const (
-	schemaVersion      = 3 // of schema.sql's last step
-	postgresVersionMin = 150000
-	schemaLock         = "wallet.schema"
-)
+// schema is what the database must have. It is at version 3: that of schema.sql's last step.
+var schema = migrate.Schema{
+	File: schemaSQL, Version: 3, ServerMin: 150000, Table: "wallet_schema",
+	Tables: []string{"wallet", "entry", "currency", "outbox"},
+}
 
-// migrateSchema brings the schema up to schemaVersion, unless it is there or newer.
+// migrateSchema brings the schema up to date, unless it is so or newer, and names the two other roles in it.
 func migrateSchema(ctx context.Context, cfg *config) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	service, err := pgx.ParseConfig(cfg.databaseURL)
+	if err != nil {
+		return parts.Final(fmt.Errorf("DATABASE_URL: %w", err))
+	}
+	relay, err := pgx.ParseConfig(cfg.replicationURL)
+	if err != nil {
+		return parts.Final(fmt.Errorf("REPLICATION_URL: %w", err))
+	}
 	conn, err := pgx.Connect(ctx, cfg.migrateURL)
 	if err != nil {
 		return fmt.Errorf("connect with MIGRATE_URL: %w", err)
 	}
 	defer conn.Close(context.Background())
-	version, err := readSchemaVersion(ctx, conn)
-	if err != nil || version >= schemaVersion {
-		return err
-	}
-	service, err := pgx.ParseConfig(cfg.databaseURL)
-	if err != nil {
-		return finalError{fmt.Errorf("DATABASE_URL: %w", err)}
-	}
-	relay, err := pgx.ParseConfig(cfg.replicationURL)
-	if err != nil {
-		return finalError{fmt.Errorf("REPLICATION_URL: %w", err)}
-	}
-	var schema string
-	if err := conn.QueryRow(ctx, `SELECT quote_ident(current_schema())`).Scan(&schema); err != nil {
-		return err
-	}
-	settings := map[string]string{"wallet.service_role": service.User, "wallet.relay_role": relay.User,
-		"search_path": schema + ", pg_temp", "client_min_messages": "warning"}
-	applied, err := migrate.Apply(ctx, conn, schemaLock, migrate.Steps(schemaSQL), settings,
-		func(ctx context.Context, conn *pgx.Conn) (int, error) { return readSchemaVersion(ctx, conn) })
+	has, err := schema.Apply(ctx, conn, map[string]string{
+		"wallet.service_role": service.User, "wallet.relay_role": relay.User})
 	switch {
-	case sqlState(err) == "42501": // insufficient_privilege
+	case pg.State(err) == "42501": // insufficient_privilege
 		return fmt.Errorf("the schema is at version %d and this program needs %d: "+
-			"run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", version, schemaVersion, err)
-	case err != nil:
+			"run `wallet -migrate` with MIGRATE_URL of the tables' owner: %w", has, schema.Version, err)
+	case pg.State(err) != "":
 		return fmt.Errorf("apply the schema: %w", err)
+	case errors.As(err, new(migrate.Unfit)):
+		return parts.Final(err)
 	}
-	if applied {
-		slog.Info("schema applied", "version", schemaVersion)
-	}
-	return nil
+	return err
 }
 
 // validateSchema checks old rows against the constraints that a migration left NOT VALID.
@@ -510,42 +339,7 @@ func validateSchema(ctx context.Context, cfg *config) error {
 		return fmt.Errorf("connect with MIGRATE_URL: %w", err)
 	}
 	defer conn.Close(context.Background())
-	return migrate.Validate(ctx, conn, schemaLock)
-}
-
-// readSchemaVersion is 0 for a database without any of our tables. Tables of our names that are not ours are
-// refused, and so is a schema that asks for a newer program.
-func readSchemaVersion(ctx context.Context, db interface {
-	QueryRow(context.Context, string, ...any) pgx.Row
-}) (int, error) {
-	var ours bool
-	var server int
-	var foreign string
-	err := db.QueryRow(ctx, `
-SELECT current_setting('server_version_num')::int, to_regclass('wallet_schema') IS NOT NULL,
-       coalesce((SELECT string_agg(t, ', ') FROM unnest('{wallet,entry,currency,outbox}'::text[]) AS t
-                 WHERE to_regclass(t) IS NOT NULL), '')`).Scan(&server, &ours, &foreign)
-	switch {
-	case err != nil:
-		return 0, err
-	case server < postgresVersionMin:
-		return 0, finalError{fmt.Errorf("this Postgres is too old (server_version_num %d): "+
-			"use version 15 or later", server)}
-	case !ours && foreign != "":
-		return 0, finalError{fmt.Errorf("this database has tables of our names that are not ours (%s): "+
-			"give the service a database of its own", foreign)}
-	case !ours:
-		return 0, nil
-	}
-	var version, programMin int
-	err = db.QueryRow(ctx, `
-SELECT coalesce(max(version), 0), coalesce(max((to_jsonb(s) ->> 'program_min')::int), 0) FROM wallet_schema s`,
-	).Scan(&version, &programMin)
-	if err == nil && programMin > schemaVersion {
-		return version, finalError{fmt.Errorf("the schema is at version %d and asks for a program that knows "+
-			"version %d, this one knows %d: run a newer release", version, programMin, schemaVersion)}
-	}
-	return version, err
+	return schema.Validate(ctx, conn)
 }
 
 // prepare makes the database ready for writes.
@@ -583,6 +377,20 @@ func (s *service) keep(ctx context.Context) error {
 	}
 }
 
+// openPool makes a pool of connections as the service's role.
+func openPool(cfg *config, connections int, name string, balances *cache) (*pgxpool.Pool, error) {
+	var entered func(ledger, life string)
+	if balances != nil {
+		entered = balances.enter
+	}
+	pool, err := pg.Pool(cfg.databaseURL, name, connections, entered)
+	if err != nil {
+		return nil, fmt.Errorf("set DATABASE_URL to a Postgres URL such as "+
+			"postgres://user:password@host:5432/wallet: %w", err)
+	}
+	return pool, nil
+}
+
 // -----------------------------------------------------------------------------------------------------------
 // Routes
 // -----------------------------------------------------------------------------------------------------------
@@ -604,7 +412,7 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 		Overloaded:  errOverloaded,
 		Starting:    refuse("starting", "The service is waiting for its database."),
 		Unavailable: refuse("unavailable", "The ledger could not be read in time. Try again."),
-		Unreachable: unreachable,
+		Unreachable: pg.Unreachable,
 		Keys:        keys, Proxies: cfg.trustedProxies,
 		Timeout: cfg.requestTimeout, RequestsMax: int64(cfg.requestsMax),
 	})}
@@ -614,27 +422,8 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	s.document = s.OpenAPI(s.routes(), apiContract)
 	s.public = s.Mux(s.routes())
 	s.operator = s.Mux(s.operatorRoutes())
-	for path, profile := range map[string]http.HandlerFunc{
-		"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol,
-		"trace": pprof.Trace,
-	} {
-		s.operator.Handle("GET /debug/pprof/"+path, s.Guard("/debug/pprof/", gate.Operate, profile))
-	}
+	s.Profiles(s.operator, gate.Operate)
 	return s
-}
-
-// unreachable says whether a read failed because Postgres was not there, too slow, or not as a primary.
-func unreachable(err error) bool {
-	var connectErr *pgconn.ConnectError
-	var netErr net.Error
-	switch {
-	case pgconn.Timeout(err), errors.As(err, &connectErr), errors.As(err, &netErr), errors.Is(err, io.EOF),
-		errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed):
-		return true
-	}
-	rerun, _ := remedy(err)
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && rerun
 }
 
 func (s *server) routes() []api.Route {
@@ -650,7 +439,7 @@ func (s *server) routes() []api.Route {
 			Doc: api.Doc{Summary: "Read a wallet", ID: "WalletID", Answer: "Wallet",
 				Refusals: "wallet_id_malformed wallet_not_found"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/balance", Scope: gate.Read, Handle: s.getBalance,
-			Doc: api.Doc{Summary: "Read a balance, from the cache unless Cache-Control says no-cache; or as it was",
+			Doc: api.Doc{Summary: "Read a balance: cached unless Cache-Control says no-cache; or as it was",
 				ID: "WalletID", Query: balanceQuery, Answer: "Balance",
 				Refusals: "wallet_id_malformed wallet_not_found seq_not_reached"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/history", Scope: gate.Read, Handle: s.getHistory,
@@ -658,7 +447,7 @@ func (s *server) routes() []api.Route {
 				ID: "WalletID", Query: historyQuery, Answer: "History",
 				Refusals: "wallet_id_malformed wallet_not_found"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/statement", Scope: gate.Read, Handle: s.getStatement,
-			Doc: api.Doc{Summary: "Read a statement: a span's entries, what was before and after, sums by kind",
+			Doc: api.Doc{Summary: "Read a statement: entries, what was before and after, sums by kind",
 				ID: "WalletID", Query: statementQuery, Answer: "Statement",
 				Refusals: "wallet_id_malformed wallet_not_found not_acceptable"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/holds", Scope: gate.Read, Handle: s.getHolds,
@@ -693,7 +482,8 @@ func (s *server) routes() []api.Route {
 	return routes
 }
 
-// movementKind is a kind of operation on money: its route, what its body may say, and who decides (wallet.go).
+// movementKind is a kind of operation on money: its route, what its body may say, and who decides
+// (wallet.go).
 type movementKind struct {
 	path     string
 	scope    gate.Scope
@@ -735,7 +525,8 @@ var movements = []movementKind{
 	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
 		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
 		of:      ofWallet, kind: kindHold, decide: decideHold,
-		fields: "amount to_id expires_in currency reference metadata", required: "amount", answer: "HoldReceipt",
+		fields: "amount to_id expires_in currency reference metadata", required: "amount",
+		answer:   "HoldReceipt",
 		refusals: "currency_mismatch wallet_not_found insufficient_funds wallet_frozen wallet_closed"},
 	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
 		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
@@ -748,7 +539,8 @@ var movements = []movementKind{
 		refusals: "hold_not_found hold_closed hold_expired"},
 	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
 		summary: "Reverse a transaction, or a part of it: post the opposite movement",
-		of:      ofTransaction, decide: decideReversal, fields: "amount reference metadata", answer: "Reversal",
+		of:      ofTransaction, decide: decideReversal, fields: "amount reference metadata",
+		answer: "Reversal",
 		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
 			"wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
@@ -957,7 +749,8 @@ func (s *server) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 	}
 	answer := &api.Reply{Body: append(appendReceipt(nil, &op.posted), '}'), Replayed: op.replayed}
 	if op.kind == kindHold {
-		answer.Header = map[string]string{"Location": "/v1/holds/" + entryID(op.posted.WalletID, op.posted.Seq)}
+		answer.Header = map[string]string{"Location": "/v1/holds/" + entryID(op.posted.WalletID,
+			op.posted.Seq)}
 	}
 	return answer, nil
 }
@@ -997,8 +790,11 @@ func (m *movementKind) read(body api.Fields, op *operation, holdTTL time.Duratio
 		op.expiresIn, op.anyExpiry = holdTTL, true
 		if in, given := body["expires_in"]; given {
 			op.anyExpiry = false
-			if op.expiresIn, err = parseExpiry(in.Text); err != nil {
-				return err
+			var ok bool
+			if op.expiresIn, ok = api.Span(in.Text, holdTTLMax); !ok || !in.Quoted {
+				return refuse("expires_in_malformed",
+					"\"expires_in\" is a whole number of s, m, h or d, such "+
+						"as \"15m\", from 1s to 365d.")
 			}
 		}
 	}
@@ -1019,102 +815,7 @@ func missing(field string) error {
 	return refuse("field_missing", "Send the %q.", field)
 }
 
-var (
-	errReference = refuse("reference_malformed",
-		"The \"reference\" is a string of 1 to %d bytes of printable UTF-8.", noteBytesMax)
-	errNote = refuse("note_malformed", "The \"note\" is a string of 1 to %d bytes of printable UTF-8.",
-		noteBytesMax)
-)
-
-// readNote reads what a movement says in words.
-func readNote(body api.Fields, n *note) error {
-	text := func(name string, malformed *refusal) (string, error) {
-		f, given := body[name]
-		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !printable(f.Text)) {
-			return "", malformed
-		}
-		return f.Text, nil
-	}
-	var err error
-	if n.Reference, err = text("reference", errReference); err != nil {
-		return err
-	}
-	if n.Text, err = text("note", errNote); err != nil {
-		return err
-	}
-	if state, given := body["state"]; given {
-		if n.State = state.Text; !state.Quoted || !slices.Contains(walletStates, n.State) {
-			return refuse("state_malformed", "The \"state\" is one of %s.", strings.Join(walletStates, ", "))
-		}
-	}
-	if metadata, given := body["metadata"]; given {
-		if n.Metadata, err = canonicalMetadata(metadata.Text); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Bounds of what a movement says in words.
-const (
-	noteBytesMax       = 255
-	metadataMembersMax = 16
-	metadataBytesMax   = 2 << 10
-)
-
-var walletStates = []string{stateOpen, stateNoOut, stateFrozen, stateClosed}
-
-// printable says whether all of a text is visible, or a space between.
-func printable(text string) bool {
-	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(c rune) bool {
-		return !unicode.IsPrint(c) || c == utf8.RuneError
-	})
-}
-
-// canonicalMetadata is the one form of an object of strings: its members by name, without white space. An
-// empty one is none.
-func canonicalMetadata(object string) (string, error) {
-	names, values, ok := api.ParseTexts(object)
-	if !ok || len(names) > metadataMembersMax || values[""] != "" || slices.Contains(names, "") {
-		return "", refuse("metadata_malformed", "The \"metadata\" is an object of at most %d members, each "+
-			"with a name of its own and a string of valid UTF-8.", metadataMembersMax)
-	}
-	if len(names) == 0 {
-		return "", nil
-	}
-	slices.Sort(names)
-	dst := []byte{'{'}
-	for i, name := range names {
-		if i > 0 {
-			dst = append(dst, ',')
-		}
-		dst = append(appendText(dst, name), ':')
-		dst = appendText(dst, values[name])
-	}
-	if dst = append(dst, '}'); len(dst) > metadataBytesMax {
-		return "", refuse("metadata_malformed", "The \"metadata\" may have %d bytes in all; these are %d.",
-			metadataBytesMax, len(dst))
-	}
-	return string(dst), nil
-}
-
 const holdTTLMax = 365 * 24 * time.Hour // no hold is for ever
-
-// parseExpiry reads a duration such as 15m: a whole number of s, m, h or d.
-func parseExpiry(text string) (time.Duration, error) {
-	bad := refuse("expires_in_malformed",
-		"\"expires_in\" is a whole number of s, m, h or d, such as \"15m\", from 1s to 365d.")
-	if len(text) < 2 || len(text) > 10 || text[0] == '0' {
-		return 0, bad
-	}
-	unit := map[byte]time.Duration{'s': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour}
-	n, err := strconv.ParseUint(text[:len(text)-1], 10, 32)
-	each := unit[text[len(text)-1]]
-	if err != nil || each == 0 || n > uint64(holdTTLMax/each) {
-		return 0, bad
-	}
-	return time.Duration(n) * each, nil
-}
 
 func (s *server) getWallet(r *http.Request) (*api.Reply, error) {
 	id, err := parseWalletID(r.PathValue("id"))
@@ -1149,20 +850,20 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := object{[]byte{'{'}}
-	o.integer("wallet_id", b.walletID)
-	o.text("currency", b.currency)
-	o.text("balance", b.balance)
+	o := jsontext.Open(nil)
+	o.Integer("wallet_id", b.walletID)
+	o.Text("currency", b.currency)
+	o.Text("balance", b.balance)
 	if b.held != "0" {
 		available, err := b.available()
 		if err != nil {
 			return nil, err
 		}
-		o.text("held", b.held)
-		o.text("available", available)
+		o.Text("held", b.held)
+		o.Text("available", available)
 	}
-	o.integer("seq", b.seq)
-	return &api.Reply{Body: append(o.dst, '}')}, nil
+	o.Integer("seq", b.seq)
+	return &api.Reply{Body: append(o.Dst, '}')}, nil
 }
 
 // balanceAsItWas is that at a time, what happened at that very time included, or after an entry.
@@ -1182,28 +883,19 @@ func (s *server) balanceAsItWas(ctx context.Context, id int64, query api.Query) 
 	if seq >= 0 {
 		m, err = s.ledger.momentAfter(ctx, id, seq)
 	} else {
-		m, err = s.ledger.momentBefore(ctx, id, at.Truncate(time.Microsecond).Add(time.Microsecond), endOfTime)
+		m, err = s.ledger.momentBefore(ctx, id, at.Truncate(time.Microsecond).Add(time.Microsecond),
+			endOfTime)
 	}
 	if err != nil {
 		return nil, err
 	}
-	o := object{[]byte{'{'}}
-	o.integer("wallet_id", id)
-	o.text("currency", m.currency)
-	o.number("balance", m.balance)
-	o.number("held", m.held)
-	o.number("available", m.balance.Sub(m.held))
-	o.integer("seq", m.seq)
+	o := appendMoment(id, m)
 	if seq < 0 {
-		o.time("at", at)
+		o.Time("at", at)
 	}
-	o.flag("final", m.final)
-	return &api.Reply{Body: append(o.dst, '}')}, nil
+	o.Flag("final", m.final)
+	return &api.Reply{Body: o.Close()}, nil
 }
-
-// statementColumns are those of a statement as CSV.
-var statementColumns = []string{"seq", "created_at", "transaction_id", "kind", "credit", "debit", "balance", "held",
-	"counterparty", "reference", "metadata", "idempotency_key"}
 
 // getStatement answers with a wallet's entries of a span, what was there before and after, and sums by kind.
 // It is as long as it is: entries go out a page at a time.
@@ -1233,28 +925,10 @@ func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	first := min(end.low, end.seq+1) // an empty span may end before it begins
-	begin, err := s.ledger.momentAfter(r.Context(), id, first-1)
+	st, err := s.ledger.statement(r.Context(), id, query, since, until, end)
 	if err != nil {
 		return nil, err
 	}
-	head := object{[]byte{'{'}}
-	head.integer("wallet_id", id)
-	head.text("currency", end.currency)
-	if query["since"] != "" {
-		head.time("since", since)
-	}
-	if query["until"] != "" {
-		head.time("until", until)
-	}
-	head.flag("final", end.final)
-	head.moment("opening", begin)
-	head.moment("closing", end)
-	if first <= end.seq {
-		head.integer("first_seq", first)
-		head.integer("last_seq", end.seq)
-	}
-	st := &statement{ledger: s.ledger, walletID: id, head: head.dst, begin: begin, end: end}
 	header := map[string]string{"Content-Type": format, "Trailer": "Statement-Sha256"}
 	if format == export.CSV {
 		header["Content-Disposition"] = fmt.Sprintf(`attachment; filename="wallet-%d.csv"`, id)
@@ -1263,84 +937,6 @@ func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
 		return st.write(ctx, w, format)
 	}}, nil
 }
-
-// statement is one on its way to a client.
-type statement struct {
-	ledger     *ledger
-	walletID   int64
-	head       []byte // of the JSON object, without its closing brace
-	begin, end *moment
-}
-
-func (st *statement) write(ctx context.Context, w io.Writer, format string) error {
-	out, err := export.NewWriter(w, format, st.head, statementColumns)
-	if err != nil {
-		return err
-	}
-	edge := func(kind string, m *moment) error {
-		return out.Row([]string{strconv.FormatInt(m.seq, 10), "", "", kind, "", "", money.Text(m.balance),
-			money.Text(m.held), "", "", "", ""})
-	}
-	if err := edge("opening", st.begin); err != nil {
-		return err
-	}
-	type total struct {
-		count int64
-		sum   decimal.Decimal
-	}
-	totals := make(map[string]total)
-	var buf []byte
-	err = st.ledger.entriesBetween(ctx, st.walletID, st.begin.seq+1, st.end.seq, func(e *entry) error {
-		sum := totals[e.Kind]
-		totals[e.Kind] = total{sum.count + 1, sum.sum.Add(e.Amount)}
-		buf = appendEvent(buf[:0], e)
-		return out.Item(buf, func() []string { return statementRow(e) })
-	})
-	if err != nil {
-		return err
-	}
-	if err := edge("closing", st.end); err != nil {
-		return err
-	}
-	o := object{[]byte{'{'}}
-	o.name("totals")
-	o.dst = append(o.dst, '{')
-	for _, kind := range slices.Sorted(maps.Keys(totals)) {
-		o.name(kind)
-		inner := object{append(o.dst, '{')}
-		inner.integer("count", totals[kind].count)
-		inner.number("sum", totals[kind].sum)
-		o.dst = append(inner.dst, '}')
-	}
-	o.dst = append(o.dst, '}')
-	o.text("sha256", out.Sum())
-	if w, ok := w.(http.ResponseWriter); ok {
-		w.Header().Set("Statement-Sha256", out.Sum())
-	}
-	return out.Close("statement", st.head, o.dst[1:])
-}
-
-func statementRow(e *entry) []string {
-	credit, debit, counterparty := "", "", ""
-	switch {
-	case e.Amount.IsPositive():
-		credit = money.Text(e.Amount)
-	case e.Amount.IsNegative():
-		debit = money.Text(e.Amount.Neg())
-	}
-	if e.CounterpartyID != 0 {
-		counterparty = strconv.FormatInt(e.CounterpartyID, 10)
-	}
-	d := e.says()
-	return []string{strconv.FormatInt(e.Seq, 10), e.CreatedAt.UTC().Format(timeFormat),
-		string(e.appendTransactionID(nil)), e.Kind, credit, debit, money.Text(e.Balance), money.Text(d.Held),
-		counterparty, d.Note.Reference, d.Note.Metadata, e.Key}
-}
-
-const historyLimit, historyLimitMax = 50, 1000 // by default, and at most
-
-// endOfTime is the until of a history that has none.
-var endOfTime = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 	id, err := parseWalletID(r.PathValue("id"))
@@ -1351,57 +947,27 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	limit, err := query.Integer("limit", historyLimit, 1, historyLimitMax)
+	p, err := pageOf(query)
 	if err != nil {
 		return nil, err
 	}
-	var p page
-	if cursor := query["cursor"]; cursor != "" {
-		if query["since"] != "" || query["until"] != "" || query["order"] != "" {
-			return nil, refuse("parameter_malformed",
-				"A cursor stands for since, until and order: send it with a limit only.")
-		}
-		if p, err = parseCursor(cursor); err != nil {
-			return nil, err
-		}
-	} else {
-		switch query["order"] {
-		case "", "asc":
-		case "desc":
-			p.descending = true
-		default:
-			return nil, refuse("parameter_malformed", "order is asc or desc.")
-		}
-		since, err := query.Time("since", time.Time{})
-		if err != nil {
-			return nil, err
-		}
-		if query["since"] != "" {
-			p.since = &since
-		}
-		if p.until, err = query.Time("until", endOfTime); err != nil {
-			return nil, err
-		}
-		if !p.descending && query["until"] == "" {
-			p.to = math.MaxInt64 // entries that come while a client pages are on its last page
-		}
-	}
-	p.limit = int(limit) + 1 // one more tells whether there is a next page
+	limit := p.limit
+	p.limit++ // one more tells whether there is a next page
 	entries, err := s.ledger.history(r.Context(), id, &p)
 	if err != nil {
 		return nil, err
 	}
 	answer := &api.Reply{}
-	if len(entries) > int(limit) {
+	if len(entries) > limit {
 		entries = entries[:limit]
 		if last := entries[limit-1].Seq; p.descending {
 			p.to = last
 		} else {
 			p.from = last + 1
 		}
-		answer.Header = next(fmt.Sprintf("/v1/wallets/%d/history?", id), int(limit), p.cursor())
+		answer.Header = api.Next(fmt.Sprintf("/v1/wallets/%d/history?", id), limit, p.cursor())
 	}
-	answer.Body = appendList(nil, entries, appendEvent)
+	answer.Body = api.AppendList(nil, entries, appendEvent)
 	return answer, nil
 }
 
@@ -1429,14 +995,15 @@ func (s *server) getByKey(r *http.Request) (*api.Reply, error) {
 	}
 	key, err := parseKey(query["idempotency_key"])
 	if err != nil {
-		return nil, refuse("parameter_malformed", "Send the idempotency_key: 1 to %d printable ASCII characters.",
+		return nil, refuse("parameter_malformed",
+			"Send the idempotency_key: 1 to %d printable ASCII characters.",
 			keyLenMax)
 	}
 	found, err := s.ledger.transactions(r.Context(), transactionByKey, id, key)
 	if err != nil {
 		return nil, err
 	}
-	return list("", found, len(found), appendTransaction, nil), nil
+	return api.List("", found, len(found), appendTransaction, nil), nil
 }
 
 func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
@@ -1445,11 +1012,11 @@ func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
 		return nil, err
 	}
 	reference := query["reference"]
-	if reference == "" || len(reference) > noteBytesMax || !printable(reference) {
+	if reference == "" || len(reference) > noteBytesMax || !api.Printable(reference) {
 		return nil, refuse("parameter_malformed", "Send the reference: 1 to %d bytes of printable UTF-8.",
 			noteBytesMax)
 	}
-	limit, after, err := paging(query, "r")
+	limit, after, err := query.Page("r")
 	if err != nil {
 		return nil, err
 	}
@@ -1459,45 +1026,9 @@ func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
 		return nil, err
 	}
 	path := "/v1/transactions?reference=" + url.QueryEscape(reference) + "&"
-	return list(path, found, limit, appendTransaction, func(m *posted) string {
-		return cursorOf("r", m.WalletID, m.Seq)
+	return api.List(path, found, limit, appendTransaction, func(m *posted) string {
+		return api.Cursor("r", m.WalletID, m.Seq)
 	}), nil
-}
-
-// paging reads a page's limit and where it begins.
-func paging(query api.Query, kind string) (limit int, after [2]int64, err error) {
-	n, err := query.Integer("limit", historyLimit, 1, historyLimitMax)
-	if err == nil && query["cursor"] != "" {
-		after[0], after[1], err = parseCursorOf(kind, query["cursor"])
-	}
-	return int(n), after, err
-}
-
-// list answers with an array of at most limit items, and where there are more, with the way to them.
-func list[T any](path string, items []T, limit int, show func([]byte, T) []byte, cursor func(T) string,
-) *api.Reply {
-	answer := &api.Reply{}
-	if len(items) > limit {
-		items = items[:limit]
-		answer.Header = next(path, limit, cursor(items[limit-1]))
-	}
-	answer.Body = appendList(nil, items, show)
-	return answer
-}
-
-func next(path string, limit int, cursor string) map[string]string {
-	return map[string]string{"Link": fmt.Sprintf(`<%slimit=%d&cursor=%s>; rel="next"`, path, limit, cursor)}
-}
-
-func appendList[T any](dst []byte, items []T, show func([]byte, T) []byte) []byte {
-	dst = append(dst, '[')
-	for i, item := range items {
-		if i > 0 {
-			dst = append(dst, ',')
-		}
-		dst = show(dst, item)
-	}
-	return append(dst, ']')
 }
 
 func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
@@ -1505,7 +1036,7 @@ func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	limit, after, err := paging(query, "w")
+	limit, after, err := query.Page("w")
 	if err != nil {
 		return nil, err
 	}
@@ -1513,8 +1044,8 @@ func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return list("/v1/wallets?", found, limit, appendWallet, func(w *wallet) string {
-		return cursorOf("w", w.ID, 1)
+	return api.List("/v1/wallets?", found, limit, appendWallet, func(w *wallet) string {
+		return api.Cursor("w", w.ID, 1)
 	}), nil
 }
 
@@ -1543,7 +1074,7 @@ func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
 	if status != "" && !slices.Contains(holdStatuses, status) {
 		return nil, refuse("parameter_malformed", "status is one of %s.", strings.Join(holdStatuses, ", "))
 	}
-	limit, after, err := paging(query, "h")
+	limit, after, err := query.Page("h")
 	if err != nil {
 		return nil, err
 	}
@@ -1558,12 +1089,9 @@ func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
 		if status != "" {
 			path += "status=" + status + "&"
 		}
-		answer.Header = next(path, limit, cursorOf("h", found[limit-1].Seq, 1))
+		answer.Header = api.Next(path, limit, api.Cursor("h", found[limit-1].Seq, 1))
 	}
-	answer.Body = fmt.Appendf(nil, `{"wallet_id":%d,"currency":"%s","balance":"%s","held":"%s",`+
-		`"available":"%s","seq":%d,"holds":`, w.ID, w.Currency, money.Text(w.Balance), money.Text(w.Held),
-		money.Text(w.available()), w.Seq)
-	answer.Body = append(appendList(answer.Body, found, appendHold), '}')
+	answer.Body = appendHolds(w, found)
 	return answer, nil
 }
 
@@ -1581,8 +1109,8 @@ func (s *server) readyz(r *http.Request) (*api.Reply, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 	defer cancel()
-	version, err := readSchemaVersion(ctx, s.ledger.reads)
-	if err != nil || version < schemaVersion {
+	version, err := schema.Has(ctx, s.ledger.reads)
+	if err != nil || version < schema.Version {
 		slog.WarnContext(ctx, "not ready", "schema", version, "error", err)
 		return nil, refuse("unavailable",
 			"Postgres cannot be reached, or its schema is older than this program.")
@@ -1595,18 +1123,7 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	w := metric.NewWriter(&out)
 	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
 	w.Gauges("wallet_build_info", "1; the version is the label.", version)
-	runtime := []metrics.Sample{
-		{Name: "/sched/goroutines:goroutines"},
-		{Name: "/memory/classes/heap/objects:bytes"},
-		{Name: "/memory/classes/total:bytes"},
-		{Name: "/gc/cycles/total:gc-cycles"},
-	}
-	metrics.Read(runtime)
-	value := func(i int) float64 { return float64(runtime[i].Value.Uint64()) }
-	w.Gauge("wallet_go_goroutines", "Goroutines.", value(0))
-	w.Gauge("wallet_go_heap_bytes", "Memory of live and not yet collected objects.", value(1))
-	w.Gauge("wallet_go_memory_bytes", "Memory that Go's runtime has mapped.", value(2))
-	w.Counter("wallet_go_gc_cycles_total", "Garbage collections.", value(3))
+	w.Runtime("wallet_go")
 	s.WriteMetrics(w, "wallet_http_request_seconds")
 	s.ledger.writeMetrics(w)
 	if s.ledger.cache != nil {
@@ -1622,196 +1139,6 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 // -----------------------------------------------------------------------------------------------------------
 // Answers
 // -----------------------------------------------------------------------------------------------------------
-
-// object appends the members of a JSON object, one after the other; close ends it.
-type object struct{ dst []byte }
-
-func (o *object) name(name string) {
-	if len(o.dst) == 0 || o.dst[len(o.dst)-1] != '{' {
-		o.dst = append(o.dst, ',')
-	}
-	o.dst = append(append(append(o.dst, '"'), name...), `":`...)
-}
-func (o *object) flag(name string, v bool) { o.name(name); o.dst = strconv.AppendBool(o.dst, v) }
-func (o *object) moment(name string, m *moment) {
-	o.name(name)
-	inner := object{append(o.dst, '{')}
-	inner.number("balance", m.balance)
-	inner.number("held", m.held)
-	o.dst = append(inner.dst, '}')
-}
-func (o *object) text(name, v string) { o.name(name); o.dst = appendText(o.dst, v) }
-func (o *object) integer(name string, v int64) {
-	o.name(name)
-	o.dst = strconv.AppendInt(o.dst, v, 10)
-}
-func (o *object) number(name string, v decimal.Decimal) {
-	o.name(name)
-	o.dst = append(money.Append(append(o.dst, '"'), v), '"')
-}
-func (o *object) time(name string, v time.Time) {
-	o.name(name)
-	o.dst = append(v.UTC().AppendFormat(append(o.dst, '"'), timeFormat), '"')
-}
-
-// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function
-// of the ledger, so that a replay is equal byte for byte. Each kind of entry is shown by one function.
-func appendReceipt(dst []byte, m *posted) []byte {
-	o := object{append(slices.Grow(dst, 320), '{')}
-	shows[m.Kind](&o, m)
-	d := m.says()
-	if m.captures() {
-		o.text("hold_id", m.of)
-		o.number("remaining", d.Remaining)
-		o.number("held", d.Held)
-	} else if m.reverses() {
-		o.text("reverses", m.of)
-		o.number("reversible", d.Remaining)
-	}
-	o.words(&d.Note)
-	return o.dst
-}
-
-// words are what a movement says in words, where it does.
-func (o *object) words(n *note) {
-	if n.Reference != "" {
-		o.text("reference", n.Reference)
-	}
-	if n.Metadata != "" {
-		o.name("metadata")
-		o.dst = append(o.dst, n.Metadata...)
-	}
-}
-
-var shows = map[string]func(*object, *posted){
-	kindDeposit: showOne, kindWithdrawal: showOne, kindTransferOut: showTransfer, kindHold: showHold,
-	kindRelease: showRelease, kindState: showState,
-}
-
-func (o *object) transactionID(m *posted) { o.text("transaction_id", entryID(m.WalletID, m.Seq)) }
-
-// showOne is a movement of one wallet.
-func showOne(o *object, m *posted) {
-	o.transactionID(m)
-	o.integer("wallet_id", m.WalletID)
-	o.text("currency", m.Currency)
-	o.number("amount", m.Amount.Abs())
-	o.number("balance", m.Balance)
-	o.integer("seq", m.Seq)
-	o.time("created_at", m.CreatedAt)
-}
-
-func showTransfer(o *object, m *posted) {
-	o.transactionID(m)
-	o.integer("from_id", m.WalletID)
-	o.integer("to_id", m.CounterpartyID)
-	o.text("currency", m.Currency)
-	o.number("amount", m.Amount.Abs())
-	o.number("from_balance", m.Balance)
-	o.number("to_balance", m.toBalance)
-	o.integer("from_seq", m.Seq)
-	o.integer("to_seq", m.CounterpartySeq)
-	o.time("created_at", m.CreatedAt)
-}
-
-// head is the wallet's, after the entry.
-func (o *object) head(m *posted) {
-	held := m.says().Held
-	o.number("balance", m.Balance)
-	o.number("held", held)
-	o.number("available", m.Balance.Sub(held))
-	o.integer("seq", m.Seq)
-	o.time("created_at", m.CreatedAt)
-}
-
-func showHold(o *object, m *posted) {
-	d := m.says()
-	o.text("hold_id", entryID(m.WalletID, m.Seq))
-	o.integer("wallet_id", m.WalletID)
-	o.text("currency", m.Currency)
-	o.number("amount", d.HeldChange)
-	o.number("remaining", d.Remaining)
-	o.text("status", holdOpen)
-	o.time("expires_at", d.Note.ExpiresAt)
-	if d.Note.ToID != 0 {
-		o.integer("to_id", d.Note.ToID)
-	}
-	o.head(m)
-}
-
-func showRelease(o *object, m *posted) {
-	d := m.says()
-	status := holdVoided
-	if d.Note.Reason == reasonExpiry {
-		status = holdExpired
-	}
-	o.text("hold_id", m.of)
-	o.integer("wallet_id", m.WalletID)
-	o.text("currency", m.Currency)
-	o.number("released", d.HeldChange.Neg())
-	o.number("remaining", d.Remaining)
-	o.text("status", status)
-	o.head(m)
-}
-
-func showState(o *object, m *posted) {
-	d := m.says()
-	o.transactionID(m)
-	o.integer("wallet_id", m.WalletID)
-	o.text("currency", m.Currency)
-	o.text("state", d.Note.State)
-	if d.Note.Text != "" {
-		o.text("note", d.Note.Text)
-	}
-	o.head(m)
-}
-
-// appendTransaction appends a movement as who asks for it later sees it.
-func appendTransaction(dst []byte, m *posted) []byte {
-	o := object{appendReceipt(dst, m)}
-	o.text("kind", strings.TrimSuffix(m.Kind, "_out")) // the transaction is a transfer
-	o.text("idempotency_key", m.Key)
-	if !m.reversed.IsZero() {
-		o.number("reversed", m.reversed)
-	}
-	return append(o.dst, '}')
-}
-
-// appendHold appends a hold as it stands now.
-func appendHold(dst []byte, h *shownHold) []byte {
-	o := object{append(dst, '{')}
-	o.text("hold_id", entryID(h.WalletID, h.Seq))
-	o.integer("wallet_id", h.WalletID)
-	o.text("currency", h.currency)
-	o.number("amount", h.Amount)
-	o.number("captured", h.Captured)
-	o.number("remaining", h.Remaining)
-	o.text("status", h.Status)
-	o.time("expires_at", h.ExpiresAt)
-	if h.ToID != 0 {
-		o.integer("to_id", h.ToID)
-	}
-	o.time("created_at", h.createdAt)
-	o.words(&h.note)
-	return append(o.dst, '}')
-}
-
-func appendWallet(dst []byte, w *wallet) []byte {
-	o := object{append(dst, '{')}
-	o.integer("wallet_id", w.ID)
-	o.text("currency", w.Currency)
-	o.number("balance", w.Balance)
-	if !w.Held.IsZero() {
-		o.number("held", w.Held)
-		o.number("available", w.available())
-	}
-	o.integer("seq", w.Seq)
-	if w.State != "" {
-		o.text("state", w.State)
-	}
-	o.time("created_at", w.CreatedAt)
-	return append(o.dst, '}')
-}
 
 // -----------------------------------------------------------------------------------------------------------
 // Requests
@@ -1869,10 +1196,7 @@ func checkListen(cfg *config, k *gate.Keyring) error {
 	}
 	addresses := map[string]string{"LISTEN_ADDR": cfg.listenAddr, "OPERATE_ADDR": cfg.operateAddr}
 	for name, address := range addresses {
-		host, _, err := net.SplitHostPort(address)
-		ip, notIP := netip.ParseAddr(host)
-		loopback := host == "localhost" || notIP == nil && ip.IsLoopback()
-		if err == nil && address != "" && !loopback {
+		if gate.Exposed(address) {
 			return fmt.Errorf("set API_KEYS or API_KEYS_FILE (wallet -new-key makes a key), or %s to a "+
 				"loopback address: %s can be reached by others, who could all move money; "+
 				"AUTHENTICATED_UPSTREAM=true says that something in front authenticates", name, address)
@@ -2067,17 +1391,11 @@ func readConfig(getenv func(string) string) (*config, error) {
 var schemasJSON []byte
 
 // apiContract is what the names in the route table stand for.
-var apiContract = func() api.Contract {
-	c := api.Contract{
-		Title: "wallet", Version: buildVersion(),
-		Description: "Deposits, withdrawals, transfers, holds and reversals. Amounts are decimal strings; errors " +
-			"are RFC 9457 problem documents with a stable code.",
-	}
-	if err := json.Unmarshal(schemasJSON, &c); err != nil {
-		panic(fmt.Sprintf("docs/schemas.json: %v", err))
-	}
-	return c
-}()
+var apiContract = api.ReadContract(schemasJSON, api.Contract{
+	Title: "wallet", Version: buildVersion(),
+	Description: "Deposits, withdrawals, transfers, holds and reversals. Amounts are decimal strings; " +
+		"errors are RFC 9457 problem documents with a stable code.",
+})
 
 func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: s.document}, nil

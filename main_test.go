@@ -205,7 +205,7 @@ func TestRefusals(t *testing.T) {
 		{"/v1/wallets/9/history", 404, "wallet_not_found"},
 		{"/v1/wallets/1/balance?min_seq=2", 409, "seq_not_reached"},
 		{"/v1/wallets/1/balance?min_seq=x", 400, "parameter_malformed"},
-		{"/v1/wallets/1/balance?seq=1", 400, "parameter_malformed"},
+		{"/v1/wallets/1/balance?x=1", 400, "parameter_malformed"},
 		{"/v1/wallets/1/history?limit=0", 400, "parameter_malformed"},
 		{"/v1/wallets/1/history?limit=1001", 400, "parameter_malformed"},
 		{"/v1/wallets/1/history?limit=5&limit=6", 400, "parameter_malformed"},

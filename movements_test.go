@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"wallet/internal/pg"
+
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -103,7 +105,8 @@ func TestHolds(t *testing.T) {
 	refuses(t, w.post("/v1/holds/1-2/capture", `{"amount":"25","final":false,"idempotency_key":"c2"}`),
 		422, "idempotency_key_reused", "1-4")
 	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c2"}`), 422, "idempotency_key_reused", "")
-	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"40","to_id":7,"expires_in":"16m","idempotency_key":"h1"}`),
+	refuses(t, w.post("/v1/wallets/1/holds",
+		`{"amount":"40","to_id":7,"expires_in":"16m","idempotency_key":"h1"}`),
 		422, "idempotency_key_reused", "1-2")
 	refuses(t, w.post("/v1/wallets/1/holds", `{"amount":"40","expires_in":"15m","idempotency_key":"h1"}`),
 		422, "idempotency_key_reused", "1-2")
@@ -143,7 +146,8 @@ func TestHolds(t *testing.T) {
 			`"held_before":"5","held_after":"0","of_seq":5,"remaining":"0","idempotency_key":"c4","all":true`,
 	}
 	var history []json.RawMessage
-	if err := json.Unmarshal([]byte(v.get("/v1/wallets/1/history").body), &history); err != nil || len(history) != 10 {
+	if err := json.Unmarshal([]byte(v.get("/v1/wallets/1/history").body), &history); err != nil ||
+		len(history) != 10 {
 		t.Fatalf("%d entries, %v", len(history), err)
 	}
 	for i, members := range want {
@@ -160,8 +164,10 @@ func TestHolds(t *testing.T) {
 	// A list of them, page by page.
 	page := v.get("/v1/wallets/1/holds?limit=3")
 	link := regexp.MustCompile(`<([^>]*)>`).FindStringSubmatch(page.header.Get("Link"))
-	if !strings.HasPrefix(page.body, `{"wallet_id":1,"currency":"USD","balance":"57","held":"0","available":"57",`+
-		`"seq":10,"holds":[{"hold_id":"1-2",`) || strings.Count(page.body, "hold_id") != 3 || link == nil {
+	if !strings.HasPrefix(page.body,
+		`{"wallet_id":1,"currency":"USD","balance":"57","held":"0","available":"57",`+
+			`"seq":10,"holds":[{"hold_id":"1-2",`) ||
+		strings.Count(page.body, "hold_id") != 3 || link == nil {
 		t.Fatal(page, page.header)
 	}
 	if rest := v.get(link[1]); strings.Count(rest.body, "hold_id") != 1 || rest.header.Get("Link") != "" {
@@ -220,7 +226,8 @@ func TestReversals(t *testing.T) {
 	}
 	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"amount":"6.01","idempotency_key":"r2"}`),
 		422, "reversal_exceeds", "6 left")
-	refuses(t, v.post("/v1/transactions/2-2/reverse", `{"idempotency_key":"r2"}`), 422, "not_reversible", "itself")
+	refuses(t, v.post("/v1/transactions/2-2/reverse", `{"idempotency_key":"r2"}`), 422, "not_reversible",
+		"itself")
 	w.mustPost(t, 200, "/v1/wallets/2/withdraw", `{"amount":"1","idempotency_key":"w"}`)
 	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r2"}`),
 		422, "insufficient_funds", "5 available")
@@ -228,7 +235,8 @@ func TestReversals(t *testing.T) {
 	says(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r2"}`), 200,
 		`{"transaction_id":"2-5","from_id":2,"to_id":1,"currency":"USD","amount":"6","from_balance":"0",`+
 			`"to_balance":"80","from_seq":5,"to_seq":5,"reverses":"1-2","reversible":"0"}`)
-	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r3"}`), 422, "reversal_exceeds", "0 left")
+	refuses(t, v.post("/v1/transactions/1-2/reverse", `{"idempotency_key":"r3"}`), 422, "reversal_exceeds",
+		"0 left")
 	says(t, w.post("/v1/transactions/1-3/reverse", `{"idempotency_key":"r3"}`), 200,
 		`{"transaction_id":"1-6","wallet_id":1,"currency":"USD","amount":"20","balance":"100","seq":6,`+
 			`"reverses":"1-3","reversible":"0"}`)
@@ -237,7 +245,8 @@ func TestReversals(t *testing.T) {
 			`"reverses":"1-1","reversible":"1"}`)
 	// A capture can be undone, and revives no hold; a hold cannot.
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","to_id":2,"idempotency_key":"h"}`)
-	refuses(t, v.post("/v1/transactions/1-8/reverse", `{"idempotency_key":"r5"}`), 422, "not_reversible", "voided")
+	refuses(t, v.post("/v1/transactions/1-8/reverse", `{"idempotency_key":"r5"}`), 422, "not_reversible",
+		"voided")
 	w.mustPost(t, 200, "/v1/holds/1-8/capture", `{"idempotency_key":"c"}`)
 	says(t, w.post("/v1/transactions/1-9/reverse", `{"idempotency_key":"r5"}`), 200,
 		`{"transaction_id":"2-7","from_id":2,"to_id":1,"currency":"USD","amount":"1","from_balance":"0",`+
@@ -245,15 +254,19 @@ func TestReversals(t *testing.T) {
 	if h := v.get("/v1/holds/1-8").json(t); h["status"] != "captured" {
 		t.Error(h)
 	}
-	refuses(t, w.post("/v1/transactions/7-1/reverse", `{"idempotency_key":"x"}`), 404, "transaction_not_found", "7-1")
-	refuses(t, w.post("/v1/transactions/7/reverse", `{"idempotency_key":"x"}`), 400, "transaction_id_malformed", "")
+	refuses(t, w.post("/v1/transactions/7-1/reverse", `{"idempotency_key":"x"}`), 404,
+		"transaction_not_found", "7-1")
+	refuses(t, w.post("/v1/transactions/7/reverse", `{"idempotency_key":"x"}`), 400,
+		"transaction_id_malformed", "")
 	// Each leg says what it undoes of its own wallet.
-	if e := w.get("/v1/wallets/1/history").body; !strings.Contains(e, `"of_seq":2,"remaining":"6","counterparty":`+
-		`{"wallet_id":2,"seq":2},"idempotency_key":"r1"`) {
+	if e := w.get("/v1/wallets/1/history").body; !strings.Contains(e,
+		`"of_seq":2,"remaining":"6","counterparty":`+
+			`{"wallet_id":2,"seq":2},"idempotency_key":"r1"`) {
 		t.Error(e)
 	}
-	if e := w.get("/v1/wallets/2/history").body; !strings.Contains(e, `"of_seq":1,"remaining":"6","counterparty":`+
-		`{"wallet_id":1,"seq":4},"idempotency_key":"r1"`) {
+	if e := w.get("/v1/wallets/2/history").body; !strings.Contains(e,
+		`"of_seq":1,"remaining":"6","counterparty":`+
+			`{"wallet_id":1,"seq":4},"idempotency_key":"r1"`) {
 		t.Error(e)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
@@ -272,23 +285,30 @@ func TestStates(t *testing.T) {
 	w.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"100","idempotency_key":"d"}`)
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","idempotency_key":"h1"}`)
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"20","idempotency_key":"h2"}`)
-	says(t, state(200, "no_out"), 200, `{"transaction_id":"1-4","wallet_id":1,"currency":"USD","state":"no_out",`+
-		`"note":"court order 12","balance":"100","held":"30","available":"70","seq":4}`)
+	says(t, state(200, "no_out"), 200,
+		`{"transaction_id":"1-4","wallet_id":1,"currency":"USD","state":"no_out",`+
+			`"note":"court order 12","balance":"100","held":"30","available":"70","seq":4}`)
 	if is := v.get("/v1/wallets/1").json(t); is["state"] != "no_out" {
 		t.Error(is)
 	}
 	in, out := `/v1/wallets/1/deposit`, `/v1/wallets/1/withdraw`
 	refuses(t, v.post(out, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "lets none out")
-	refuses(t, v.post("/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"x"}`), 409, "wallet_frozen", "")
-	refuses(t, v.post("/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
-	refuses(t, v.post("/v1/transactions/1-1/reverse", `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
+	refuses(t, v.post("/v1/wallets/1/transfer", `{"amount":"1","to_id":2,"idempotency_key":"x"}`), 409,
+		"wallet_frozen", "")
+	refuses(t, v.post("/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen",
+		"")
+	refuses(t, v.post("/v1/transactions/1-1/reverse", `{"amount":"1","idempotency_key":"x"}`), 409,
+		"wallet_frozen", "")
 	v.mustPost(t, 200, in, `{"amount":"1","idempotency_key":"in"}`)
-	v.mustPost(t, 200, "/v1/holds/1-2/capture", `{"to_id":2,"amount":"5","final":false,"idempotency_key":"c1"}`)
+	v.mustPost(t, 200, "/v1/holds/1-2/capture",
+		`{"to_id":2,"amount":"5","final":false,"idempotency_key":"c1"}`)
 
 	state(200, "frozen")
-	refuses(t, v.post(in, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "nothing goes in or out")
+	refuses(t, v.post(in, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen",
+		"nothing goes in or out")
 	refuses(t, v.post(out, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_frozen", "")
-	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409, "wallet_frozen", "Wallet 1")
+	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409,
+		"wallet_frozen", "Wallet 1")
 	refuses(t, v.post("/v1/holds/1-2/capture", `{"to_id":2,"idempotency_key":"x"}`), 409, "wallet_frozen", "")
 	// The first answer stays the answer; releases pass.
 	v.mustPost(t, 200, in, `{"amount":"1","idempotency_key":"in"}`)
@@ -300,15 +320,18 @@ func TestStates(t *testing.T) {
 	says(t, v.post("/v1/wallets/1/transfer", `{"amount":"all","to_id":2,"idempotency_key":"all"}`), 200,
 		`{"transaction_id":"1-11","from_id":1,"to_id":2,"currency":"USD","amount":"96","from_balance":"0",`+
 			`"to_balance":"201","from_seq":11,"to_seq":3}`)
-	refuses(t, v.post(out, `{"amount":"all","idempotency_key":"all2"}`), 422, "insufficient_funds", "0 available")
+	refuses(t, v.post(out, `{"amount":"all","idempotency_key":"all2"}`), 422, "insufficient_funds",
+		"0 available")
 	refuses(t, v.post("/v1/wallets/1/transfer", `{"amount":"96","to_id":2,"idempotency_key":"all"}`),
 		422, "idempotency_key_reused", "")
 	state(200, "closed")
 	refuses(t, v.post(in, `{"amount":"1","idempotency_key":"x"}`), 409, "wallet_closed", "Wallet 1 is closed")
-	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409, "wallet_closed", "")
+	refuses(t, v.post("/v1/wallets/2/transfer", `{"amount":"1","to_id":1,"idempotency_key":"x"}`), 409,
+		"wallet_closed", "")
 	refuses(t, state(409, "open"), 409, "wallet_closed", "")
 	if e := w.get("/v1/wallets/1/history?order=desc&limit=1").body; !strings.Contains(e,
-		`"kind":"state","currency":"USD","amount":"0","balance_before":"0","balance_after":"0","idempotency_key":"closed`) ||
+		`"kind":"state","currency":"USD","amount":"0","balance_before":"0","balance_after":"0",`+
+			`"idempotency_key":"closed`) ||
 		!strings.Contains(e, `"state":"closed","note":"court order 12","created_at"`) {
 		t.Error(e)
 	}
@@ -320,39 +343,49 @@ func TestStates(t *testing.T) {
 func TestReferenceAndMetadata(t *testing.T) {
 	w, v := two(t)
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
-	body := `{"amount":"10","to_id":2,"reference":"invoice 7 é","metadata":{"b":"2\"","a":"<1>","c":"\u0000"},"idempotency_key":"t"}`
+	body := `{"amount":"10","to_id":2,"reference":"invoice 7 é",` +
+		`"metadata":{"b":"2\"","a":"<1>","c":"\u0000"},"idempotency_key":"t"}`
 	says(t, w.post("/v1/wallets/1/transfer", body), 200,
 		`{"transaction_id":"1-2","from_id":1,"to_id":2,"currency":"USD","amount":"10","from_balance":"90",`+
-			`"to_balance":"10","from_seq":2,"to_seq":1,"reference":"invoice 7 é","metadata":{"a":"<1>","b":"2\"","c":"\u0000"}}`)
-	same := `{"metadata":{"a":"<1>","c":"\u0000","b":"2\""},"amount":"10.0","to_id":2,"reference":"invoice 7 é","idempotency_key":"t"}`
-	if a := v.post("/v1/wallets/1/transfer", same); a.status != 200 || a.header.Get("Idempotent-Replayed") != "true" {
+			`"to_balance":"10","from_seq":2,"to_seq":1,"reference":"invoice 7 é",`+
+			`"metadata":{"a":"<1>","b":"2\"","c":"\u0000"}}`)
+	same := `{"metadata":{"a":"<1>","c":"\u0000","b":"2\""},"amount":"10.0","to_id":2,` +
+		`"reference":"invoice 7 é","idempotency_key":"t"}`
+	if a := v.post("/v1/wallets/1/transfer", same); a.status != 200 ||
+		a.header.Get("Idempotent-Replayed") != "true" {
 		t.Error(a)
 	}
-	for _, other := range []string{strings.Replace(body, "<1>", "1", 1), strings.Replace(body, "7 é", "8", 1)} {
+	for _, other := range []string{strings.Replace(body, "<1>", "1", 1),
+		strings.Replace(body, "7 é", "8", 1)} {
 		refuses(t, v.post("/v1/wallets/1/transfer", other), 422, "idempotency_key_reused", "1-2")
 	}
-	tail := `"idempotency_key":"t","reference":"invoice 7 é","metadata":{"a":"<1>","b":"2\"","c":"\u0000"},"created_at"`
+	tail := `"idempotency_key":"t","reference":"invoice 7 é",` +
+		`"metadata":{"a":"<1>","b":"2\"","c":"\u0000"},"created_at"`
 	for _, id := range []string{"1", "2"} {
 		if e := v.get("/v1/wallets/" + id + "/history").body; !strings.Contains(e, tail) {
 			t.Error(e)
 		}
 	}
-	w.mustPost(t, 200, "/v1/wallets/2/withdraw", `{"amount":"1","reference":"invoice 7 é","idempotency_key":"w"}`)
+	w.mustPost(t, 200, "/v1/wallets/2/withdraw",
+		`{"amount":"1","reference":"invoice 7 é","idempotency_key":"w"}`)
 	found := v.get("/v1/transactions?reference=invoice+7+%C3%A9&limit=1")
 	link := regexp.MustCompile(`<([^>]*)>`).FindStringSubmatch(found.header.Get("Link"))
 	if !strings.HasPrefix(found.body, `[{"transaction_id":"1-2"`) || link == nil {
 		t.Fatal(found, found.header)
 	}
-	if rest := v.get(link[1]); !strings.HasPrefix(rest.body, `[{"transaction_id":"2-2"`) || rest.header.Get("Link") != "" {
+	if rest := v.get(link[1]); !strings.HasPrefix(rest.body, `[{"transaction_id":"2-2"`) ||
+		rest.header.Get("Link") != "" {
 		t.Error(rest)
 	}
 	if none := v.get("/v1/transactions?reference=none"); none.body != "[]" {
 		t.Error(none)
 	}
-	if landed := v.get("/v1/wallets/1/transactions?idempotency_key=t"); !strings.HasPrefix(landed.body, `[{"transaction_id":"1-2"`) {
+	if landed := v.get("/v1/wallets/1/transactions?idempotency_key=t"); !strings.HasPrefix(landed.body,
+		`[{"transaction_id":"1-2"`) {
 		t.Error(landed)
 	}
-	if none := v.get("/v1/wallets/9/transactions?idempotency_key=t"); none.status != 200 || none.body != "[]" {
+	if none := v.get("/v1/wallets/9/transactions?idempotency_key=t"); none.status != 200 ||
+		none.body != "[]" {
 		t.Error(none)
 	}
 	many := make([]string, 17)
@@ -361,26 +394,34 @@ func TestReferenceAndMetadata(t *testing.T) {
 	}
 	for metadata, words := range map[string]string{
 		`{"a":{"b":"c"}}`: "", `{"a":1}`: "", `{"a":null}`: "", `{"a":["b"]}`: "", `{"a":"1","a":"2"}`: "",
-		`{"":"x"}`: "", `{"a":"\ud800"}`: "", "{\"a\":\"\xff\"}": "", `{` + strings.Join(many, ",") + `}`: "16",
+		`{"":"x"}`: "", `{"a":"\ud800"}`: "", "{\"a\":\"\xff\"}": "", `{` + strings.Join(many,
+			",") + `}`: "16",
 		`{"a":"` + strings.Repeat("x", 2041) + `"}`:                             "2048",
 		`{"a":` + strings.Repeat(`{"a":`, 500) + `1` + strings.Repeat("}", 501): "",
 	} {
 		a := v.post("/v1/wallets/1/deposit", `{"amount":"1","metadata":`+metadata+`,"idempotency_key":"x"}`)
 		refuses(t, a, 400, "metadata_malformed", words)
 	}
-	v.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","metadata":{"a":"`+strings.Repeat("x", 2040)+`"},"idempotency_key":"big"}`)
-	for _, reference := range []string{`""`, `1`, `"a\u0000"`, `"` + strings.Repeat("x", 256) + `"`, "\"\xff\"", `"\u0007"`} {
+	v.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","metadata":{"a":"`+strings.Repeat("x",
+		2040)+`"},"idempotency_key":"big"}`)
+	for _, reference := range []string{`""`, `1`, `"a\u0000"`, `"` + strings.Repeat("x", 256) + `"`,
+		"\"\xff\"", `"\u0007"`} {
 		a := v.post("/v1/wallets/1/deposit", `{"amount":"1","reference":`+reference+`,"idempotency_key":"x"}`)
 		refuses(t, a, 400, "reference_malformed", "255")
 	}
-	refuses(t, v.post("/v1/wallets/1/deposit", `{"amount":"1","metadata":"x","idempotency_key":"x"}`), 400, "body_malformed", "an object")
-	for _, in := range []string{`"0s"`, `"366d"`, `"1w"`, `15`, `"-1m"`, `"1.5h"`, `""`, `"9999999999999d"`, `"01m"`} {
+	refuses(t, v.post("/v1/wallets/1/deposit", `{"amount":"1","metadata":"x","idempotency_key":"x"}`), 400,
+		"body_malformed", "an object")
+	for _, in := range []string{`"0s"`, `"366d"`, `"1w"`, `15`, `"-1m"`, `"1.5h"`, `""`, `"9999999999999d"`,
+		`"01m"`} {
 		a := v.post("/v1/wallets/1/holds", `{"amount":"1","expires_in":`+in+`,"idempotency_key":"x"}`)
 		refuses(t, a, 400, "expires_in_malformed", "365d")
 	}
-	refuses(t, v.post("/v1/holds/1-1/capture", `{"final":"no","idempotency_key":"x"}`), 400, "body_malformed", "true or false")
-	refuses(t, v.post("/v1/wallets/1/state", `{"state":"shut","idempotency_key":"x"}`), 400, "state_malformed", "no_out")
-	if list := v.get("/v1/wallets?limit=1"); !strings.HasPrefix(list.body, `[{"wallet_id":1,`) || list.header.Get("Link") == "" {
+	refuses(t, v.post("/v1/holds/1-1/capture", `{"final":"no","idempotency_key":"x"}`), 400, "body_malformed",
+		"true or false")
+	refuses(t, v.post("/v1/wallets/1/state", `{"state":"shut","idempotency_key":"x"}`), 400,
+		"state_malformed", "no_out")
+	if list := v.get("/v1/wallets?limit=1"); !strings.HasPrefix(list.body, `[{"wallet_id":1,`) ||
+		list.header.Get("Link") == "" {
 		t.Error(list)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
@@ -402,10 +443,12 @@ func TestClient(t *testing.T) {
 	if payee := w.get("/v1/wallets/2/history", by("a")...).body; strings.Contains(payee, "client") {
 		t.Error(payee)
 	}
-	refuses(t, w.post("/v1/wallets/1/state", `{"state":"frozen","idempotency_key":"s"}`, by("a")...), 403, "forbidden", "")
+	refuses(t, w.post("/v1/wallets/1/state", `{"state":"frozen","idempotency_key":"s"}`, by("a")...), 403,
+		"forbidden", "")
 	var stored string
 	if err := connect(t, w.env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT note FROM entry WHERE wallet_id = 1 AND seq = 1`).Scan(&stored); err != nil || stored != `{"client":"shop"}` {
+		`SELECT note FROM entry WHERE wallet_id = 1 AND seq = 1`).Scan(&stored); err != nil ||
+		stored != `{"client":"shop"}` {
 		t.Error(stored, err)
 	}
 }
@@ -415,12 +458,14 @@ func TestBalanceAsItWas(t *testing.T) {
 	w, v := two(t)
 	var times []string
 	for i := range 5 {
-		a := w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"10","idempotency_key":"d%d"}`, i))
+		a := w.mustPost(t, 200, "/v1/wallets/1/deposit",
+			fmt.Sprintf(`{"amount":"10","idempotency_key":"d%d"}`, i))
 		times = append(times, a.json(t)["created_at"].(string))
 	}
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"7","idempotency_key":"h"}`)
-	says(t, v.get("/v1/wallets/1/balance?at="+times[2]), 200, `{"wallet_id":1,"currency":"USD","balance":"30",`+
-		`"held":"0","available":"30","seq":3,"at":"`+times[2]+`","final":true}`)
+	says(t, v.get("/v1/wallets/1/balance?at="+times[2]), 200,
+		`{"wallet_id":1,"currency":"USD","balance":"30",`+
+			`"held":"0","available":"30","seq":3,"at":"`+times[2]+`","final":true}`)
 	says(t, v.get("/v1/wallets/1/balance?seq=4"), 200, `{"wallet_id":1,"currency":"USD","balance":"40",`+
 		`"held":"0","available":"40","seq":4,"final":true}`)
 	says(t, v.get("/v1/wallets/1/balance?seq=0"), 200, `{"wallet_id":1,"currency":"USD","balance":"0",`+
@@ -431,13 +476,15 @@ func TestBalanceAsItWas(t *testing.T) {
 	refuses(t, v.get("/v1/wallets/2/balance?seq=0"), 404, "wallet_not_found", "")
 	refuses(t, v.get("/v1/wallets/1/balance?seq=1&min_seq=1"), 400, "parameter_malformed", "one of")
 	future := time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
-	if now := v.get("/v1/wallets/1/balance?at=" + future).json(t); now["final"] != false || now["held"] != "7" {
+	if now := v.get("/v1/wallets/1/balance?at=" + future).json(t); now["final"] != false ||
+		now["held"] != "7" {
 		t.Error(now)
 	}
 	// A batch that has begun may still commit what belongs before now.
 	conn := connect(t, w.env["DATABASE_URL"])
 	ctx := context.Background()
-	if _, err := conn.Exec(ctx, `SET application_name = 'wallet write'; BEGIN; SELECT pg_current_xact_id()`); err != nil {
+	if _, err := conn.Exec(ctx,
+		`SET application_name = 'wallet write'; BEGIN; SELECT pg_current_xact_id()`); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(10 * time.Millisecond)
@@ -454,17 +501,19 @@ func TestBalanceAsItWas(t *testing.T) {
 	}
 }
 
-// TestStatement: its edges are those of the chain, its sums those of its entries, its hash that of the events;
-// in three forms.
+// TestStatement: its edges are those of the chain, its sums those of its entries, its hash that of the
+// events; in three forms.
 func TestStatement(t *testing.T) {
 	w, v := two(t)
 	var times []string
 	for i := range 2500 {
-		a := w.mustPost(t, 200, "/v1/wallets/1/deposit", fmt.Sprintf(`{"amount":"1","idempotency_key":"=d%d"}`, i))
+		a := w.mustPost(t, 200, "/v1/wallets/1/deposit",
+			fmt.Sprintf(`{"amount":"1","idempotency_key":"=d%d"}`, i))
 		times = append(times, a.json(t)["created_at"].(string))
 	}
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"7","idempotency_key":"h"}`)
-	w.mustPost(t, 200, "/v1/holds/1-2501/capture", `{"amount":"5","to_id":2,"reference":"@r","idempotency_key":"c"}`)
+	w.mustPost(t, 200, "/v1/holds/1-2501/capture",
+		`{"amount":"5","to_id":2,"reference":"@r","idempotency_key":"c"}`)
 	type edge struct{ Balance, Held string }
 	var st struct {
 		Final            bool
@@ -496,20 +545,27 @@ func TestStatement(t *testing.T) {
 	until := "/v1/wallets/1/statement?since=" + times[99] + "&until=" + times[101]
 	says(t, v.get(until), 200, `{"wallet_id":1,"currency":"USD","since":"`+times[99]+`","until":"`+times[101]+
 		`","final":true,"opening":{"balance":"99","held":"0"},"closing":{"balance":"101","held":"0"},`+
-		`"first_seq":100,"last_seq":101,"entries":[`+string(untimed(st.Entries[0]))+`,`+string(untimed(st.Entries[1]))+
+		`"first_seq":100,"last_seq":101,"entries":[`+string(untimed(st.Entries[0]))+`,`+
+		string(untimed(st.Entries[1]))+
 		`],"totals":{"deposit":{"count":2,"sum":"2"}},"sha256":"`+hashOf(st.Entries[:2])+"\"}\n")
 	says(t, v.get("/v1/wallets/1/statement?since=2999-01-01T00:00:00Z&until=1999-01-01T00:00:00Z"), 200,
-		`{"wallet_id":1,"currency":"USD","since":"2999-01-01T00:00:00.000000Z","until":"1999-01-01T00:00:00.000000Z",`+
-			`"final":true,"opening":{"balance":"0","held":"0"},"closing":{"balance":"0","held":"0"},"entries":[],`+
+		`{"wallet_id":1,"currency":"USD","since":"2999-01-01T00:00:00.000000Z",`+
+			`"until":"1999-01-01T00:00:00.000000Z",`+
+			`"final":true,"opening":{"balance":"0","held":"0"},"closing":{"balance":"0","held":"0"},`+
+			`"entries":[],`+
 			`"totals":{},"sha256":"`+hashOf(nil)+"\"}\n")
 	lines := strings.Split(v.get(until, "Accept", "application/x-ndjson").body, "\n")
-	if len(lines) != 4 || lines[0] != string(st.Entries[0]) || !strings.HasPrefix(lines[2], `{"statement":{"wallet_id":1,`) {
+	if len(lines) != 4 || lines[0] != string(st.Entries[0]) || !strings.HasPrefix(lines[2],
+		`{"statement":{"wallet_id":1,`) {
 		t.Errorf("%q", lines)
 	}
 	table := v.get("/v1/wallets/1/statement?since="+times[2498], "Accept", "text/csv")
-	want := "seq,created_at,transaction_id,kind,credit,debit,balance,held,counterparty,reference,metadata,idempotency_key\n" +
-		"2498,,,opening,,,2498,0,,,,\n2499,T,1-2499,deposit,1,,2499,0,,,,'=d2498\n2500,T,1-2500,deposit,1,,2500,0,,,,'=d2499\n" +
-		"2501,T,1-2501,hold,,,2500,7,,,,h\n2502,T,1-2502,transfer_out,,5,2495,0,2,'@r,,c\n2502,,,closing,,,2495,0,,,,\n"
+	want := "seq,created_at,transaction_id,kind,credit,debit,balance,held,counterparty," +
+		"reference,metadata,idempotency_key\n" +
+		"2498,,,opening,,,2498,0,,,,\n2499,T,1-2499,deposit,1,,2499,0,,,,'=d2498\n" +
+		"2500,T,1-2500,deposit,1,,2500,0,,,,'=d2499\n" +
+		"2501,T,1-2501,hold,,,2500,7,,,,h\n2502,T,1-2502,transfer_out,,5,2495,0,2,'@r,,c\n" +
+		"2502,,,closing,,,2495,0,,,,\n"
 	if got := regexp.MustCompile(`,20[^,]*Z,`).ReplaceAllString(table.body, ",T,"); got != want ||
 		table.header.Get("Content-Type") != "text/csv" {
 		t.Errorf("%s\nwant\n%s", got, want)
@@ -552,18 +608,22 @@ func TestConstraintsStateTheRulesOfMovements(t *testing.T) {
 			held_change, held, remaining, note) VALUES (` + values + `)`
 	}
 	to := func(id, seq int, balance string) string {
-		return fmt.Sprintf(`UPDATE wallet SET seq = %d, balance = %s, entry_at = 'epoch' WHERE id = %d; `, seq, balance, id)
+		return fmt.Sprintf(`UPDATE wallet SET seq = %d, balance = %s, entry_at = 'epoch' WHERE id = %d; `,
+			seq, balance, id)
 	}
 	next := to(1, 6, "90")
 	for _, c := range []struct{ constraint, statement string }{
 		{"held_within_balance", `UPDATE wallet SET held = 90.01 WHERE id = 1`},
 		{"held_within_balance", `UPDATE wallet SET held = -1 WHERE id = 1`},
-		{"held_within_balance", `UPDATE wallet SET balance = 39 WHERE id = 1`}, // what an older program would spend
+		{"held_within_balance",
+			`UPDATE wallet SET balance = 39 WHERE id = 1`}, // what an older program would spend
 		{"wallet_state_known", `UPDATE wallet SET state = 'shut', state_seq = 1 WHERE id = 1`},
 		{"wallet_state_known", `UPDATE wallet SET state = 'open' WHERE id = 1`},
 		{"closed_wallet_is_empty", `UPDATE wallet SET state = 'closed', state_seq = 1 WHERE id = 1`},
-		{"entry_held_within_balance", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 92, NULL, NULL`)},
-		{"entry_held_within_balance", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 0, NULL, NULL`)},
+		{"entry_held_within_balance",
+			insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 92, NULL, NULL`)},
+		{"entry_held_within_balance",
+			insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 0, NULL, NULL`)},
 		{"held_before_within_balance", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, 50, 40, 50, NULL`)},
 		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, NULL, 40, NULL, NULL`)},
 		{"held_change_fits_kind", insert(`1, 6, 'epoch', 'hold', 0, 90, 'k', NULL, 5, 45, 4, NULL`)},
@@ -575,17 +635,24 @@ func TestConstraintsStateTheRulesOfMovements(t *testing.T) {
 		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 6, NULL, 40, 1, NULL`)},
 		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 1, NULL, 40, NULL, NULL`)},
 		{"of_an_earlier_entry", insert(`1, 6, 'epoch', 'withdrawal', -1, 89, 'k', 1, NULL, 40, -1, NULL`)},
-		{"note_at_most_8_kib", insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 40, NULL, repeat('x', 8193)`)},
+		{"note_at_most_8_kib",
+			insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, 40, NULL, repeat('x', 8193)`)},
 		// Another held than the wallet's: what an older program writes.
-		{"entry_fits_wallet", to(1, 6, "91") + insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, NULL, NULL, NULL`)},
-		{"entry_fits_wallet", next + insert(`1, 6, 'epoch', 'state', 0, 90, 'k', NULL, NULL, 39, NULL, NULL`)},
+		{"entry_fits_wallet", to(1, 6,
+			"91") + insert(`1, 6, 'epoch', 'deposit', 1, 91, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"entry_fits_wallet",
+			next + insert(`1, 6, 'epoch', 'state', 0, 90, 'k', NULL, NULL, 39, NULL, NULL`)},
 		// States.
-		{"state_allows_entry", to(2, 3, "4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', NULL, NULL, NULL, NULL, NULL`)},
-		{"state_allows_entry", to(2, 3, "4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', 1, NULL, NULL, 4, NULL`)},
+		{"state_allows_entry", to(2, 3,
+			"4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"state_allows_entry", to(2, 3,
+			"4") + insert(`2, 3, 'epoch', 'withdrawal', -1, 4, 'k', 1, NULL, NULL, 4, NULL`)},
 		{"state_allows_entry", to(2, 3, "5") + `UPDATE wallet SET held = 1 WHERE id = 2; ` +
 			insert(`2, 3, 'epoch', 'hold', 0, 5, 'k', NULL, 1, 1, 1, NULL`)},
-		{"state_allows_entry", to(3, 3, "6") + insert(`3, 3, 'epoch', 'deposit', 1, 6, 'k', NULL, NULL, NULL, NULL, NULL`)},
-		{"state_allows_entry", to(4, 4, "0") + insert(`4, 4, 'epoch', 'state', 0, 0, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"state_allows_entry", to(3, 3,
+			"6") + insert(`3, 3, 'epoch', 'deposit', 1, 6, 'k', NULL, NULL, NULL, NULL, NULL`)},
+		{"state_allows_entry", to(4, 4,
+			"0") + insert(`4, 4, 'epoch', 'state', 0, 0, 'k', NULL, NULL, NULL, NULL, NULL`)},
 		// Holds, reversals, references.
 		{"hold_captured_at_most_its_amount", `UPDATE hold SET captured = 1 WHERE seq = 2`},
 		{"open_hold_is_whole", `UPDATE hold SET remaining = 39 WHERE seq = 2`},
@@ -610,21 +677,22 @@ func TestConstraintsStateTheRulesOfMovements(t *testing.T) {
 		`UPDATE hold SET amount = 41 WHERE seq = 2`, `DELETE FROM hold`, `DELETE FROM reversal`,
 		`UPDATE reversal SET reversed = 9`,
 	} {
-		if _, err := conn.Exec(context.Background(), statement); sqlState(err) != "23001" {
+		if _, err := conn.Exec(context.Background(), statement); pg.State(err) != "23001" {
 			t.Errorf("%s: %v", statement, err)
 		}
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
 	var unvalidated int
 	if err := conn.QueryRow(context.Background(),
-		`SELECT count(*) FROM pg_constraint WHERE NOT convalidated`).Scan(&unvalidated); err != nil || unvalidated > 0 {
+		`SELECT count(*) FROM pg_constraint WHERE NOT convalidated`).Scan(&unvalidated); err != nil ||
+		unvalidated > 0 {
 		t.Errorf("%d constraints are not validated, %v", unvalidated, err)
 	}
 }
 
-// TestFormerRelease: the program of schema version 2 runs on, while the new one brings the schema up under load
-// and both serve side by side, an open hold included. Nothing is lost, nothing held is spent, and the events of
-// all that stay byte for byte what they are made of.
+// TestFormerRelease: the program of schema version 2 runs on, while the new one brings the schema up under
+// load and both serve side by side, an open hold included. Nothing is lost, nothing held is spent, and the
+// events of all that stay byte for byte what they are made of.
 func TestFormerRelease(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers)
 	old := startFormer(t, env)
@@ -654,7 +722,8 @@ func TestFormerRelease(t *testing.T) {
 				default:
 				}
 				path := fmt.Sprintf("/v1/wallets/%d/transfer", 1+c%3)
-				body := fmt.Sprintf(`{"amount":"0.01","to_id":%d,"idempotency_key":"c%d-%d"}`, 1+(c+1)%3, c, i)
+				body := fmt.Sprintf(`{"amount":"0.01","to_id":%d,"idempotency_key":"c%d-%d"}`, 1+(c+1)%3, c,
+					i)
 				began := time.Now()
 				a := post(path, body)
 				mu.Lock()
@@ -680,7 +749,8 @@ func TestFormerRelease(t *testing.T) {
 	w.mustPost(t, 201, "/v1/wallets/10/holds", `{"amount":"40","idempotency_key":"h"}`)
 	for _, c := range []struct{ path, body string }{
 		{"/v1/wallets/10/withdraw", `{"amount":"100","idempotency_key":"old 1"}`}, // would spend what is held
-		{"/v1/wallets/10/withdraw", `{"amount":"1","idempotency_key":"old 2"}`},   // would break the chain of held
+		{"/v1/wallets/10/withdraw",
+			`{"amount":"1","idempotency_key":"old 2"}`}, // would break the chain of held
 		{"/v1/wallets/10/deposit", `{"amount":"1","idempotency_key":"old 3"}`},
 		{"/v1/wallets/1/transfer", `{"amount":"1","to_id":10,"idempotency_key":"old 4"}`},
 	} {
@@ -697,7 +767,8 @@ func TestFormerRelease(t *testing.T) {
 		}
 		acknowledged = append(acknowledged, path, body, a.body)
 	}
-	for _, read := range []func(string) answer{func(path string) answer { return w.get(path) }, old.get(t)} { // neither serves what the other cached
+	// Neither serves what the other cached.
+	for _, read := range []func(string) answer{func(path string) answer { return w.get(path) }, old.get(t)} {
 		if a := read("/v1/wallets/10/balance"); !strings.Contains(a.body, `"balance":"100"`) {
 			t.Error(a)
 		}
@@ -737,7 +808,8 @@ func startFormer(t *testing.T, env map[string]string) *former {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, command := range [][]string{{"tar", "-xzf", archive}, {"go", "build", "-buildvcs=false", "-o", "wallet", "."}} {
+	for _, command := range [][]string{{"tar", "-xzf", archive},
+		{"go", "build", "-buildvcs=false", "-o", "wallet", "."}} {
 		cmd := exec.Command(command[0], command[1:]...)
 		cmd.Dir = folder
 		if out, err := cmd.CombinedOutput(); err != nil {

@@ -1,11 +1,12 @@
-// The outbox: what an event is (its id, JSON and Kafka headers), and the rows that carry events to the relay,
-// as written and as the replication stream shows them.
+// The outbox: what an entry is and says, what its event is (its id, JSON and Kafka headers), what an answer
+// shows of it, and the rows that a batch adds in its one commit, those of the outbox among them, as written
+// and as the replication stream shows them.
 //
-// Touches: outbox rows, only ever added inside the caller's database transaction, one per ledger entry;
-// outbox partitions.
-// Promises: an event is a pure function of its entry (and of the request's traceparent), so it can be
-// rebuilt from the ledger, and two builds of one entry's event are equal byte for byte. The JSON names are a
-// contract: history's items carry the same.
+// Touches: rows of entries, holds, reversals, references and the outbox, only ever added or moved on inside
+// the caller's database transaction; outbox partitions. Promises: an event is a pure function of its entry
+// (and of the request's traceparent), so it can be rebuilt from the ledger, and two builds of one entry's
+// event are equal byte for byte. So is a receipt. The JSON names are a contract: history's items carry the
+// same.
 
 package main
 
@@ -17,7 +18,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,7 +33,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
-	"wallet/internal/audit"
+	"wallet/internal/api"
+	"wallet/internal/export"
+	"wallet/internal/jsontext"
 	"wallet/internal/kafka"
 	"wallet/internal/money"
 )
@@ -37,9 +43,7 @@ import (
 const (
 	eventType   = "wallet.entry.v1"
 	eventSource = "/v1/wallets" // ce_source; together with ce_subject it is the wallet's path
-	// timeFormat is RFC 3339 in UTC with exactly six decimals: a fixed width, which sorts as text and is
-	// what Postgres keeps.
-	timeFormat = "2006-01-02T15:04:05.000000Z"
+	timeFormat  = jsontext.TimeFormat
 )
 
 // entry is one signed leg of a movement of money: entry number Seq of wallet WalletID.
@@ -63,7 +67,7 @@ type details struct {
 	OfSeq      int64           // the same wallet's entry that this one captures, releases or undoes; else 0
 	HeldChange decimal.Decimal // positive: reserved; negative: given back
 	Held       decimal.Decimal // after this entry
-	Remaining  decimal.Decimal // of the hold, or of what can still be undone: where OfSeq is not 0, and of a hold
+	Remaining  decimal.Decimal // of the hold, or to undo; where OfSeq is not 0, and of a hold
 	Note       note
 	noteText   string // Note as its entry has it
 }
@@ -91,6 +95,91 @@ func (e *entry) appendTransactionID(dst []byte) []byte {
 		return appendEntryID(dst, e.CounterpartyID, e.CounterpartySeq)
 	}
 	return appendEntryID(dst, e.WalletID, e.Seq)
+}
+
+// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's head
+// after it.
+type posted struct {
+	entry
+	toBalance, toHeld decimal.Decimal
+	of                string          // the transaction whose entry says.OfSeq is, or empty
+	reversed          decimal.Decimal // of this transaction, by now; read by transactions only
+}
+
+var (
+	errTransactionID = refuse("transaction_id_malformed",
+		"A transaction id is <wallet_id>-<seq>, such as 1-1.")
+	errHoldID = refuse("hold_id_malformed", "A hold id is <wallet_id>-<seq>, such as 1-1.")
+)
+
+// parseEntryID reads the id of a transaction or a hold; malformed is what to say where it is none.
+func parseEntryID(s string, malformed *refusal) (walletID, seq int64, err error) {
+	wallet, number, _ := strings.Cut(s, "-")
+	walletID, err = parseWalletID(wallet)
+	seq, seqErr := parseWalletID(number) // the same form
+	if err != nil || seqErr != nil {
+		return 0, 0, malformed
+	}
+	return walletID, seq, nil
+}
+
+// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
+// transaction's.
+func entryID(walletID, seq int64) string {
+	return string(appendEntryID(nil, walletID, seq))
+}
+
+func appendEntryID(dst []byte, walletID, seq int64) []byte {
+	dst = strconv.AppendInt(dst, walletID, 10)
+	dst = append(dst, '-')
+	return strconv.AppendInt(dst, seq, 10)
+}
+
+// entryColumns is an entry as it is read, wherever it is.
+const entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0),
+       e.created_at, e.kind::text, e.amount::text, e.balance::text, e.idempotency_key,
+       e.of_seq, e.held_change::text, e.held::text, e.remaining::text, e.note`
+
+// entryScan is where entryColumns are scanned to.
+type entryScan struct {
+	e                           *entry
+	ofSeq                       *int64
+	heldChange, held, remaining *string
+	note                        *string
+}
+
+func (s *entryScan) columns() []any {
+	e := s.e
+	return []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount,
+		&e.Balance, &e.Key, &s.ofSeq, &s.heldChange, &s.held, &s.remaining, &s.note}
+}
+
+// finish makes the entry's details of what was scanned.
+func (s *entryScan) finish() error {
+	s.e.more = nil
+	if s.ofSeq == nil && s.heldChange == nil && s.held == nil && s.note == nil {
+		return nil
+	}
+	d := new(details)
+	s.e.more = d
+	if s.ofSeq != nil {
+		d.OfSeq = *s.ofSeq
+	}
+	var errs [4]error
+	number := func(text *string) (n decimal.Decimal, err error) {
+		if text != nil {
+			n, err = decimal.NewFromString(*text)
+		}
+		return n, err
+	}
+	d.HeldChange, errs[0] = number(s.heldChange)
+	d.Held, errs[1] = number(s.held)
+	d.Remaining, errs[2] = number(s.remaining)
+	if s.note != nil {
+		d.noteText = *s.note
+		d.Note, errs[3] = parseNote(*s.note)
+	}
+	return errors.Join(errs[:]...)
 }
 
 // appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are
@@ -139,7 +228,7 @@ func appendEvent(dst []byte, e *entry) []byte {
 		dst = append(dst, '}')
 	}
 	dst = append(dst, `,"idempotency_key":`...)
-	dst = appendText(dst, e.Key)
+	dst = jsontext.AppendText(dst, e.Key)
 	if e.more != nil && e.more.noteText != "" {
 		inner := e.more.noteText[1 : len(e.more.noteText)-1]
 		dst = append(append(dst, ','), inner...)
@@ -147,24 +236,6 @@ func appendEvent(dst []byte, e *entry) []byte {
 	dst = append(dst, `,"created_at":"`...)
 	dst = e.CreatedAt.UTC().AppendFormat(dst, timeFormat)
 	return append(dst, `"}`...)
-}
-
-// appendText appends s, which is valid UTF-8, as a JSON string: nothing is escaped but what must be (RFC 8259,
-// 7), so that no library's taste shows in an event.
-func appendText(dst []byte, s string) []byte {
-	const hex = "0123456789abcdef"
-	dst = append(dst, '"')
-	for i := range len(s) {
-		switch c := s[i]; {
-		case c == '"' || c == '\\':
-			dst = append(dst, '\\', c)
-		case c < ' ':
-			dst = append(dst, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
-		default:
-			dst = append(dst, c)
-		}
-	}
-	return append(dst, '"')
 }
 
 // note is what an entry says in words. The ledger stores its JSON object as text, and the event has the same
@@ -192,7 +263,7 @@ func (n *note) json() string {
 	text := func(name, value string) {
 		if value != "" {
 			member(name)
-			dst = appendText(dst, value)
+			dst = jsontext.AppendText(dst, value)
 		}
 	}
 	flag := func(name string, is bool) {
@@ -247,6 +318,57 @@ func parseNote(text string) (n note, err error) {
 	return note{m.ToID, m.ExpiresAt, m.Reason, m.State, m.Text, m.All, m.Partial, m.Reference,
 		string(m.Metadata), m.Client}, nil
 }
+
+var (
+	errReference = refuse("reference_malformed",
+		"The \"reference\" is a string of 1 to %d bytes of printable UTF-8.", noteBytesMax)
+	errNote = refuse("note_malformed", "The \"note\" is a string of 1 to %d bytes of printable UTF-8.",
+		noteBytesMax)
+)
+
+// readNote reads what a movement says in words.
+func readNote(body api.Fields, n *note) error {
+	text := func(name string, malformed *refusal) (string, error) {
+		f, given := body[name]
+		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !api.Printable(f.Text)) {
+			return "", malformed
+		}
+		return f.Text, nil
+	}
+	var err error
+	if n.Reference, err = text("reference", errReference); err != nil {
+		return err
+	}
+	if n.Text, err = text("note", errNote); err != nil {
+		return err
+	}
+	if state, given := body["state"]; given {
+		if n.State = state.Text; !state.Quoted || !slices.Contains(walletStates, n.State) {
+			return refuse("state_malformed", "The \"state\" is one of %s.", strings.Join(walletStates, ", "))
+		}
+	}
+	if metadata, given := body["metadata"]; given {
+		var ok bool
+		if n.Metadata, ok = api.Canonical(metadata.Text, metadataMembersMax); !ok {
+			return refuse("metadata_malformed", "The \"metadata\" is an object of at most %d members, each "+
+				"with a name of its own and a string of valid UTF-8.", metadataMembersMax)
+		}
+		if len(n.Metadata) > metadataBytesMax {
+			return refuse("metadata_malformed", "The \"metadata\" may have %d bytes in all; these are %d.",
+				metadataBytesMax, len(n.Metadata))
+		}
+	}
+	return nil
+}
+
+// Bounds of what a movement says in words.
+const (
+	noteBytesMax       = 255
+	metadataMembersMax = 16
+	metadataBytesMax   = 2 << 10
+)
+
+var walletStates = []string{stateOpen, stateNoOut, stateFrozen, stateClosed}
 
 // eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent
 // wrote: the last member.
@@ -397,6 +519,176 @@ func appendLSN(dst []byte, lsn pglogrepl.LSN) []byte {
 		}
 	}
 	return dst
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Rows: what a batch adds, all in its one commit
+// -----------------------------------------------------------------------------------------------------------
+
+const (
+	insertWallets = `
+INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key, held, state, state_seq)
+SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::bigint[]),
+       unnest($5::timestamptz[]), unnest($6::timestamptz[]), nullif(unnest($7::text[]), ''),
+       unnest($8::text[]::numeric[]), nullif(unnest($9::text[]), ''), nullif(unnest($10::bigint[]), 0)`
+
+	insertEntries = `
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+                   idempotency_key)
+SELECT ` + entryArrays
+
+	entryArrays = `unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
+       nullif(unnest($4::bigint[]), 0), unnest($5::timestamptz[]), unnest($6::text[]::entry_kind[]),
+       unnest($7::text[]::numeric[]), unnest($8::text[]::numeric[]), unnest($9::text[])`
+
+	// Of a batch in which some entry says more.
+	insertEntriesWithMore = `
+INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
+                   idempotency_key, of_seq, held_change, held, remaining, note)
+SELECT ` + entryArrays + `,
+       nullif(unnest($10::bigint[]), 0), nullif(unnest($11::text[]), '')::numeric,
+       nullif(unnest($12::text[]), '')::numeric, nullif(unnest($13::text[]), '')::numeric,
+       nullif(unnest($14::text[]), '')`
+
+	insertHolds = `
+INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
+       unnest($4::text[]::numeric[]), unnest($5::text[]::numeric[]), unnest($6::text[]::numeric[]),
+       unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
+
+	updateHolds = `
+UPDATE hold SET captured = n.captured, remaining = n.remaining, status = n.status, last_seq = n.last_seq
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq,
+             unnest($3::text[]::numeric[]) AS captured, unnest($4::text[]::numeric[]) AS remaining,
+             unnest($5::text[]) AS status, unnest($6::bigint[]) AS last_seq) n
+WHERE hold.wallet_id = ANY (ARRAY[n.wallet_id]) AND hold.seq = ANY (ARRAY[n.seq])`
+
+	upsertReversals = `
+INSERT INTO reversal (wallet_id, seq, amount, reversed)
+SELECT unnest($1::bigint[]), unnest($2::bigint[]), unnest($3::text[]::numeric[]),
+       unnest($4::text[]::numeric[])
+ON CONFLICT (wallet_id, seq) DO UPDATE SET reversed = excluded.reversed`
+
+	insertReferences = `
+INSERT INTO reference (reference, wallet_id, seq)
+SELECT unnest($1::text[]), unnest($2::bigint[]), unnest($3::bigint[])`
+)
+
+// walletArrays are wallets by column.
+type walletArrays struct {
+	ids, seqs, stateSeqs                              []int64
+	currencies, balances, creationKeys, helds, states []string
+	createdAts                                        []time.Time
+	entryAts                                          []*time.Time
+}
+
+func columnsOf(wallets []*wallet) walletArrays {
+	var c walletArrays
+	for _, w := range wallets {
+		var entryAt *time.Time
+		if w.Seq > 0 {
+			entryAt = &w.EntryAt
+		}
+		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
+		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
+		c.balances = append(c.balances, money.Text(w.Balance))
+		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
+		c.helds = append(c.helds, money.Text(w.Held))
+		c.states, c.stateSeqs = append(c.states, w.State), append(c.stateSeqs, w.StateSeq)
+	}
+	return c
+}
+
+func (p *posting) queueEntries(b *pgx.Batch) {
+	n := len(p.entries)
+	ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
+	amounts, balances := make([]string, n), make([]string, n)
+	more := false
+	for i := range p.entries {
+		e := &p.entries[i]
+		ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
+		ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
+		amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
+		more = more || e.more != nil
+	}
+	args := []any{ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys}
+	if !more {
+		b.Queue(insertEntries, args...)
+		return
+	}
+	ofSeqs, notes := make([]int64, n), make([]string, n)
+	changes, helds, remainings := make([]string, n), make([]string, n), make([]string, n)
+	var references []string
+	var referring entryIDs
+	for i := range p.entries {
+		e := &p.entries[i]
+		d := e.says()
+		ofSeqs[i], notes[i] = d.OfSeq, d.noteText
+		if !d.HeldChange.IsZero() {
+			changes[i] = money.Text(d.HeldChange)
+		}
+		if !d.Held.IsZero() {
+			helds[i] = money.Text(d.Held)
+		}
+		if d.OfSeq != 0 || e.Kind == kindHold {
+			remainings[i] = money.Text(d.Remaining)
+		}
+		if d.Note.Reference != "" && e.Kind != kindTransferIn {
+			references = append(references, d.Note.Reference)
+			referring.add(e.WalletID, e.Seq)
+		}
+	}
+	b.Queue(insertEntriesWithMore, append(args, ofSeqs, changes, helds, remainings, notes)...)
+	if len(references) > 0 {
+		b.Queue(insertReferences, references, referring.wallets, referring.seqs)
+	}
+}
+
+func (p *posting) queueHolds(b *pgx.Batch) {
+	var placed, moved struct {
+		entryIDs
+		toIDs, lastSeqs                        []int64
+		amounts, captured, remaining, statuses []string
+		expiresAts                             []time.Time
+	}
+	for _, h := range p.holds {
+		c := &placed
+		if h.exists {
+			c = &moved
+		}
+		if h.changed {
+			c.add(h.WalletID, h.Seq)
+			c.toIDs, c.lastSeqs = append(c.toIDs, h.ToID), append(c.lastSeqs, h.lastSeq)
+			c.amounts = append(c.amounts, money.Text(h.Amount))
+			c.captured = append(c.captured, money.Text(h.Captured))
+			c.remaining = append(c.remaining, money.Text(h.Remaining))
+			c.statuses = append(c.statuses, h.Status)
+			c.expiresAts = append(c.expiresAts, h.ExpiresAt)
+		}
+	}
+	if c := &placed; len(c.seqs) > 0 {
+		b.Queue(insertHolds, c.wallets, c.seqs, c.toIDs, c.amounts, c.captured, c.remaining, c.statuses,
+			c.expiresAts, c.lastSeqs)
+	}
+	if c := &moved; len(c.seqs) > 0 {
+		b.Queue(updateHolds, c.wallets, c.seqs, c.captured, c.remaining, c.statuses, c.lastSeqs)
+	}
+}
+
+func (p *posting) queueReversals(b *pgx.Batch) {
+	var of entryIDs
+	var amounts, reversed []string
+	for k, r := range p.reversals {
+		if r.changed {
+			of.add(k.walletID, k.seq)
+			amounts, reversed = append(amounts, money.Text(r.amount)), append(reversed,
+				money.Text(r.reversed))
+		}
+	}
+	if len(of.seqs) > 0 {
+		b.Queue(upsertReversals, of.wallets, of.seqs, amounts, reversed)
+	}
 }
 
 const insertOutbox = `
@@ -602,349 +894,309 @@ SELECT count(*)::float8, coalesce(sum(bytes), 0)::float8 FROM outbox_partition`)
 	return partitions, bytes, err
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Audit and recovery: the ledger, read whole
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
+// Answers: what the API shows of a movement, a wallet, a hold, a statement
+// -----------------------------------------------------------------------------------------------------------
 
-// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
-type auditedLedger struct {
-	past   *pgx.Conn // a snapshot
-	now    *pgxpool.Pool
-	report *audit.Report
-
-	seqs    map[int64]int64 // of the wallets that heads gave last
-	entries int64
-}
-
-// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
-func (a *auditedLedger) legs(ctx context.Context) error {
-	rows, _ := a.past.Query(ctx, `
-SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
-LEFT JOIN wallet v ON v.id = o.wallet_id
-WHERE e.counterparty_id IS NOT NULL
-  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
-  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
-	var id, seq int64
-	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
-			entryID(id, seq))
-		return nil
-	})
-	return err
-}
-
-func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
-	var last int64
-	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
-	return a.seqs, last, err
-}
-
-func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
-	rows, _ := a.now.Query(ctx, `
-SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
-	var id, seq int64
-	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		visit(id, seq)
-		return nil
-	})
-	return err
-}
-
-// chain is what is known of one wallet while its entries are read in order.
-type chain struct {
-	last  entry
-	open  map[int64]decimal.Decimal // what remains of each open hold
-	left  map[int64]decimal.Decimal // what is left to undo of each entry that was undone in part
-	state string
-}
-
-// follow says what is wrong with the chain's next entry, or nothing.
-func (c *chain) follow(e *entry) string {
-	last, d := &c.last, e.says()
-	defer func() { c.last = *e }()
-	held, of := last.says().Held, c.open[d.OfSeq]
-	switch {
-	case e.Seq != last.Seq+1:
-		return fmt.Sprintf("it follows number %d", last.Seq)
-	case !e.Balance.Equal(last.Balance.Add(e.Amount)):
-		return "its balance is not the former one plus its amount"
-	case e.CreatedAt.Before(last.CreatedAt):
-		return "it is older than the one before it"
-	case !d.Held.Equal(held.Add(d.HeldChange)):
-		return "what it holds is not what was held before plus its change"
-	case d.Held.IsNegative() || d.Held.GreaterThan(e.Balance):
-		return "more is held than there is"
-	case !stateLets(c.state, e):
-		return "the wallet was " + c.state
+// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function
+// of the ledger, so that a replay is equal byte for byte. Each kind of entry is shown by one function.
+func appendReceipt(dst []byte, m *posted) []byte {
+	o := jsontext.Open(slices.Grow(dst, 320))
+	shows[m.Kind](&o, m)
+	d := m.says()
+	if m.captures() {
+		o.Text("hold_id", m.of)
+		o.Number("remaining", d.Remaining)
+		o.Number("held", d.Held)
+	} else if m.reverses() {
+		o.Text("reverses", m.of)
+		o.Number("reversible", d.Remaining)
 	}
-	switch {
-	case e.Kind == kindHold:
-		if c.open == nil {
-			c.open = make(map[int64]decimal.Decimal)
-		}
-		c.open[e.Seq] = d.HeldChange
-	case e.Kind == kindState:
-		c.state = d.Note.State
-	case !d.HeldChange.IsZero(): // a capture or a release
-		if of.IsZero() {
-			return "there is no open hold that it could be of"
-		}
-		if c.open[d.OfSeq] = d.Remaining; d.Remaining.IsZero() {
-			delete(c.open, d.OfSeq)
-		}
-		taken := e.Amount.Abs()
-		if !d.HeldChange.Equal(d.Remaining.Sub(of)) || taken.GreaterThan(of) ||
-			!d.Remaining.IsZero() && !taken.Equal(of.Sub(d.Remaining)) {
-			return "it does not fit what remained of its hold"
-		}
-	case d.OfSeq != 0: // a reversal
-		if c.left == nil {
-			c.left = make(map[int64]decimal.Decimal)
-		}
-		was, again := c.left[d.OfSeq]
-		c.left[d.OfSeq] = d.Remaining
-		if again && !d.Remaining.Equal(was.Sub(e.Amount.Abs())) {
-			return "it does not fit what was left to undo"
-		}
-	}
-	return ""
+	appendWords(&o, &d.Note)
+	return o.Dst
 }
 
-// stateLets says whether a wallet of a state takes an entry, as state_allows_entry in schema.sql does.
-func stateLets(state string, e *entry) bool {
-	switch state {
-	case stateNoOut:
-		return e.captures() || e.Kind != kindWithdrawal && e.Kind != kindTransferOut && e.Kind != kindHold
-	case stateFrozen:
-		return e.Kind == kindRelease || e.Kind == kindState
-	case stateClosed:
-		return false
+// words are what a movement says in words, where it does.
+func appendWords(o *jsontext.Object, n *note) {
+	if n.Reference != "" {
+		o.Text("reference", n.Reference)
 	}
-	return true
+	if n.Metadata != "" {
+		o.Name("metadata")
+		o.Dst = append(o.Dst, n.Metadata...)
+	}
 }
 
-// events makes the events of the entries again, and checks each wallet's chain of entries.
-func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
-	var c chain
+var shows = map[string]func(*jsontext.Object, *posted){
+	kindDeposit: showOne, kindWithdrawal: showOne, kindTransferOut: showTransfer, kindHold: showHold,
+	kindRelease: showRelease, kindState: showState,
+}
+
+func appendTransactionID(o *jsontext.Object, m *posted) {
+	o.Text("transaction_id", entryID(m.WalletID, m.Seq))
+}
+
+// showOne is a movement of one wallet.
+func showOne(o *jsontext.Object, m *posted) {
+	appendTransactionID(o, m)
+	o.Integer("wallet_id", m.WalletID)
+	o.Text("currency", m.Currency)
+	o.Number("amount", m.Amount.Abs())
+	o.Number("balance", m.Balance)
+	o.Integer("seq", m.Seq)
+	o.Time("created_at", m.CreatedAt)
+}
+
+func showTransfer(o *jsontext.Object, m *posted) {
+	appendTransactionID(o, m)
+	o.Integer("from_id", m.WalletID)
+	o.Integer("to_id", m.CounterpartyID)
+	o.Text("currency", m.Currency)
+	o.Number("amount", m.Amount.Abs())
+	o.Number("from_balance", m.Balance)
+	o.Number("to_balance", m.toBalance)
+	o.Integer("from_seq", m.Seq)
+	o.Integer("to_seq", m.CounterpartySeq)
+	o.Time("created_at", m.CreatedAt)
+}
+
+// head is the wallet's, after the entry.
+func appendHead(o *jsontext.Object, m *posted) {
+	held := m.says().Held
+	o.Number("balance", m.Balance)
+	o.Number("held", held)
+	o.Number("available", m.Balance.Sub(held))
+	o.Integer("seq", m.Seq)
+	o.Time("created_at", m.CreatedAt)
+}
+
+func showHold(o *jsontext.Object, m *posted) {
+	d := m.says()
+	o.Text("hold_id", entryID(m.WalletID, m.Seq))
+	o.Integer("wallet_id", m.WalletID)
+	o.Text("currency", m.Currency)
+	o.Number("amount", d.HeldChange)
+	o.Number("remaining", d.Remaining)
+	o.Text("status", holdOpen)
+	o.Time("expires_at", d.Note.ExpiresAt)
+	if d.Note.ToID != 0 {
+		o.Integer("to_id", d.Note.ToID)
+	}
+	appendHead(o, m)
+}
+
+func showRelease(o *jsontext.Object, m *posted) {
+	d := m.says()
+	status := holdVoided
+	if d.Note.Reason == reasonExpiry {
+		status = holdExpired
+	}
+	o.Text("hold_id", m.of)
+	o.Integer("wallet_id", m.WalletID)
+	o.Text("currency", m.Currency)
+	o.Number("released", d.HeldChange.Neg())
+	o.Number("remaining", d.Remaining)
+	o.Text("status", status)
+	appendHead(o, m)
+}
+
+func showState(o *jsontext.Object, m *posted) {
+	d := m.says()
+	appendTransactionID(o, m)
+	o.Integer("wallet_id", m.WalletID)
+	o.Text("currency", m.Currency)
+	o.Text("state", d.Note.State)
+	if d.Note.Text != "" {
+		o.Text("note", d.Note.Text)
+	}
+	appendHead(o, m)
+}
+
+// appendTransaction appends a movement as who asks for it later sees it.
+func appendTransaction(dst []byte, m *posted) []byte {
+	o := jsontext.Object{Dst: appendReceipt(dst, m)}
+	o.Text("kind", strings.TrimSuffix(m.Kind, "_out")) // the transaction is a transfer
+	o.Text("idempotency_key", m.Key)
+	if !m.reversed.IsZero() {
+		o.Number("reversed", m.reversed)
+	}
+	return append(o.Dst, '}')
+}
+
+// appendHold appends a hold as it stands now.
+func appendHold(dst []byte, h *shownHold) []byte {
+	o := jsontext.Open(dst)
+	o.Text("hold_id", entryID(h.WalletID, h.Seq))
+	o.Integer("wallet_id", h.WalletID)
+	o.Text("currency", h.currency)
+	o.Number("amount", h.Amount)
+	o.Number("captured", h.Captured)
+	o.Number("remaining", h.Remaining)
+	o.Text("status", h.Status)
+	o.Time("expires_at", h.ExpiresAt)
+	if h.ToID != 0 {
+		o.Integer("to_id", h.ToID)
+	}
+	o.Time("created_at", h.createdAt)
+	appendWords(&o, &h.note)
+	return append(o.Dst, '}')
+}
+
+// appendHolds is a wallet's head and some of its holds.
+func appendHolds(w *wallet, holds []*shownHold) []byte {
+	o := jsontext.Open(nil)
+	o.Integer("wallet_id", w.ID)
+	o.Text("currency", w.Currency)
+	o.Number("balance", w.Balance)
+	o.Number("held", w.Held)
+	o.Number("available", w.available())
+	o.Integer("seq", w.Seq)
+	o.Name("holds")
+	o.Dst = api.AppendList(o.Dst, holds, appendHold)
+	return o.Close()
+}
+
+func appendWallet(dst []byte, w *wallet) []byte {
+	o := jsontext.Open(dst)
+	o.Integer("wallet_id", w.ID)
+	o.Text("currency", w.Currency)
+	o.Number("balance", w.Balance)
+	if !w.Held.IsZero() {
+		o.Number("held", w.Held)
+		o.Number("available", w.available())
+	}
+	o.Integer("seq", w.Seq)
+	if w.State != "" {
+		o.Text("state", w.State)
+	}
+	o.Time("created_at", w.CreatedAt)
+	return append(o.Dst, '}')
+}
+
+// appendMoment begins what is told of a wallet as it was.
+func appendMoment(walletID int64, m *moment) jsontext.Object {
+	o := jsontext.Open(nil)
+	o.Integer("wallet_id", walletID)
+	o.Text("currency", m.currency)
+	o.Number("balance", m.balance)
+	o.Number("held", m.held)
+	o.Number("available", m.balance.Sub(m.held))
+	o.Integer("seq", m.seq)
+	return o
+}
+
+// appendEdge appends one end of a statement.
+func appendEdge(o *jsontext.Object, name string, m *moment) {
+	o.Name(name)
+	inner := jsontext.Open(o.Dst)
+	inner.Number("balance", m.balance)
+	inner.Number("held", m.held)
+	o.Dst = inner.Close()
+}
+
+// statementColumns are those of a statement as CSV.
+var statementColumns = []string{"seq", "created_at", "transaction_id", "kind", "credit", "debit", "balance",
+	"held",
+	"counterparty", "reference", "metadata", "idempotency_key"}
+
+// statement is one on its way to a client.
+type statement struct {
+	ledger     *ledger
+	walletID   int64
+	head       []byte // of the JSON object, without its closing brace
+	begin, end *moment
+}
+
+// statement begins a wallet's statement from since until end, which is until; query tells which were asked
+// for.
+func (l *ledger) statement(ctx context.Context, id int64, query api.Query, since, until time.Time,
+	end *moment,
+) (*statement, error) {
+	first := min(end.low, end.seq+1) // an empty span may end before it begins
+	begin, err := l.momentAfter(ctx, id, first-1)
+	if err != nil {
+		return nil, err
+	}
+	head := jsontext.Open(nil)
+	head.Integer("wallet_id", id)
+	head.Text("currency", end.currency)
+	if query["since"] != "" {
+		head.Time("since", since)
+	}
+	if query["until"] != "" {
+		head.Time("until", until)
+	}
+	head.Flag("final", end.final)
+	appendEdge(&head, "opening", begin)
+	appendEdge(&head, "closing", end)
+	if first <= end.seq {
+		head.Integer("first_seq", first)
+		head.Integer("last_seq", end.seq)
+	}
+	return &statement{ledger: l, walletID: id, head: head.Dst, begin: begin, end: end}, nil
+}
+
+func (st *statement) write(ctx context.Context, w io.Writer, format string) error {
+	out, err := export.NewWriter(w, format, st.head, statementColumns)
+	if err != nil {
+		return err
+	}
+	edge := func(kind string, m *moment) error {
+		return out.Row([]string{strconv.FormatInt(m.seq, 10), "", "", kind, "", "", money.Text(m.balance),
+			money.Text(m.held), "", "", "", ""})
+	}
+	if err := edge("opening", st.begin); err != nil {
+		return err
+	}
+	type total struct {
+		count int64
+		sum   decimal.Decimal
+	}
+	totals := make(map[string]total)
 	var buf []byte
-	finish := func() {
-		id, seq := c.last.WalletID, c.last.Seq
-		if a.seqs[id] != seq {
-			a.report.Find("wallet %d has seq %d, but its last entry is number %d", id, a.seqs[id], seq)
-		}
-		var open decimal.Decimal
-		for _, remaining := range c.open {
-			open = open.Add(remaining)
-		}
-		if held := c.last.says().Held; !held.Equal(open) {
-			a.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
-		}
-	}
-	err := readChains(ctx, a.past, after, last, 0, func(e *entry) error {
-		a.entries++
-		if a.entries%50_000 == 0 {
-			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
-		}
-		if e.WalletID != c.last.WalletID {
-			finish()
-			c = chain{last: entry{WalletID: e.WalletID}}
-		}
-		if wrong := c.follow(e); wrong != "" {
-			a.report.Find("entry %s: %s", entryID(e.WalletID, e.Seq), wrong)
-		}
+	err = st.ledger.entriesBetween(ctx, st.walletID, st.begin.seq+1, st.end.seq, func(e *entry) error {
+		sum := totals[e.Kind]
+		totals[e.Kind] = total{sum.count + 1, sum.sum.Add(e.Amount)}
 		buf = appendEvent(buf[:0], e)
-		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
+		return out.Item(buf, func() []string { return statementRow(e) })
 	})
 	if err != nil {
 		return err
 	}
-	finish()
-	for _, rule := range sideRules {
-		rows, _ := a.past.Query(ctx, rule.query, after, last)
-		var id, seq int64
-		_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-			a.report.Find(rule.finding, entryID(id, seq))
-			return nil
-		})
-		if err != nil {
-			return err
-		}
+	if err := edge("closing", st.end); err != nil {
+		return err
 	}
-	return nil
-}
-
-// sideRules are what the tables beside the entries must say of the wallets after $1 and up to $2.
-var sideRules = []struct{ finding, query string }{
-	{"wallet of entry %s: its balance, time, held or state is not what its entries say", `
-SELECT w.id, w.seq FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-LEFT JOIN (SELECT wallet_id, max(seq) AS seq FROM entry
-           WHERE kind = 'state' AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1) t ON t.wallet_id = w.id
-LEFT JOIN entry s ON s.wallet_id = w.id AND s.seq = t.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.balance, w.entry_at, w.held, w.state_seq, w.state) IS DISTINCT FROM
-      (coalesce(e.balance, 0), e.created_at, coalesce(e.held, 0), s.seq, s.note::json ->> 'state')`},
-	{"hold %s: its row is not what its entries say", `
-SELECT coalesce(h.wallet_id, e.wallet_id), coalesce(h.seq, e.seq)
-FROM (SELECT * FROM hold WHERE wallet_id > $1 AND wallet_id <= $2) h
-FULL JOIN (SELECT * FROM entry WHERE kind = 'hold' AND wallet_id > $1 AND wallet_id <= $2) e
-       ON e.wallet_id = h.wallet_id AND e.seq = h.seq
-LEFT JOIN (SELECT wallet_id, of_seq, sum(-amount) AS captured, max(seq) AS last, min(remaining) AS remaining
-           FROM entry WHERE held_change < 0 AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) c
-       ON c.wallet_id = e.wallet_id AND c.of_seq = e.seq
-LEFT JOIN entry l ON l.wallet_id = e.wallet_id AND l.seq = c.last
-WHERE (h.amount, h.captured, h.remaining, h.last_seq, h.to_id, h.expires_at, h.status) IS DISTINCT FROM
-      (e.held_change, coalesce(c.captured, 0), coalesce(c.remaining, e.remaining), coalesce(c.last, e.seq),
-       (e.note::json ->> 'to_id')::bigint, (e.note::json ->> 'expires_at')::timestamptz,
-       CASE WHEN coalesce(c.remaining, e.remaining) > 0 THEN 'open' WHEN l.kind <> 'release' THEN 'captured'
-            WHEN l.note::json ->> 'reason' = 'void' THEN 'voided' ELSE 'expired' END)`},
-	{"transaction %s: how much of it was reversed is not what its entries say", `
-SELECT coalesce(u.wallet_id, r.wallet_id), coalesce(u.seq, r.seq)
-FROM (SELECT wallet_id, of_seq AS seq, sum(abs(amount)) AS undone, min(remaining) AS remaining FROM entry
-      WHERE of_seq IS NOT NULL AND held_change IS NULL AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) u
-JOIN entry e ON e.wallet_id = u.wallet_id AND e.seq = u.seq
-FULL JOIN (SELECT * FROM reversal WHERE wallet_id > $1 AND wallet_id <= $2) r
-       ON r.wallet_id = u.wallet_id AND r.seq = u.seq
-WHERE u.seq IS NULL OR u.undone + u.remaining <> abs(e.amount)
-   OR e.kind <> 'transfer_in' AND (r.amount, r.reversed) IS DISTINCT FROM (abs(e.amount), u.undone)`},
-	{"transaction %s: it is not found by its reference", `
-SELECT coalesce(e.wallet_id, f.wallet_id), coalesce(e.seq, f.seq)
-FROM (SELECT wallet_id, seq, note::json ->> 'reference' AS reference FROM entry
-      WHERE note LIKE '%"reference":%' AND kind <> 'transfer_in' AND wallet_id > $1 AND wallet_id <= $2
-        AND note::json ->> 'reference' IS NOT NULL) e
-FULL JOIN (SELECT * FROM reference WHERE wallet_id > $1 AND wallet_id <= $2) f
-       ON f.wallet_id = e.wallet_id AND f.seq = e.seq AND f.reference = e.reference
-WHERE e.seq IS NULL OR f.seq IS NULL`},
-}
-
-// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
-// above.
-const (
-	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
-
-// writtenSince adds a condition and its argument; from 0 on, everything was written.
-func writtenSince(xid int64, condition string, args ...any) (string, []any) {
-	if xid == 0 {
-		return "", args
+	o := jsontext.Open(nil)
+	o.Name("totals")
+	o.Dst = append(o.Dst, '{')
+	for _, kind := range slices.Sorted(maps.Keys(totals)) {
+		o.Name(kind)
+		inner := jsontext.Open(o.Dst)
+		inner.Integer("count", totals[kind].count)
+		inner.Number("sum", totals[kind].sum)
+		o.Dst = append(inner.Dst, '}')
 	}
-	return condition, append(args, strconv.FormatInt(xid, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
-	seqs map[int64]int64, hi int64, err error) {
-	where, args := writtenSince(xid, walletSince, lo, n, 0)
-	rows, _ := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
-	seqs = make(map[int64]int64)
-	var seq int64
-	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
+	o.Dst = append(o.Dst, '}')
+	o.Text("sha256", out.Sum())
+	if w, ok := w.(http.ResponseWriter); ok {
+		w.Header().Set("Statement-Sha256", out.Sum())
 	}
-	return seqs, hi, nil
+	return out.Close("statement", st.head, o.Dst[1:])
 }
 
-// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
-// wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*entry) error) error {
-	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
-	// to an entry that was written earlier.
-	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
-	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
-}
-
-const queryEntries = `
-SELECT ` + entryColumns + `, w.currency
-FROM wallet w JOIN entry e ON e.wallet_id = w.id
-`
-
-// querier is a pool, a connection or a transaction.
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-}
-
-// readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
-	rows, _ := db.Query(ctx, queryEntries+where, args...)
-	var e entry
-	s := entryScan{e: &e}
-	_, err := pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
-		if err := s.finish(); err != nil {
-			return err
-		}
-		return visit(&e)
-	})
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
+func statementRow(e *entry) []string {
+	credit, debit, counterparty := "", "", ""
+	switch {
+	case e.Amount.IsPositive():
+		credit = money.Text(e.Amount)
+	case e.Amount.IsNegative():
+		debit = money.Text(e.Amount.Neg())
 	}
-	return nil
-}
-
-// entryColumns is an entry as it is read, wherever it is.
-const entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0),
-       e.created_at, e.kind::text, e.amount::text, e.balance::text, e.idempotency_key,
-       e.of_seq, e.held_change::text, e.held::text, e.remaining::text, e.note`
-
-// entryScan is where entryColumns are scanned to.
-type entryScan struct {
-	e                           *entry
-	ofSeq                       *int64
-	heldChange, held, remaining *string
-	note                        *string
-}
-
-func (s *entryScan) columns() []any {
-	e := s.e
-	return []any{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq, &e.CreatedAt, &e.Kind, &e.Amount,
-		&e.Balance, &e.Key, &s.ofSeq, &s.heldChange, &s.held, &s.remaining, &s.note}
-}
-
-// finish makes the entry's details of what was scanned.
-func (s *entryScan) finish() error {
-	s.e.more = nil
-	if s.ofSeq == nil && s.heldChange == nil && s.held == nil && s.note == nil {
-		return nil
+	if e.CounterpartyID != 0 {
+		counterparty = strconv.FormatInt(e.CounterpartyID, 10)
 	}
-	d := new(details)
-	s.e.more = d
-	if s.ofSeq != nil {
-		d.OfSeq = *s.ofSeq
-	}
-	var errs [4]error
-	number := func(text *string) (n decimal.Decimal, err error) {
-		if text != nil {
-			n, err = decimal.NewFromString(*text)
-		}
-		return n, err
-	}
-	d.HeldChange, errs[0] = number(s.heldChange)
-	d.Held, errs[1] = number(s.held)
-	d.Remaining, errs[2] = number(s.remaining)
-	if s.note != nil {
-		d.noteText = *s.note
-		d.Note, errs[3] = parseNote(*s.note)
-	}
-	return errors.Join(errs[:]...)
-}
-
-// holdsEvent says whether there is such an entry, and its event is this one, byte for byte.
-func holdsEvent(ctx context.Context, db querier, walletID, seq int64, payload []byte) (held bool, err error) {
-	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
-	err = readEntries(ctx, db, where, []any{walletID, seq}, func(e *entry) error {
-		held = bytes.Equal(appendEvent(nil, e), payload)
-		return nil
-	})
-	return held, err
+	d := e.says()
+	return []string{strconv.FormatInt(e.Seq, 10), e.CreatedAt.UTC().Format(timeFormat),
+		string(e.appendTransactionID(nil)), e.Kind, credit, debit, money.Text(e.Balance), money.Text(d.Held),
+		counterparty, d.Note.Reference, d.Note.Metadata, e.Key}
 }

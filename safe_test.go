@@ -883,7 +883,8 @@ func FuzzRequest(f *testing.F) {
 	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
 	f.Add("POST", "/v1/wallets/1/holds", "", "k", "application/json", "",
 		[]byte(`{"amount":"1","to_id":2,"expires_in":"15m","reference":"r","metadata":{"a":"b"}}`))
-	f.Add("POST", "/v1/wallets/1/state", "", "k", "application/json", "", []byte(`{"state":"frozen","note":"n"}`))
+	f.Add("POST", "/v1/wallets/1/state", "", "k", "application/json", "",
+		[]byte(`{"state":"frozen","note":"n"}`))
 	f.Add("POST", "/v1/holds/1-1/capture", "", "k", "application/json", "", []byte(`{"final":false}`))
 	f.Add("GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z", "", "", "", []byte(nil))
 	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))

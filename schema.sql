@@ -224,10 +224,10 @@ ALTER TABLE wallet
     ADD COLUMN IF NOT EXISTS state     text,
     ADD COLUMN IF NOT EXISTS state_seq bigint;
 
--- Null where there is nothing to say, as with every plain deposit, withdrawal and transfer. of_seq is the same
--- wallet's entry that this one captures, releases or undoes; held_change is that of what is held, and held what
--- is held after this entry; remaining is what remains of the hold, or of what can still be undone; note is JSON:
--- reference, metadata, client and the like (wallet.go).
+-- Null where there is nothing to say, as with every plain deposit, withdrawal and transfer. of_seq is the
+-- same wallet's entry that this one captures, releases or undoes; held_change is that of what is held, and
+-- held what is held after this entry; remaining is what remains of the hold, or of what can still be
+-- undone; note is JSON: reference, metadata, client and the like (wallet.go).
 ALTER TABLE entry
     ADD COLUMN IF NOT EXISTS of_seq      bigint,
     ADD COLUMN IF NOT EXISTS held_change numeric,
@@ -318,8 +318,8 @@ ALTER TABLE entry
 
 -- New entries fit the wallets that they belong to, whose rows are brought up to date first: seq, balance,
 -- time, held. After the entry that set its state, a wallet takes none that the state forbids. A foreign key
--- would say less (only that the wallet exists) and cost more: a query and a row lock for each entry, against a
--- wallet that is never deleted.
+-- would say less (only that the wallet exists) and cost more: a query and a row lock for each entry,
+-- against a wallet that is never deleted.
 CREATE OR REPLACE FUNCTION entry_fits_wallet() RETURNS trigger LANGUAGE plpgsql
     SET search_path FROM CURRENT AS $$
 DECLARE

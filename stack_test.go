@@ -456,8 +456,8 @@ type movement struct {
 	status          int
 }
 
-// draw is a movement of any kind between the wallets from 1 on. What it is of, a hold or a transaction, is one
-// that the clients were told of.
+// draw is a movement of any kind between the wallets from 1 on. What it is of, a hold or a transaction, is
+// one that the clients were told of.
 func (k *known) draw(dice *rand.Rand, wallets int, key string) movement {
 	id, to := 1+dice.IntN(wallets), 1+dice.IntN(wallets)
 	amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
@@ -1196,7 +1196,8 @@ func checkStream(t *testing.T, cfg *config) {
 			return nil
 		}
 		if c == nil || !c.balance.Equal(balance) || !c.held.Equal(held) || c.state != state {
-			t.Errorf("wallet %s has %s, %s held, state %q; by the stream alone: %+v", id, balance, held, state, c)
+			t.Errorf("wallet %s has %s, %s held, state %q; by the stream alone: %+v", id, balance, held,
+				state, c)
 		}
 		return nil
 	}); err != nil {
@@ -1238,7 +1239,8 @@ func (c *streamed) follow(payload []byte) string {
 		e.HeldAfter.GreaterThan(e.BalanceAfter):
 		return "it does not add up"
 	case c.state == "closed", c.state == "frozen" && e.Kind != "release" && e.Kind != "state",
-		c.state == "no_out" && e.Amount.IsNegative() && !change.IsNegative(), c.state == "no_out" && e.Kind == "hold":
+		c.state == "no_out" && e.Amount.IsNegative() && !change.IsNegative(), c.state == "no_out" &&
+			e.Kind == "hold":
 		return "the wallet is " + c.state
 	}
 	c.balance, c.held = e.BalanceAfter, e.HeldAfter
@@ -1249,7 +1251,8 @@ func (c *streamed) follow(payload []byte) string {
 		c.holds[e.Seq] = change
 	case change.IsNegative():
 		was, open := c.holds[e.OfSeq]
-		if !open || e.Remaining == nil || e.Amount.Abs().GreaterThan(was) || !e.Remaining.Equal(was.Add(change)) {
+		if !open || e.Remaining == nil || e.Amount.Abs().GreaterThan(was) ||
+			!e.Remaining.Equal(was.Add(change)) {
 			return fmt.Sprintf("of its hold there remained %s", was)
 		}
 		if c.holds[e.OfSeq] = *e.Remaining; e.Remaining.IsZero() {

@@ -14,7 +14,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -35,6 +34,7 @@ import (
 	"wallet/internal/gather"
 	"wallet/internal/metric"
 	"wallet/internal/money"
+	"wallet/internal/pg"
 )
 
 // Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and
@@ -113,15 +113,6 @@ type reversal struct {
 
 // entryKey names an entry.
 type entryKey struct{ walletID, seq int64 }
-
-// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's head
-// after it.
-type posted struct {
-	entry
-	toBalance, toHeld decimal.Decimal
-	of                string          // the transaction whose entry says.OfSeq is, or empty
-	reversed          decimal.Decimal // of this transaction, by now; read by transactions only
-}
 
 // operation is what a request wants done, and then what came of it.
 type operation struct {
@@ -214,35 +205,6 @@ func parseWalletID(s string) (int64, error) {
 	return id, nil
 }
 
-var (
-	errTransactionID = refuse("transaction_id_malformed",
-		"A transaction id is <wallet_id>-<seq>, such as 1-1.")
-	errHoldID = refuse("hold_id_malformed", "A hold id is <wallet_id>-<seq>, such as 1-1.")
-)
-
-// parseEntryID reads the id of a transaction or a hold; malformed is what to say where it is none.
-func parseEntryID(s string, malformed *refusal) (walletID, seq int64, err error) {
-	wallet, number, _ := strings.Cut(s, "-")
-	walletID, err = parseWalletID(wallet)
-	seq, seqErr := parseWalletID(number) // the same form
-	if err != nil || seqErr != nil {
-		return 0, 0, malformed
-	}
-	return walletID, seq, nil
-}
-
-// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
-// transaction's.
-func entryID(walletID, seq int64) string {
-	return string(appendEntryID(nil, walletID, seq))
-}
-
-func appendEntryID(dst []byte, walletID, seq int64) []byte {
-	dst = strconv.AppendInt(dst, walletID, 10)
-	dst = append(dst, '-')
-	return strconv.AppendInt(dst, seq, 10)
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // The ledger and its writers
 // -----------------------------------------------------------------------------------------------------------
@@ -286,24 +248,6 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 	}
 	l.queue = gather.New(cfg.queueOpsMax, cfg.writers, cfg.batchOpsMax, l.work, l.drop)
 	return l
-}
-
-// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts
-// without a restart.
-func (l *ledger) loadCurrencies(ctx context.Context) error {
-	rows, _ := l.reads.Query(ctx, `SELECT code, scale FROM currency`)
-	scales := make(map[string]int32)
-	var code string
-	var scale int32
-	if _, err := pgx.ForEachRow(rows, []any{&code, &scale},
-		func() error { scales[code] = scale; return nil }); err != nil {
-		return fmt.Errorf("read currencies: %w", err)
-	}
-	if _, known := scales[l.defaultCurrency]; !known {
-		return fmt.Errorf("DEFAULT_CURRENCY %s is not in the table currency", l.defaultCurrency)
-	}
-	l.scales.Store(&scales)
-	return nil
 }
 
 // do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the
@@ -372,7 +316,7 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 		case rerun && time.Since(started)+pause < l.rerunBudget:
 			slog.Warn("batch is run again", "operations", len(batch), "error", err)
 			l.reruns.Add(1)
-			switch sqlState(err) {
+			switch pg.State(err) {
 			case "55P03": // lock_timeout: a wallet that somebody holds must not hold up the others
 				lock = lockFreeWallets
 				continue
@@ -395,41 +339,22 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 	}
 }
 
-func sqlState(err error) string {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
-		return pgErr.Code
-	}
-	return ""
-}
-
 // remedy says what helps against a failed batch: to run it again, to split it, or neither.
 func remedy(err error) (rerun, split bool) {
 	var pgErr *pgconn.PgError
-	if errors.Is(err, errBroken) {
-		return false, true
-	}
-	if !errors.As(err, &pgErr) {
-		return true, false // a lost connection, a timeout: the outcome is unknown
-	}
 	switch {
+	case errors.Is(err, errBroken):
+		return false, true
+	case !errors.As(err, &pgErr):
+		return true, false
 	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" ||
 		pgErr.ConstraintName == "wallet_creation_key_once"):
 		return true, false // another writer made the wallet first: this time we lock it
 	case pgErr.Code == "23514" && strings.HasPrefix(pgErr.Message, "no partition"):
 		return true, false // an outbox without this hour's partition
 	}
-	switch pgErr.Code[:2] {
-	case "08", // connection exception
-		"55", // lock_timeout
-		"25", // idle_in_transaction_session_timeout; read-only after a failover
-		"40", // serialization failure, deadlock
-		"53", // out of connections, disk, memory
-		"57", // statement_timeout, shutdown, crash, not up yet
-		"58": // system error
-		return true, false
-	}
-	return false, true
+	passes := pg.Passes(err)
+	return passes, !passes
 }
 
 // putOff queues an operation again after a pause, unless its client gives up before.
@@ -508,12 +433,6 @@ SELECT ` + holdColumns + `
 FROM hold h WHERE h.status = 'open' AND h.expires_at <= $2 AND h.wallet_id + 0 = ANY ($1::bigint[])
 ORDER BY h.expires_at, h.wallet_id, h.seq LIMIT $3 OFFSET $4`
 
-	insertWallets = `
-INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, creation_key, held, state, state_seq)
-SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::bigint[]),
-       unnest($5::timestamptz[]), unnest($6::timestamptz[]), nullif(unnest($7::text[]), ''),
-       unnest($8::text[]::numeric[]), nullif(unnest($9::text[]), ''), nullif(unnest($10::bigint[]), 0)`
-
 	updateWallets = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
 FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balance,
@@ -529,47 +448,6 @@ FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[]::numeric[]) AS balanc
              unnest($5::text[]::numeric[]) AS held, nullif(unnest($6::text[]), '') AS state,
              nullif(unnest($7::bigint[]), 0) AS state_seq) n
 WHERE wallet.id = ANY (ARRAY[n.id])`
-
-	insertEntries = `
-INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
-                   idempotency_key)
-SELECT ` + entryArrays
-
-	entryArrays = `unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
-       nullif(unnest($4::bigint[]), 0), unnest($5::timestamptz[]), unnest($6::text[]::entry_kind[]),
-       unnest($7::text[]::numeric[]), unnest($8::text[]::numeric[]), unnest($9::text[])`
-
-	// Of a batch in which some entry says more.
-	insertEntriesWithMore = `
-INSERT INTO entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
-                   idempotency_key, of_seq, held_change, held, remaining, note)
-SELECT ` + entryArrays + `,
-       nullif(unnest($10::bigint[]), 0), nullif(unnest($11::text[]), '')::numeric,
-       nullif(unnest($12::text[]), '')::numeric, nullif(unnest($13::text[]), '')::numeric,
-       nullif(unnest($14::text[]), '')`
-
-	insertHolds = `
-INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
-       unnest($4::text[]::numeric[]), unnest($5::text[]::numeric[]), unnest($6::text[]::numeric[]),
-       unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
-
-	updateHolds = `
-UPDATE hold SET captured = n.captured, remaining = n.remaining, status = n.status, last_seq = n.last_seq
-FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq,
-             unnest($3::text[]::numeric[]) AS captured, unnest($4::text[]::numeric[]) AS remaining,
-             unnest($5::text[]) AS status, unnest($6::bigint[]) AS last_seq) n
-WHERE hold.wallet_id = ANY (ARRAY[n.wallet_id]) AND hold.seq = ANY (ARRAY[n.seq])`
-
-	upsertReversals = `
-INSERT INTO reversal (wallet_id, seq, amount, reversed)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), unnest($3::text[]::numeric[]),
-       unnest($4::text[]::numeric[])
-ON CONFLICT (wallet_id, seq) DO UPDATE SET reversed = excluded.reversed`
-
-	insertReferences = `
-INSERT INTO reference (reference, wallet_id, seq)
-SELECT unnest($1::text[]), unnest($2::bigint[]), unnest($3::bigint[])`
 )
 
 // tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something
@@ -634,8 +512,8 @@ func (o *outcome) is(op *operation) bool {
 	return o.posted.Seq == op.posted.Seq && o.posted.CreatedAt.Equal(op.posted.CreatedAt)
 }
 
-// releaseDue releases the holds that are due on wallets which lacked funds, and decides again what was refused
-// for that. So nobody waits for the sweep, and nobody but who was refused pays for the look.
+// releaseDue releases the holds that are due on wallets which lacked funds, and decides again what was
+// refused for that. So nobody waits for the sweep, and nobody but who was refused pays for the look.
 func (p *posting) releaseDue(ctx context.Context, conn *pgxpool.Conn, batch []*operation) error {
 	short := slices.Collect(maps.Keys(p.short))
 	for seen := 0; len(p.short) > 0; seen += dueMax {
@@ -673,22 +551,6 @@ func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance
 		if op.replayed && op.kind != kindCreation {
 			op.posted.tell(heads)
 		}
-	}
-}
-
-// tell adds a balance unless a newer one is there.
-func tell(heads map[int64]cachedBalance, b cachedBalance) {
-	if heads[b.walletID].seq < b.seq {
-		heads[b.walletID] = b
-	}
-}
-
-// tell adds what the movement's answer tells of its wallets.
-func (m *posted) tell(heads map[int64]cachedBalance) {
-	tell(heads, cachedBalance{m.WalletID, m.Seq, m.Currency, money.Text(m.Balance), money.Text(m.says().Held)})
-	if m.CounterpartyID != 0 {
-		tell(heads, cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, money.Text(m.toBalance),
-			money.Text(m.toHeld)})
 	}
 }
 
@@ -744,7 +606,8 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 		switch {
 		case op.undoes != nil:
 			undone.add(op.undoes.WalletID, op.undoes.Seq)
-			p.reversals[entryKey{op.undoes.WalletID, op.undoes.Seq}] = &reversal{amount: op.undoes.Amount.Abs()}
+			p.reversals[entryKey{op.undoes.WalletID,
+				op.undoes.Seq}] = &reversal{amount: op.undoes.Amount.Abs()}
 		case op.ofSeq != 0:
 			held.add(op.walletID, op.ofSeq)
 		}
@@ -859,37 +722,6 @@ func scanHolds(rows pgx.Rows) ([]*hold, error) {
 	return holds, err
 }
 
-// A movement is read as its initiating entry e, the wallet's currency, the payee's head, what the entry is of.
-const selectPosted = `
-SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
-       coalesce((
-           SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
-       ), 0)::text,
-       (SELECT p.held FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq)::text,
-       (SELECT CASE o.kind WHEN 'transfer_in' THEN o.counterparty_id || '-' || o.counterparty_seq
-                           ELSE o.wallet_id || '-' || o.seq END
-        FROM entry o WHERE o.wallet_id = e.wallet_id AND o.seq = e.of_seq)`
-
-// scanPosted reads what selectPosted selects, and what stands behind it.
-func scanPosted(row pgx.Row, m *posted, more ...any) error {
-	s := entryScan{e: &m.entry}
-	var toHeld, of *string
-	columns := append(s.columns(), &m.Currency, &m.toBalance, &toHeld, &of)
-	if err := row.Scan(append(columns, more...)...); err != nil {
-		return err
-	}
-	if of != nil {
-		m.of = *of
-	}
-	if toHeld != nil {
-		var err error
-		if m.toHeld, err = decimal.NewFromString(*toHeld); err != nil {
-			return err
-		}
-	}
-	return s.finish()
-}
-
 func (p *posting) scanCreations(rows pgx.Rows) error {
 	var w wallet
 	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &w.CreatedAt, &w.creationKey}, func() error {
@@ -978,11 +810,13 @@ func (w *wallet) lets(in bool) error {
 	case w.State == stateClosed:
 		return refuse("wallet_closed", "Wallet %d is closed. Use another one.", w.ID)
 	case w.State == stateFrozen:
-		return refuse("wallet_frozen", "Wallet %d is frozen: nothing goes in or out until an operator sets its "+
-			"state to open.", w.ID)
+		return refuse("wallet_frozen",
+			"Wallet %d is frozen: nothing goes in or out until an operator sets its "+
+				"state to open.", w.ID)
 	case w.State == stateNoOut && !in:
-		return refuse("wallet_frozen", "Wallet %d takes money in but lets none out until an operator sets its "+
-			"state to open.", w.ID)
+		return refuse("wallet_frozen",
+			"Wallet %d takes money in but lets none out until an operator sets its "+
+				"state to open.", w.ID)
 	}
 	return nil
 }
@@ -1049,7 +883,8 @@ func (p *posting) transfer(op *operation, from, to *wallet, currency string, amo
 	d details, payee *details) {
 	at := latest(latest(p.now, from.EntryAt), to.EntryAt)
 	first := entry{WalletID: from.ID, CounterpartyID: to.ID, CounterpartySeq: to.Seq + 1, Kind: op.kind,
-		Currency: currency, Amount: amount.Neg(), Key: op.key, more: op.details(d), traceparent: op.traceparent}
+		Currency: currency, Amount: amount.Neg(), Key: op.key, more: op.details(d),
+		traceparent: op.traceparent}
 	second := entry{WalletID: to.ID, CounterpartyID: from.ID, CounterpartySeq: from.Seq + 1,
 		Kind: kindTransferIn, Currency: currency, Amount: amount, Key: op.key, traceparent: op.traceparent}
 	if payee != nil || op.note.Reference != "" || op.note.Metadata != "" {
@@ -1258,7 +1093,8 @@ func (op *operation) undo(m *posted) error {
 	case m.Kind == kindWithdrawal:
 		op.kind = kindDeposit
 	case m.Kind == kindTransferOut:
-		op.kind, op.walletID, op.ofSeq, op.toID = kindTransferOut, m.CounterpartyID, m.CounterpartySeq, m.WalletID
+		op.kind, op.toID = kindTransferOut, m.WalletID
+		op.walletID, op.ofSeq = m.CounterpartyID, m.CounterpartySeq
 	default:
 		return refuse("not_reversible", "Transaction %s moved no money: a hold is voided, a state set again.",
 			entryID(m.WalletID, m.Seq))
@@ -1281,8 +1117,9 @@ func decideReversal(p *posting, op *operation) error {
 		return err
 	}
 	if amount.GreaterThan(left) || left.IsZero() {
-		return refuse("reversal_exceeds", "Of transaction %s there is %s left to reverse. Reverse no more than "+
-			"that.", entryID(was.WalletID, was.Seq), money.Text(left))
+		return refuse("reversal_exceeds",
+			"Of transaction %s there is %s left to reverse. Reverse no more than "+
+				"that.", entryID(was.WalletID, was.Seq), money.Text(left))
 	}
 	d := details{OfSeq: op.ofSeq, Remaining: left.Sub(amount)}
 	pay := *op
@@ -1454,434 +1291,11 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 	return nil
 }
 
-func (p *posting) queueEntries(b *pgx.Batch) {
-	n := len(p.entries)
-	ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
-	ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
-	amounts, balances := make([]string, n), make([]string, n)
-	more := false
-	for i := range p.entries {
-		e := &p.entries[i]
-		ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
-		ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
-		amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
-		more = more || e.more != nil
-	}
-	args := []any{ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys}
-	if !more {
-		b.Queue(insertEntries, args...)
-		return
-	}
-	ofSeqs, notes := make([]int64, n), make([]string, n)
-	changes, helds, remainings := make([]string, n), make([]string, n), make([]string, n)
-	var references []string
-	var referring entryIDs
-	for i := range p.entries {
-		e := &p.entries[i]
-		d := e.says()
-		ofSeqs[i], notes[i] = d.OfSeq, d.noteText
-		if !d.HeldChange.IsZero() {
-			changes[i] = money.Text(d.HeldChange)
-		}
-		if !d.Held.IsZero() {
-			helds[i] = money.Text(d.Held)
-		}
-		if d.OfSeq != 0 || e.Kind == kindHold {
-			remainings[i] = money.Text(d.Remaining)
-		}
-		if d.Note.Reference != "" && e.Kind != kindTransferIn {
-			references = append(references, d.Note.Reference)
-			referring.add(e.WalletID, e.Seq)
-		}
-	}
-	b.Queue(insertEntriesWithMore, append(args, ofSeqs, changes, helds, remainings, notes)...)
-	if len(references) > 0 {
-		b.Queue(insertReferences, references, referring.wallets, referring.seqs)
-	}
-}
-
-func (p *posting) queueHolds(b *pgx.Batch) {
-	var placed, moved struct {
-		entryIDs
-		toIDs, lastSeqs                        []int64
-		amounts, captured, remaining, statuses []string
-		expiresAts                             []time.Time
-	}
-	for _, h := range p.holds {
-		c := &placed
-		if h.exists {
-			c = &moved
-		}
-		if h.changed {
-			c.add(h.WalletID, h.Seq)
-			c.toIDs, c.lastSeqs = append(c.toIDs, h.ToID), append(c.lastSeqs, h.lastSeq)
-			c.amounts = append(c.amounts, money.Text(h.Amount))
-			c.captured = append(c.captured, money.Text(h.Captured))
-			c.remaining = append(c.remaining, money.Text(h.Remaining))
-			c.statuses = append(c.statuses, h.Status)
-			c.expiresAts = append(c.expiresAts, h.ExpiresAt)
-		}
-	}
-	if c := &placed; len(c.seqs) > 0 {
-		b.Queue(insertHolds, c.wallets, c.seqs, c.toIDs, c.amounts, c.captured, c.remaining, c.statuses,
-			c.expiresAts, c.lastSeqs)
-	}
-	if c := &moved; len(c.seqs) > 0 {
-		b.Queue(updateHolds, c.wallets, c.seqs, c.captured, c.remaining, c.statuses, c.lastSeqs)
-	}
-}
-
-func (p *posting) queueReversals(b *pgx.Batch) {
-	var of entryIDs
-	var amounts, reversed []string
-	for k, r := range p.reversals {
-		if r.changed {
-			of.add(k.walletID, k.seq)
-			amounts, reversed = append(amounts, money.Text(r.amount)), append(reversed, money.Text(r.reversed))
-		}
-	}
-	if len(of.seqs) > 0 {
-		b.Queue(upsertReversals, of.wallets, of.seqs, amounts, reversed)
-	}
-}
-
-// walletArrays are wallets by column.
-type walletArrays struct {
-	ids, seqs, stateSeqs                              []int64
-	currencies, balances, creationKeys, helds, states []string
-	createdAts                                        []time.Time
-	entryAts                                          []*time.Time
-}
-
-func columnsOf(wallets []*wallet) walletArrays {
-	var c walletArrays
-	for _, w := range wallets {
-		var entryAt *time.Time
-		if w.Seq > 0 {
-			entryAt = &w.EntryAt
-		}
-		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
-		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
-		c.balances = append(c.balances, money.Text(w.Balance))
-		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
-		c.helds = append(c.helds, money.Text(w.Held))
-		c.states, c.stateSeqs = append(c.states, w.State), append(c.stateSeqs, w.StateSeq)
-	}
-	return c
-}
-
 func latest(a, b time.Time) time.Time {
 	if a.Before(b) {
 		return b
 	}
 	return a
-}
-
-// -----------------------------------------------------------------------------------------------------------
-// Reads
-// -----------------------------------------------------------------------------------------------------------
-
-const (
-	selectWallet = `SELECT ` + walletColumns + ` FROM wallet WHERE id = $1`
-
-	// A transaction is a movement, and how much of it has been reversed by now.
-	selectTransaction = selectPosted + `,
-       coalesce((SELECT r.reversed FROM reversal r WHERE r.wallet_id = e.wallet_id AND r.seq = e.seq), 0)
-`
-	transactionByID = selectTransaction + `
-FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
-
-	transactionByKey = selectTransaction + `
-FROM entry e WHERE e.wallet_id = $1 AND e.idempotency_key = $2 AND e.kind <> 'transfer_in'`
-
-	transactionsByReference = selectTransaction + `
-FROM reference f
-CROSS JOIN LATERAL (SELECT * FROM entry WHERE wallet_id = f.wallet_id AND seq = f.seq LIMIT 1) e
-WHERE f.reference = $1 AND (f.wallet_id, f.seq) > ($2, $3) ORDER BY f.wallet_id, f.seq LIMIT $4`
-
-	selectPageUp   = selectPage + `ASC LIMIT $6) e ON true ORDER BY e.seq ASC`
-	selectPageDown = selectPage + `DESC LIMIT $6) e ON true ORDER BY e.seq DESC`
-
-	// The wallet's head and the page's bounds stand beside each entry, and beside none where there is none.
-	selectPage = `
-WITH s AS MATERIALIZED (
-    SELECT w.id, w.currency, w.balance, w.held, w.seq,
-           coalesce(nullif($2::bigint, 0), seq_since(w.id, coalesce($4, now() - interval '24 hours'))) AS low,
-           coalesce(nullif($3::bigint, 0), seq_since(w.id, $5)) AS high
-    FROM wallet w WHERE w.id = $1
-)` + selectPosted + `, s.currency, s.balance::text, s.held::text, s.seq, s.low, s.high
-FROM s LEFT JOIN LATERAL (
-    SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
-)
-
-// wallet reads one wallet from Postgres.
-func (l *ledger) wallet(ctx context.Context, id int64) (*wallet, error) {
-	return l.readWallet(ctx, id, l.cache.ticket())
-}
-
-// readWallet reads a wallet, and puts what it found into the cache.
-func (l *ledger) readWallet(ctx context.Context, id int64, t ticket) (*wallet, error) {
-	found := posting{wallets: make(map[int64]*wallet)}
-	rows, _ := l.reads.Query(ctx, selectWallet, id)
-	if err := found.scanWallets(rows); err != nil {
-		return nil, fmt.Errorf("read wallet: %w", err)
-	}
-	w := found.wallets[id]
-	if w == nil {
-		return nil, errNoWallet(id)
-	}
-	l.cache.put(t, map[int64]cachedBalance{id: w.cached()})
-	return w, nil
-}
-
-func (w *wallet) cached() cachedBalance {
-	return cachedBalance{w.ID, w.Seq, w.Currency, money.Text(w.Balance), money.Text(w.Held)}
-}
-
-// balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
-func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cachedBalance, error) {
-	t := l.cache.ticket()
-	if !fresh {
-		b, found, ok := l.cache.get(ctx, id, minSeq)
-		if ok {
-			return b, nil
-		}
-		t = found
-	}
-	w, err := l.readWallet(ctx, id, t)
-	if err != nil {
-		return cachedBalance{}, err
-	}
-	if w.Seq < minSeq {
-		return cachedBalance{}, errSeqNotReached(id, w.Seq, minSeq)
-	}
-	return w.cached(), nil
-}
-
-// transactions reads movements by one of the queries above.
-func (l *ledger) transactions(ctx context.Context, query string, args ...any) ([]*posted, error) {
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, query, args...)
-	defer rows.Close()
-	var found []*posted
-	told := make(map[int64]cachedBalance)
-	for rows.Next() {
-		m := new(posted)
-		if err := scanPosted(rows, m, &m.reversed); err != nil {
-			return nil, fmt.Errorf("read transactions: %w", err)
-		}
-		found = append(found, m)
-		m.tell(told)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("read transactions: %w", err)
-	}
-	l.cache.put(t, told)
-	return found, nil
-}
-
-// transaction reads a movement by its initiating entry.
-func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
-	found, err := l.transactions(ctx, transactionByID, walletID, seq)
-	if err == nil && len(found) == 0 {
-		err = refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
-	}
-	if err != nil {
-		return nil, err
-	}
-	return found[0], nil
-}
-
-// walletsAfter reads wallets by their ids.
-func (l *ledger) walletsAfter(ctx context.Context, after int64, limit int) ([]*wallet, error) {
-	t := l.cache.ticket()
-	found := posting{wallets: make(map[int64]*wallet)}
-	rows, _ := l.reads.Query(ctx, `
-SELECT `+walletColumns+` FROM wallet WHERE id > $1 ORDER BY id LIMIT $2`, after, limit)
-	if err := found.scanWallets(rows); err != nil {
-		return nil, fmt.Errorf("read wallets: %w", err)
-	}
-	told := make(map[int64]cachedBalance, len(found.wallets))
-	for id, w := range found.wallets {
-		told[id] = w.cached()
-	}
-	l.cache.put(t, told)
-	return slices.SortedFunc(maps.Values(found.wallets), func(a, b *wallet) int {
-		return cmp.Compare(a.ID, b.ID)
-	}), nil
-}
-
-// moment is a wallet's head as it was at a time, or after an entry.
-type moment struct {
-	currency      string
-	seq           int64 // of the last entry by then
-	balance, held decimal.Decimal
-	final         bool // nothing can be committed any more that belongs before
-	low           int64
-}
-
-const (
-	// The time before which nothing can be committed any more: every batch under way reads its clock after it
-	// began. (A clock that is set back breaks this, as it would for anybody.)
-	settledUntil = `
-SELECT least(clock_timestamp(), min(xact_start)) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'wallet write'`
-
-	// Entry number $2, or where that is negative the last one before $3; and the first one since $4.
-	selectMoment = `
-WITH s AS MATERIALIZED (
-    SELECT w.id, w.currency, w.balance, w.held, w.seq, seq_since(w.id, $4) AS low,
-           CASE WHEN $2::bigint >= 0 THEN $2::bigint ELSE seq_since(w.id, $3) - 1 END AS at
-    FROM wallet w WHERE w.id = $1
-)
-SELECT s.currency, s.balance, s.held, s.seq, s.at, s.low, coalesce(e.balance, 0), coalesce(e.held, 0)
-FROM s LEFT JOIN entry e ON e.wallet_id = s.id AND e.seq = s.at`
-)
-
-// momentAfter reads a wallet as it was after entry number seq.
-func (l *ledger) momentAfter(ctx context.Context, walletID, seq int64) (*moment, error) {
-	return l.moment(ctx, walletID, seq, time.Time{}, time.Time{})
-}
-
-// momentBefore reads a wallet as it was before a time, and which entry is the first since another.
-func (l *ledger) momentBefore(ctx context.Context, walletID int64, until, since time.Time) (*moment, error) {
-	return l.moment(ctx, walletID, -1, until, since)
-}
-
-func (l *ledger) moment(ctx context.Context, walletID, seq int64, until, since time.Time) (*moment, error) {
-	t := l.cache.ticket()
-	m, head := new(moment), wallet{ID: walletID}
-	var settled time.Time
-	var b pgx.Batch
-	// Two statements: what is committed between them is seen by the second, and was under way for the first.
-	b.Queue(settledUntil).QueryRow(func(row pgx.Row) error { return row.Scan(&settled) })
-	b.Queue(selectMoment, walletID, seq, until, since).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&head.Currency, &head.Balance, &head.Held, &head.Seq, &m.seq, &m.low, &m.balance, &m.held)
-	})
-	err := l.reads.SendBatch(ctx, &b).Close()
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return nil, errNoWallet(walletID)
-	case err != nil:
-		return nil, fmt.Errorf("read balance as it was: %w", err)
-	}
-	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
-	if m.seq > head.Seq {
-		return nil, errSeqNotReached(walletID, head.Seq, m.seq)
-	}
-	m.currency = head.Currency
-	m.final = seq >= 0 || m.seq < head.Seq || !until.After(settled)
-	return m, nil
-}
-
-func errSeqNotReached(walletID, has, wants int64) *refusal {
-	return refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", walletID, has, wants)
-}
-
-// entriesBetween visits a wallet's entries from one to another, both included, a page at a time: entries never
-// change, so that no snapshot has to last. visit's entry is used again.
-func (l *ledger) entriesBetween(ctx context.Context, walletID, from, to int64, visit func(*entry) error) error {
-	const page = 1000
-	for ; from <= to; from += page {
-		ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
-		where := `WHERE w.id = $1 AND e.wallet_id = $1 AND e.seq BETWEEN $2 AND $3 ORDER BY e.seq`
-		args := []any{walletID, from, min(from+page-1, to)}
-		var read []entry // a connection is not to wait for a client
-		err := readEntries(ctx, l.reads, where, args, func(e *entry) error {
-			read = append(read, *e)
-			return nil
-		})
-		cancel()
-		if err != nil {
-			return err
-		}
-		for i := range read {
-			if err := visit(&read[i]); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// page is a stretch of a wallet's history, ascending or descending, limit entries at most: those of from <=
-// seq < to or, where these are 0, of since <= created_at < until. A nil since means 24 hours ago, by the
-// database's clock as the entries' times are.
-type page struct {
-	from, to   int64
-	since      *time.Time
-	until      time.Time
-	descending bool
-	limit      int
-}
-
-// cursor names the rest of a history after a page.
-func (p page) cursor() string {
-	if p.descending {
-		return cursorOf("d", p.from, p.to)
-	}
-	return cursorOf("a", p.from, p.to)
-}
-
-func parseCursor(s string) (p page, err error) {
-	if p.from, p.to, err = parseCursorOf("a", s); err != nil {
-		p.descending = true
-		p.from, p.to, err = parseCursorOf("d", s)
-	}
-	return p, err
-}
-
-// cursorOf names the rest of a list by two numbers above 0: opaque to clients.
-func cursorOf(kind string, a, b int64) string {
-	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%s.%d.%d", kind, a, b))
-}
-
-func parseCursorOf(kind, s string) (a, b int64, err error) {
-	raw, err := base64.RawURLEncoding.DecodeString(s)
-	parts := strings.Split(string(raw), ".")
-	var errs [2]error
-	if err == nil && len(parts) == 3 {
-		a, errs[0] = strconv.ParseInt(parts[1], 10, 64)
-		b, errs[1] = strconv.ParseInt(parts[2], 10, 64)
-	}
-	if errors.Join(errs[:]...) != nil || a < 1 || b < 1 || cursorOf(kind, a, b) != s {
-		return 0, 0, refuse("parameter_malformed",
-			"This cursor is not one of ours. Take it from the Link header of the page before.")
-	}
-	return a, b, nil
-}
-
-// history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so
-// that everything is of one moment.
-func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []*entry, err error) {
-	query := selectPageUp
-	if p.descending {
-		query = selectPageDown
-	}
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, query, walletID, p.from, p.to, p.since, p.until, p.limit)
-	defer rows.Close()
-	head := wallet{ID: walletID}
-	for rows.Next() {
-		m := new(posted)
-		of := []any{&head.Currency, &head.Balance, &head.Held, &head.Seq, &p.from, &p.to}
-		if rows.RawValues()[0] == nil { // no entry
-			err = rows.Scan(append(make([]any, len(rows.RawValues())-len(of)), of...)...)
-		} else if err = scanPosted(rows, m, of...); err == nil {
-			entries = append(entries, &m.entry)
-		}
-		if err != nil {
-			break
-		}
-	}
-	if err = cmp.Or(err, rows.Err()); err != nil {
-		return nil, fmt.Errorf("read history: %w", err)
-	}
-	if head.Currency == "" {
-		return nil, errNoWallet(walletID)
-	}
-	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
-	return entries, nil
 }
 
 func errNoWallet(id int64) *refusal {
@@ -1892,7 +1306,7 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 	w.Counter("wallet_batches_total", "Batches committed.", float64(l.batches.Load()))
 	w.Counter("wallet_operations_total", "Operations decided, replays and refusals included.",
 		float64(l.operations.Load()))
-	w.Counter("wallet_batch_reruns_total", "Batches run again after a fault.", float64(l.reruns.Load()))
+	w.Counter("wallet_batch_reruns_total", "Batches run again after a pg.", float64(l.reruns.Load()))
 	w.Counter("wallet_batch_splits_total", "Batches halved because one operation failed them.",
 		float64(l.splits.Load()))
 	w.Counter("wallet_hold_expiries_total", "Holds that this replica released, being due.",
@@ -1977,114 +1391,4 @@ func (l *ledger) releaseDue(ctx context.Context) (found int, err error) {
 		}
 	}
 	return len(due), err
-}
-
-// heldMoney is what open holds reserve in one currency.
-type heldMoney struct {
-	currency      string
-	holds, amount float64
-}
-
-// countHolds looks how much is held, for the metrics.
-func (l *ledger) countHolds(ctx context.Context) error {
-	rows, _ := l.reads.Query(ctx, `
-SELECT w.currency, count(*)::float8, sum(h.remaining)::float8
-FROM hold h JOIN wallet w ON w.id = h.wallet_id WHERE h.status = 'open' GROUP BY 1 ORDER BY 1`)
-	var h heldMoney
-	held := []heldMoney{}
-	_, err := pgx.ForEachRow(rows, []any{&h.currency, &h.holds, &h.amount}, func() error {
-		held = append(held, h)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("count open holds: %w", err)
-	}
-	l.held.Store(&held)
-	return nil
-}
-
-// Holds, what their entries say, and their wallet's head: of one snapshot.
-const (
-	holdColumns = `h.wallet_id, h.seq, coalesce(h.to_id, 0), h.amount, h.captured, h.remaining, h.status,
-       h.expires_at, h.last_seq`
-
-	selectHolds = `
-SELECT w.currency, w.balance, w.held, w.seq, ` + holdColumns + `, e.created_at, e.note
-FROM wallet w LEFT JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = w.id AND `
-	andTheirEntries = `) h ON true LEFT JOIN entry e ON e.wallet_id = h.wallet_id AND e.seq = h.seq
-WHERE w.id = $1 ORDER BY h.seq`
-)
-
-// shownHold is a hold and what its entry says of it.
-type shownHold struct {
-	hold
-	currency  string
-	createdAt time.Time
-	note      note
-}
-
-// readHolds reads a wallet's head and those of its holds that a condition names; the wallet is nil where there
-// is none.
-func (l *ledger) readHolds(ctx context.Context, condition string, walletID int64, args ...any,
-) (w *wallet, holds []*shownHold, err error) {
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, selectHolds+condition+andTheirEntries, append([]any{walletID}, args...)...)
-	defer rows.Close()
-	for rows.Next() {
-		w = &wallet{ID: walletID}
-		h := new(shownHold)
-		var said *string
-		columns := []any{&w.Currency, &w.Balance, &w.Held, &w.Seq, &h.WalletID, &h.Seq, &h.ToID, &h.Amount,
-			&h.Captured, &h.Remaining, &h.Status, &h.ExpiresAt, &h.lastSeq, &h.createdAt, &said}
-		none := rows.RawValues()[4] == nil
-		if none {
-			clear(columns[4:])
-		}
-		if err := rows.Scan(columns...); err != nil {
-			return nil, nil, fmt.Errorf("read holds: %w", err)
-		}
-		if none {
-			continue
-		}
-		if said != nil {
-			if h.note, err = parseNote(*said); err != nil {
-				return nil, nil, err
-			}
-		}
-		h.currency = w.Currency
-		holds = append(holds, h)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, nil, fmt.Errorf("read holds: %w", err)
-	}
-	if w != nil {
-		l.cache.put(t, map[int64]cachedBalance{walletID: w.cached()})
-	}
-	return w, holds, nil
-}
-
-// hold reads one hold.
-func (l *ledger) hold(ctx context.Context, walletID, seq int64) (*shownHold, error) {
-	_, found, err := l.readHolds(ctx, `seq = $2`, walletID, seq)
-	if err == nil && len(found) == 0 {
-		err = errNoHold(walletID, seq)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return found[0], nil
-}
-
-// holds reads a wallet's holds after one, of a status unless that is empty, and the wallet's head.
-func (l *ledger) holds(ctx context.Context, walletID int64, status string, after int64, limit int,
-) (*wallet, []*shownHold, error) {
-	condition := `seq > $2 ORDER BY seq LIMIT $3`
-	if status != "" { // one of a few words: as a parameter it would keep out the index of open ones
-		condition = `status = '` + status + `' AND ` + condition
-	}
-	w, found, err := l.readHolds(ctx, condition, walletID, after, limit)
-	if err == nil && w == nil {
-		err = errNoWallet(walletID)
-	}
-	return w, found, err
 }

@@ -19,6 +19,7 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"net/http/pprof"
 	"net/netip"
 	"runtime/debug"
 	"slices"
@@ -199,6 +200,16 @@ func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) htt
 		}
 		handler.ServeHTTP(w, r)
 	})
+}
+
+// Profiles adds those of net/http/pprof, for whose key has the scope.
+func (s *Server) Profiles(mux *http.ServeMux, needed gate.Scope) {
+	for path, profile := range map[string]http.HandlerFunc{
+		"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol,
+		"trace": pprof.Trace,
+	} {
+		mux.Handle("GET /debug/pprof/"+path, s.Guard("/debug/pprof/", needed, profile))
+	}
 }
 
 // -----------------------------------------------------------------------------------------------------------

@@ -146,8 +146,8 @@ func FuzzBody(f *testing.F) {
 var bodyShape = Shape{Fields: []string{"amount", "currency", "idempotency_key", "to_id", "final", "metadata"},
 	Flags: []string{"final"}, Objects: []string{"metadata"}}
 
-// readByTokens is what parseFields does, by encoding/json alone: an object of bodyShape's fields, each at most
-// once.
+// readByTokens is what parseFields does, by encoding/json alone: an object of bodyShape's fields, each at
+// most once.
 func readByTokens(body []byte) (Fields, bool) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.UseNumber()

@@ -5,6 +5,7 @@ package api
 import (
 	"cmp"
 	"encoding/json"
+	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -23,6 +24,15 @@ type Contract struct {
 	Title, Version, Description string `json:"-"`
 	// By name: of answers, of a body's fields, of a query's parameters.
 	Schemas, Fields, Parameters Object
+}
+
+// ReadContract adds what a JSON document says by its members schemas, fields and parameters. The document
+// is a part of the program: a bad one is a programmer's error.
+func ReadContract(document []byte, c Contract) Contract {
+	if err := json.Unmarshal(document, &c); err != nil {
+		panic(fmt.Sprintf("contract: %v", err))
+	}
+	return c
 }
 
 // record is the schema of an object that has all of these members and no others.

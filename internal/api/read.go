@@ -15,7 +15,10 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
+
+	"wallet/internal/jsontext"
 )
 
 // Fields is a request's JSON object, each member as its text.
@@ -159,8 +162,8 @@ func parseObject(text []byte) (f Field, rest []byte, ok bool) {
 }
 
 // ParseTexts reads an object of strings, such as a Shape's Objects, in the order of its members. It refuses
-// (ok is false) whatever else is in it, a name that is there twice, and what is not UTF-8: a text comes out as
-// it was sent or not at all.
+// (ok is false) whatever else is in it, a name that is there twice, and what is not UTF-8: a text comes out
+// as it was sent or not at all.
 func ParseTexts(object string) (names []string, values map[string]string, ok bool) {
 	d := json.NewDecoder(strings.NewReader(object))
 	values = make(map[string]string)
@@ -297,4 +300,43 @@ func Traceparent(h http.Header) string {
 		return ""
 	}
 	return v
+}
+
+// Printable says whether all of a text is visible, or a space between.
+func Printable(text string) bool {
+	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(c rune) bool {
+		return !unicode.IsPrint(c) || c == utf8.RuneError
+	})
+}
+
+// Canonical is the one form of an object of strings: its members by name, without white space; empty where it
+// has none. It refuses (ok is false) what ParseTexts does, a member without a name, and more than so many.
+func Canonical(object string, members int) (text string, ok bool) {
+	names, values, ok := ParseTexts(object)
+	if !ok || len(names) > members || slices.Contains(names, "") {
+		return "", false
+	}
+	if len(names) == 0 {
+		return "", true
+	}
+	slices.Sort(names)
+	o := jsontext.Open(nil)
+	for _, name := range names {
+		o.Text(name, values[name])
+	}
+	return string(o.Close()), true
+}
+
+// Span reads a length of time such as 15m: a whole number of s, m, h or d, up to most.
+func Span(text string, most time.Duration) (span time.Duration, ok bool) {
+	if len(text) < 2 || len(text) > 10 || text[0] == '0' {
+		return 0, false
+	}
+	unit := map[byte]time.Duration{'s': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour}
+	n, err := strconv.ParseUint(text[:len(text)-1], 10, 32)
+	each := unit[text[len(text)-1]]
+	if err != nil || each == 0 || n > uint64(most/each) {
+		return 0, false
+	}
+	return time.Duration(n) * each, true
 }

@@ -113,8 +113,8 @@ func (e *Writer) Flush() error {
 // Sum is the SHA-256 of the items so far, in hex.
 func (e *Writer) Sum() string { return hex.EncodeToString(e.sum.Sum(nil)) }
 
-// Close ends the list. tail is what the JSON object ends with, without its braces; as JSON lines, head and tail
-// are the last line, under name.
+// Close ends the list. tail is what the JSON object ends with, without its braces; as JSON lines, head and
+// tail are the last line, under name.
 func (e *Writer) Close(name string, head, tail []byte) error {
 	switch e.format {
 	case JSON:

@@ -22,7 +22,8 @@ func TestFormats(t *testing.T) {
 		}
 		for i, text := range []string{"=1+1", `-2,"x"`} {
 			n := fmt.Sprint(i + 1)
-			if err := w.Item([]byte(`{"n":`+n+`}`), func() []string { return []string{n, text} }); err != nil {
+			if err := w.Item([]byte(`{"n":`+n+`}`),
+				func() []string { return []string{n, text} }); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -40,7 +41,8 @@ func TestFormats(t *testing.T) {
 
 func TestNegotiate(t *testing.T) {
 	for accept, want := range map[string]string{
-		"": JSON, "*/*": JSON, "text/csv": CSV, "text/html, text/csv;q=0.5": CSV, "application/x-ndjson": Lines,
+		"": JSON, "*/*": JSON, "text/csv": CSV, "text/html, text/csv;q=0.5": CSV,
+		"application/x-ndjson":            Lines,
 		"application/json; charset=utf-8": JSON, "application/jsonl": Lines, "text/html": "", "x": "",
 	} {
 		if got, ok := Negotiate(accept); got != want || ok != (want != "") {

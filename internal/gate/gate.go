@@ -336,3 +336,40 @@ func Watch(ctx context.Context, every time.Duration, load func() error, files ..
 		}
 	}
 }
+
+// Server is an HTTP server whose timeouts let no slow client hold anything for long. An answer may take up to
+// writeTimeout.
+func Server(h http.Handler, writeTimeout time.Duration) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		// Clients that break off.
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+	}
+}
+
+// Serve serves on a listener, by TLS where there is a certificate, until the server is shut down.
+func Serve(server *http.Server, l net.Listener, certificate *Certificate) (err error) {
+	if certificate != nil {
+		server.TLSConfig = certificate.Config()
+		err = server.ServeTLS(l, "", "")
+	} else {
+		err = server.Serve(l)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// Exposed says whether others can reach what listens on an address.
+func Exposed(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	ip, notIP := netip.ParseAddr(host)
+	loopback := host == "localhost" || notIP == nil && ip.IsLoopback()
+	return err == nil && !loopback
+}

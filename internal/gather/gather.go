@@ -1,8 +1,8 @@
 // Package gather forms batches by themselves: while one is being worked on, the next one gathers.
 //
 // It touches nothing but the operations that it is given. It promises that each one queued is handed to a
-// worker once (or dropped, if it is gone by then), that those on one key go in the order of their arrival, and
-// that no two batches at work share a key.
+// worker once (or dropped, if it is gone by then), that those on one key go in the order of their arrival,
+// and that no two batches at work share a key.
 package gather
 
 import (

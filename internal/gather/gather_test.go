@@ -84,7 +84,8 @@ func TestGather(t *testing.T) {
 			}
 		}
 		if dropped.Load() != gone || int64(len(seen))+gone != operations {
-			t.Errorf("%d worked off and %d dropped of %d, %d were gone", len(seen), dropped.Load(), operations, gone)
+			t.Errorf("%d worked off and %d dropped of %d, %d were gone", len(seen), dropped.Load(),
+				operations, gone)
 		}
 	})
 }

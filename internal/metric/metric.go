@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"runtime/metrics"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -106,4 +107,20 @@ func (w *Writer) Histograms(name, help string, each func(yield func(labels strin
 		sum := math.Float64frombits(h.sum.Load())
 		fmt.Fprintf(w.to, "%s_sum%s %g\n%s_count%s %d\n", name, labels, sum, name, labels, total)
 	}
+}
+
+// Runtime writes what Go's runtime says of itself, under names that begin with prefix.
+func (w *Writer) Runtime(prefix string) {
+	samples := []metrics.Sample{
+		{Name: "/sched/goroutines:goroutines"},
+		{Name: "/memory/classes/heap/objects:bytes"},
+		{Name: "/memory/classes/total:bytes"},
+		{Name: "/gc/cycles/total:gc-cycles"},
+	}
+	metrics.Read(samples)
+	value := func(i int) float64 { return float64(samples[i].Value.Uint64()) }
+	w.Gauge(prefix+"_goroutines", "Goroutines.", value(0))
+	w.Gauge(prefix+"_heap_bytes", "Memory of live and not yet collected objects.", value(1))
+	w.Gauge(prefix+"_memory_bytes", "Memory that Go's runtime has mapped.", value(2))
+	w.Counter(prefix+"_gc_cycles_total", "Garbage collections.", value(3))
 }

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"regexp"
 	"strconv"
@@ -48,20 +49,81 @@ const (
 	pauseMax    = time.Second                        // between two tries
 )
 
-// Apply runs, one after the other, the steps of later versions than the database has. version reads that, under
-// the advisory lock named name; settings are those of each step's transaction. It says whether it ran any.
-func Apply(ctx context.Context, conn *pgx.Conn, name string, steps []Step, settings map[string]string,
-	version func(context.Context, *pgx.Conn) (int, error)) (applied bool, err error) {
-	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtext($1))`, name); err != nil {
-		return false, err
+// Schema is what a service's database must have.
+type Schema struct {
+	File      string   // see Steps
+	Version   int      // of its last step
+	ServerMin int      // as server_version_num: 150000
+	Table     string   // holds the versions that were applied: version, and since some of them program_min
+	Tables    []string // further ones that say, where Table is missing, that the database is somebody else's
+}
+
+// Unfit is why a database can never do, in one sentence that says what to do.
+type Unfit struct{ why string }
+
+func (u Unfit) Error() string { return u.why }
+
+func unfit(format string, args ...any) error { return Unfit{fmt.Sprintf(format, args...)} }
+
+// Has is the version that the database has; 0 where it has none of the tables. Tables of the same names that
+// are not ours are Unfit, and so is a schema that asks for a newer program.
+func (s *Schema) Has(ctx context.Context, db interface {
+	QueryRow(context.Context, string, ...any) pgx.Row
+}) (int, error) {
+	var ours bool
+	var server int
+	var foreign string
+	err := db.QueryRow(ctx, `
+SELECT current_setting('server_version_num')::int, to_regclass($1) IS NOT NULL,
+       coalesce((SELECT string_agg(t, ', ') FROM unnest($2::text[]) AS t
+                 WHERE to_regclass(t) IS NOT NULL), '')`,
+		s.Table, s.Tables).Scan(&server, &ours, &foreign)
+	switch {
+	case err != nil:
+		return 0, err
+	case server < s.ServerMin:
+		return 0, unfit("this Postgres is too old (server_version_num %d): use version %d or later", server,
+			s.ServerMin/10000)
+	case !ours && foreign != "":
+		return 0, unfit("this database has tables of our names that are not ours (%s): "+
+			"give the service a database of its own", foreign)
+	case !ours:
+		return 0, nil
 	}
-	defer conn.Exec(context.Background(), `SELECT pg_advisory_unlock(hashtext($1))`, name)
-	has, err := version(ctx, conn)
+	var version, least int
+	err = db.QueryRow(ctx, `
+SELECT coalesce(max(version), 0), coalesce(max((to_jsonb(s) ->> 'program_min')::int), 0) FROM `+s.Table+` s`,
+	).Scan(&version, &least)
+	if err == nil && least > s.Version {
+		return version, unfit("the schema is at version %d and asks for a program that knows version %d, "+
+			"this one knows %d: run a newer release", version, least, s.Version)
+	}
+	return version, err
+}
+
+// Apply runs, one after the other, the steps of later versions than the database has; settings are those of
+// each step's transaction, besides a search_path of the present schema. It returns the version of before.
+func (s *Schema) Apply(ctx context.Context, conn *pgx.Conn, settings map[string]string) (has int, err error) {
+	if has, err = s.Has(ctx, conn); err != nil || has >= s.Version {
+		return has, err
+	}
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtext($1))`, s.lock()); err != nil {
+		return has, err
+	}
+	defer conn.Exec(context.Background(), `SELECT pg_advisory_unlock(hashtext($1))`, s.lock())
+	if has, err = s.Has(ctx, conn); err != nil || has >= s.Version {
+		return has, err // another replica came first
+	}
+	settings = maps.Clone(settings)
+	settings["client_min_messages"] = "warning"
+	var path string
+	err = conn.QueryRow(ctx, `SELECT quote_ident(current_schema()) || ', pg_temp'`).Scan(&path)
 	if err != nil {
-		return false, err
+		return has, err
 	}
-	for _, s := range steps {
-		if s.Version <= has {
+	settings["search_path"] = path
+	for _, step := range Steps(s.File) {
+		if step.Version <= has {
 			continue
 		}
 		err := patiently(ctx, func() error {
@@ -74,17 +136,20 @@ func Apply(ctx context.Context, conn *pgx.Conn, name string, steps []Step, setti
 						return err
 					}
 				}
-				_, err := tx.Conn().PgConn().Exec(ctx, s.SQL).ReadAll()
+				_, err := tx.Conn().PgConn().Exec(ctx, step.SQL).ReadAll()
 				return err
 			})
 		})
 		if err != nil {
-			return applied, fmt.Errorf("step %d (%s): %w", s.Version, s.Title, err)
+			return has, fmt.Errorf("step %d (%s): %w", step.Version, step.Title, err)
 		}
-		applied = true
 	}
-	return applied, nil
+	slog.Info("schema applied", "version", s.Version)
+	return has, nil
 }
+
+// lock is the name of the advisory lock that one migration holds.
+func (s *Schema) lock() string { return strings.Replace(s.Table, "_", ".", 1) }
 
 // patiently calls try, under a short lock_timeout, until nobody's lock is in its way.
 func patiently(ctx context.Context, try func() error) error {
@@ -105,7 +170,8 @@ func patiently(ctx context.Context, try func() error) error {
 
 // Validate validates the constraints of the present schema that are NOT VALID: they bind what is new already,
 // and this checks what is old. It reads whole tables, under a lock that neither readers nor writers wait for.
-func Validate(ctx context.Context, conn *pgx.Conn, name string) error {
+func (s *Schema) Validate(ctx context.Context, conn *pgx.Conn) error {
+	name := s.lock()
 	var ours bool
 	err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock(hashtext($1))`, name+".validate").Scan(&ours)
 	if err != nil || !ours {

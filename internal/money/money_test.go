@@ -34,7 +34,8 @@ func FuzzAmount(f *testing.F) {
 		"1e1000000000", "00", ".", "1.", "٣", "+1", " 1"} {
 		f.Add(seed)
 	}
-	codes := strings.Fields("amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale")
+	codes := strings.Fields("amount_malformed amount_exponent amount_not_positive amount_too_large " +
+		"amount_scale")
 	f.Fuzz(func(t *testing.T, s string) {
 		a, err := Parse(s)
 		if err != nil {
