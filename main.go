@@ -1095,8 +1095,6 @@ func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
 	return answer, nil
 }
 
-var holdStatuses = []string{holdOpen, holdCaptured, holdVoided, holdExpired}
-
 // healthz: the process is alive. It asks nobody, since restarting us would not mend another server.
 func (s *server) healthz(*http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: []byte(`{"status":"alive"}`)}, nil

@@ -105,6 +105,8 @@ const (
 	holdExpired  = "expired"
 )
 
+var holdStatuses = []string{holdOpen, holdCaptured, holdVoided, holdExpired}
+
 // reversal is how much of a transaction has been undone.
 type reversal struct {
 	amount, reversed decimal.Decimal
