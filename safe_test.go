@@ -1416,25 +1416,96 @@ func TestFlood(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
+// requestSeeds are what FuzzRequest begins with: each route, each of its fields and parameters.
+var requestSeeds = []struct{ method, path, query, key, contentType, trace, body string }{
+	{"POST", "/v1/wallets", "", "k", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+		`{"id":1,"currency":"USD"}`},
+	{"POST", "/v1/wallets/1/deposit", "", "k", "application/json", "",
+		`{"amount":"1","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/wallets/1/withdraw", "", `"k"`, "application/json", "",
+		`{"amount":"all","currency":"USD","reference":"r","metadata":{}}`},
+	{"POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
+		`{"to_id":2,"amount":1.5,"currency":"USD","reference":"é","metadata":{"a":"\u00e9"},"idempotency_key":"k"}`},
+	{"POST", "/v1/wallets/1/holds", "", "k", "application/json", "", `{"amount":"1","to_id":2,` +
+		`"expires_in":"15m","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/holds/1-1/capture", "", "k", "application/json", "",
+		`{"amount":"1","to_id":"2","final":false,"reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/holds/1-1/void", "", "k", "application/json", "", `{"reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/transactions/1-1/reverse", "", "k", "application/json", "",
+		`{"amount":"1","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/wallets/1/state", "", "k", "application/json", "", `{"state":"frozen","note":"n"}`},
+	{"GET", "/v1/wallets", "limit=5&cursor=dy4xLjE", "", "", "", ""},
+	{"GET", "/v1/wallets/1", "", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "min_seq=1", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "at=2026-01-02T03:04:05Z", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "seq=1", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "until=2026-01-02T03:04:05%2B01:00", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", ""},
+	{"GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z&until=2026-01-03T03:04:05Z", "", "", "", ""},
+	{"GET", "/v1/wallets/1/holds", "status=open&limit=5&cursor=aC4xLjE", "", "", "", ""},
+	{"GET", "/v1/wallets/1/transactions", "idempotency_key=k", "", "", "", ""},
+	{"GET", "/v1/holds/1-1", "", "", "", "", ""},
+	{"GET", "/v1/transactions", "reference=r&limit=5&cursor=ci4xLjE", "", "", "", ""},
+	{"GET", "/v1/transactions/1-1", "", "", "", "", ""},
+	{"HEAD", "/v1/wallets/1/statement", "", "", "", "", ""},
+	{"GET", "/openapi.json", "", "", "", "", ""},
+	{"GET", "/healthz", "", "", "", "", ""},
+	{"GET", "/readyz", "", "", "", "", ""},
+	{"PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", ""},
+}
+
+// TestRequestSeeds: FuzzRequest begins with right requests of every route, with each of its fields and
+// parameters.
+func TestRequestSeeds(t *testing.T) {
+	for _, route := range new(server).routes() {
+		said, seeds := make(map[string]bool), 0
+		for _, seed := range requestSeeds {
+			if seed.method != route.Method || !isOf(seed.path, route.Path) {
+				continue
+			}
+			seeds++
+			r := httptest.NewRequest(seed.method, seed.path+"?"+seed.query, strings.NewReader(seed.body))
+			r.Header.Set("Content-Type", seed.contentType)
+			if route.Doc.Body != nil {
+				fields, err := api.ReadFields(r, route.Doc.Body)
+				if err != nil {
+					t.Errorf("%s %s: %v", seed.path, seed.body, err)
+				}
+				for name := range fields {
+					said[name] = true
+				}
+				said["idempotency_key"] = said["idempotency_key"] || seed.key != ""
+			}
+			query, err := api.ReadQuery(r, route.Doc.Query...)
+			if err != nil {
+				t.Errorf("%s?%s: %v", seed.path, seed.query, err)
+			}
+			for name := range query {
+				said[name] = true
+			}
+		}
+		if seeds == 0 {
+			t.Errorf("no seed for %s %s", route.Method, route.Path)
+		}
+		want := slices.Clone(route.Doc.Query)
+		if route.Doc.Body != nil {
+			want = append(want, route.Doc.Body.Fields...)
+		}
+		for _, name := range want {
+			if !said[name] {
+				t.Errorf("no seed for %s of %s %s", name, route.Method, route.Path)
+			}
+		}
+	}
+}
+
 // FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that
 // the contract lists, and whole.
 func FuzzRequest(f *testing.F) {
-	f.Add("POST", "/v1/wallets/1/deposit", "", "k", "application/json", "", []byte(`{"amount":"1"}`))
-	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
-		[]byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
-	f.Add("POST", "/v1/wallets", "", "", "application/json",
-		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
-	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "",
-		[]byte(nil))
-	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
-	f.Add("POST", "/v1/wallets/1/holds", "", "k", "application/json", "",
-		[]byte(`{"amount":"1","to_id":2,"expires_in":"15m","reference":"r","metadata":{"a":"b"}}`))
-	f.Add("POST", "/v1/wallets/1/state", "", "k", "application/json", "", []byte(`{"state":"frozen","note":"n"}`))
-	f.Add("POST", "/v1/holds/1-1/capture", "", "k", "application/json", "", []byte(`{"final":false}`))
-	f.Add("GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z", "", "", "", []byte(nil))
-	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
-	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
-
+	for _, seed := range requestSeeds {
+		f.Add(seed.method, seed.path, seed.query, seed.key, seed.contentType, seed.trace, []byte(seed.body))
+	}
 	cfg := &config{requestsMax: 10, readConns: 1,
 		ledgerConfig: ledgerConfig{requestTimeout: time.Second, queueOpsMax: 10, writers: 1, batchOpsMax: 1},
 		relayConfig:  relayConfig{databaseURL: "postgres://127.0.0.1:1/none"}}
