@@ -449,6 +449,7 @@ func (s *server) routes() []api.Route {
 		{Method: "GET", Path: "/v1/wallets/{id}/statement", Scope: gate.Read, Handle: s.getStatement,
 			Doc: api.Doc{Summary: "Read a statement: entries, what was before and after, sums by kind",
 				ID: "WalletID", Query: statementQuery, Answer: "Statement",
+				Forms:    map[string]string{export.Lines: "StatementLines", export.CSV: "StatementTable"},
 				Refusals: "wallet_id_malformed wallet_not_found not_acceptable"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/holds", Scope: gate.Read, Handle: s.getHolds,
 			Doc: api.Doc{Summary: "Read a wallet's holds, a page at a time",
@@ -456,13 +457,14 @@ func (s *server) routes() []api.Route {
 				Refusals: "wallet_id_malformed wallet_not_found"}},
 		{Method: "GET", Path: "/v1/wallets/{id}/transactions", Scope: gate.Read, Handle: s.getByKey,
 			Doc: api.Doc{Summary: "Find the transaction that an idempotency key stands for: none or one",
-				ID: "WalletID", Query: byKeyQuery, Answer: "Transactions", Refusals: "wallet_id_malformed"}},
+				ID: "WalletID", Query: byKeyQuery, Required: byKeyQuery, Answer: "Transactions",
+				Refusals: "wallet_id_malformed"}},
 		{Method: "GET", Path: "/v1/holds/{hold_id}", Scope: gate.Read, Handle: s.getHold,
 			Doc: api.Doc{Summary: "Read a hold", ID: "TransactionID", Answer: "Hold",
 				Refusals: "hold_id_malformed hold_not_found"}},
 		{Method: "GET", Path: "/v1/transactions", Scope: gate.Read, Handle: s.getByReference,
 			Doc: api.Doc{Summary: "Find transactions by their reference, a page at a time",
-				Query: byReferenceQuery, Answer: "Transactions"}},
+				Query: byReferenceQuery, Required: []string{"reference"}, Answer: "Transactions"}},
 		{Method: "GET", Path: "/v1/transactions/{id}", Scope: gate.Read, Handle: s.getTransaction,
 			Doc: api.Doc{Summary: "Read a movement of money by its id",
 				ID: "TransactionID", Answer: "Transaction",
@@ -515,19 +517,21 @@ var movements = []movementKind{
 	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
 		kind: kindWithdrawal, decide: decideWithdrawal, fields: "amount currency reference metadata",
 		required: "amount", all: true, answer: "Receipt",
-		refusals: "currency_mismatch wallet_not_found insufficient_funds wallet_frozen wallet_closed"},
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
+			"wallet_closed"},
 	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
 		summary: "Transfer to another wallet; creates it if need be", of: ofWallet, kind: kindTransferOut,
 		decide: decideTransfer, fields: "to_id amount currency reference metadata", required: "to_id amount",
 		all: true, answer: "TransferReceipt",
-		refusals: "currency_mismatch wallet_not_found insufficient_funds balance_limit wallet_frozen " +
-			"wallet_closed"},
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds balance_limit " +
+			"wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
 		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
 		of:      ofWallet, kind: kindHold, decide: decideHold,
 		fields: "amount to_id expires_in currency reference metadata", required: "amount",
-		answer:   "HoldReceipt",
-		refusals: "currency_mismatch wallet_not_found insufficient_funds wallet_frozen wallet_closed"},
+		answer: "HoldReceipt",
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
+			"wallet_closed"},
 	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
 		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
 		of:      ofHold, kind: kindWithdrawal, decide: decideCapture,
@@ -597,8 +601,12 @@ func (m *movementKind) doc() api.Doc {
 	if m.required != "" {
 		refusals += " field_missing"
 	}
-	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
+	doc := api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
 		Answer: m.answer, Refusals: refusals}
+	if m.all {
+		doc.As = map[string]string{"amount": "amount_or_all"}
+	}
+	return doc
 }
 
 // fieldRefusals are the codes that each field may be refused with, by itself.

@@ -15,13 +15,17 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -31,7 +35,12 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
+	"github.com/shopspring/decimal"
+
+	"wallet/internal/api"
+	"wallet/internal/export"
 	"wallet/internal/gate"
 )
 
@@ -278,34 +287,76 @@ func TestDashboardAndAlerts(t *testing.T) {
 
 // contract is the served OpenAPI document, as far as the test reads it.
 type contract struct {
-	OpenAPI string
-	Paths   map[string]map[string]struct {
-		Responses map[string]struct {
-			Description string
-			Content     map[string]struct{ Schema map[string]any }
-		}
-	}
+	OpenAPI    string
+	Paths      map[string]map[string]operationDoc
 	Components struct{ Schemas map[string]any }
 }
 
-// conforms checks a JSON value against the part of JSON Schema that our document uses.
-func (c *contract) conforms(schema any, value any) error {
-	s, _ := schema.(map[string]any)
-	if ref, ok := s["$ref"].(string); ok {
-		target, known := c.Components.Schemas[strings.TrimPrefix(ref, "#/components/schemas/")]
-		if !known {
-			return fmt.Errorf("%s leads nowhere", ref)
-		}
-		return c.conforms(target, value)
+// operationDoc is what the document says of an operation.
+type operationDoc struct {
+	Parameters []struct {
+		Name, In string
+		Required bool
+		Schema   any
 	}
-	for _, part := range asList(s["allOf"]) {
-		if err := c.conforms(part, value); err != nil {
+	RequestBody struct{ Content contents }
+	Responses   map[string]struct {
+		Description string
+		Content     contents
+	}
+}
+
+type contents map[string]struct{ Schema map[string]any } // by media type
+
+// errNotChecked is a keyword of JSON Schema, or a word of it, that conforms does not know.
+var errNotChecked = errors.New("this is not checked")
+
+// conforms checks a JSON value against a schema, by each of the schema's keywords.
+func (c *contract) conforms(schema, value any) error {
+	if schema == true {
+		return nil
+	}
+	s, ok := schema.(map[string]any)
+	if !ok {
+		return fmt.Errorf("%v is not documented", value)
+	}
+	for keyword, wants := range s {
+		if err := c.demands(s, keyword, wants, value); err != nil {
 			return err
 		}
 	}
-	if options := asList(s["oneOf"]); options != nil {
+	return nil
+}
+
+// demands checks a value by one keyword of a schema. As in JSON Schema, a keyword demands nothing of a value of
+// another type than its own.
+func (c *contract) demands(s map[string]any, keyword string, wants, value any) error {
+	text, isText := value.(string)
+	number, isNumber := value.(json.Number)
+	members, isObject := value.(map[string]any)
+	bound := func(is decimal.Decimal) error {
+		if by := is.Cmp(dec(fmt.Sprint(wants))); by > 0 && keyword[:3] == "max" || by < 0 && keyword[:3] == "min" {
+			return fmt.Errorf("%v: %s %v", value, keyword, wants)
+		}
+		return nil
+	}
+	switch keyword {
+	case "description", "examples", "default": // for readers; TestSchemas checks the values in them
+	case "$ref":
+		target, known := c.Components.Schemas[strings.TrimPrefix(wants.(string), "#/components/schemas/")]
+		if !known {
+			return fmt.Errorf("%s leads nowhere", wants)
+		}
+		return c.conforms(target, value)
+	case "allOf":
+		for _, part := range asList(wants) {
+			if err := c.conforms(part, value); err != nil {
+				return err
+			}
+		}
+	case "oneOf":
 		fitting := 0
-		for _, option := range options {
+		for _, option := range asList(wants) {
 			if c.conforms(option, value) == nil {
 				fitting++
 			}
@@ -313,89 +364,231 @@ func (c *contract) conforms(schema any, value any) error {
 		if fitting != 1 {
 			return fmt.Errorf("%v fits %d of oneOf", value, fitting)
 		}
-	}
-	if enum := asList(s["enum"]); enum != nil && !slices.Contains(enum, value) {
-		return fmt.Errorf("%v is none of %v", value, enum)
-	}
-	switch s["type"] {
-	case "string":
-		text, ok := value.(string)
-		if !ok {
-			return fmt.Errorf("%v is no string", value)
+	case "discriminator": // the schema that it names is the one that fits
+		by := wants.(map[string]any)
+		name, _ := members[by["propertyName"].(string)].(string)
+		return c.conforms(map[string]any{"$ref": fmt.Sprint(by["mapping"].(map[string]any)[name])}, value)
+	case "type":
+		fits, known := map[any]bool{"string": isText, "object": isObject, "array": asList(value) != nil,
+			"boolean": value == true || value == false,
+			"integer": isNumber && !strings.ContainsAny(number.String(), ".eE")}[wants]
+		if !known {
+			return fmt.Errorf("type %v: %w", wants, errNotChecked)
 		}
-		if pattern, ok := s["pattern"].(string); ok && !regexp.MustCompile(pattern).MatchString(text) {
-			return fmt.Errorf("%q does not match %s", text, pattern)
+		if !fits {
+			return fmt.Errorf("%v is no %s", value, wants)
 		}
-		if _, err := time.Parse(time.RFC3339, text); s["format"] == "date-time" && err != nil {
-			return err
+	case "enum":
+		if !slices.Contains(asList(wants), value) {
+			return fmt.Errorf("%v is none of %v", value, wants)
 		}
-	case "integer":
-		if n, ok := value.(json.Number); !ok || strings.ContainsAny(n.String(), ".eE-") {
-			return fmt.Errorf("%v is no such integer", value)
+	case "pattern":
+		if isText && !regexp.MustCompile(wants.(string)).MatchString(text) {
+			return fmt.Errorf("%q does not match %s", text, wants)
 		}
-	case "array":
-		list, ok := value.([]any)
-		if !ok {
-			return fmt.Errorf("%v is no array", value)
+	case "format":
+		var err error
+		switch _, isTime := time.Parse(time.RFC3339, text); {
+		case wants == "date-time" && isText:
+			err = isTime
+		case wants == "int64" && isNumber:
+			_, err = number.Int64()
+		case wants != "date-time" && wants != "int64":
+			err = fmt.Errorf("format %v: %w", wants, errNotChecked)
 		}
-		for _, item := range list {
-			if err := c.conforms(s["items"], item); err != nil {
-				return err
+		return err
+	case "minLength", "maxLength":
+		if isText {
+			return bound(decimal.NewFromInt(int64(utf8.RuneCountInString(text))))
+		}
+	case "maxProperties":
+		if isObject {
+			return bound(decimal.NewFromInt(int64(len(members))))
+		}
+	case "minimum", "maximum":
+		if isNumber {
+			return bound(dec(number.String()))
+		}
+	case "items":
+		for i, item := range asList(value) {
+			if err := c.conforms(wants, item); err != nil {
+				return fmt.Errorf("%d: %w", i, err)
 			}
 		}
-	case "object":
-		members, ok := value.(map[string]any)
-		if !ok {
-			return fmt.Errorf("%v is no object", value)
-		}
-		for _, name := range asList(s["required"]) {
-			if _, there := members[name.(string)]; !there {
+	case "required":
+		for _, name := range asList(wants) {
+			if _, there := members[name.(string)]; isObject && !there {
 				return fmt.Errorf("lacks %s", name)
 			}
 		}
-	}
-	if properties, ok := s["properties"].(map[string]any); ok {
-		members, _ := value.(map[string]any)
-		for name, member := range members {
-			property, known := properties[name]
-			if !known {
-				property = s["additionalProperties"]
-				if property == false {
-					return fmt.Errorf("%s is not documented", name)
+	case "properties":
+		for name, property := range wants.(map[string]any) {
+			if member, there := members[name]; there {
+				if err := c.conforms(property, member); err != nil {
+					return fmt.Errorf("%s: %w", name, err)
 				}
 			}
-			if err := c.conforms(property, member); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
+		}
+	case "additionalProperties":
+		known, _ := s["properties"].(map[string]any)
+		for name, member := range members {
+			if _, ok := known[name]; !ok {
+				if err := c.conforms(wants, member); err != nil {
+					return fmt.Errorf("%s: %w", name, err)
+				}
 			}
 		}
+	default:
+		return fmt.Errorf("keyword %s: %w", keyword, errNotChecked)
 	}
 	return nil
 }
 
 func asList(v any) []any { list, _ := v.([]any); return list }
 
+// schemas visits a schema and those within.
+func schemas(schema any, visit func(map[string]any)) {
+	s, ok := schema.(map[string]any)
+	if !ok {
+		return
+	}
+	visit(s)
+	for _, part := range slices.Concat(asList(s["oneOf"]), asList(s["allOf"]),
+		[]any{s["items"], s["additionalProperties"]}) {
+		schemas(part, visit)
+	}
+	properties, _ := s["properties"].(map[string]any)
+	for _, property := range properties {
+		schemas(property, visit)
+	}
+}
+
+// TestSchemas: every keyword in the document is one that TestContract checks, each example and default is as its
+// schema says, and no schema is there for nothing.
+func TestSchemas(t *testing.T) {
+	s := &server{Server: api.New(api.Config{Problems: problems})}
+	var c contract
+	decodeJSON(t, string(s.OpenAPI(s.routes(), apiContract)), &c)
+	var all []any
+	unused := maps.Clone(c.Components.Schemas)
+	for _, schema := range c.Components.Schemas {
+		all = append(all, schema)
+	}
+	for _, operations := range c.Paths {
+		for _, o := range operations {
+			for _, parameter := range o.Parameters {
+				all = append(all, parameter.Schema)
+			}
+			bodies := []contents{o.RequestBody.Content}
+			for _, response := range o.Responses {
+				bodies = append(bodies, response.Content)
+			}
+			for _, body := range bodies {
+				for _, form := range body {
+					all = append(all, form.Schema)
+				}
+			}
+		}
+	}
+	for _, schema := range all {
+		schemas(schema, func(s map[string]any) {
+			for keyword, wants := range s {
+				if keyword == "discriminator" {
+					for kind, target := range wants.(map[string]any)["mapping"].(map[string]any) {
+						name := strings.TrimPrefix(target.(string), "#/components/schemas/")
+						if c.Components.Schemas[name] == nil {
+							t.Errorf("%s: %s leads nowhere", kind, target)
+						}
+					}
+				} else if err := c.demands(s, keyword, wants, nil); errors.Is(err, errNotChecked) {
+					t.Errorf("%v: %v", s, err)
+				}
+			}
+			examples := asList(s["examples"])
+			if value, there := s["default"]; there {
+				examples = append(examples, value)
+			}
+			for _, example := range examples {
+				if err := c.conforms(s, example); err != nil {
+					t.Errorf("example of %v: %v", s["description"], err)
+				}
+			}
+			if ref, ok := s["$ref"].(string); ok {
+				delete(unused, strings.TrimPrefix(ref, "#/components/schemas/"))
+			}
+		})
+	}
+	for name := range unused {
+		t.Errorf("nothing refers to the schema %s", name)
+	}
+}
+
+// TestConforms: what TestContract finds its answers to be, they are. Each value breaks its schema by one keyword.
+func TestConforms(t *testing.T) {
+	var c contract
+	decodeJSON(t, `{"components":{"schemas":{"One":{"properties":{"kind":{"enum":["1"]}}},
+		"Two":{"properties":{"kind":{"enum":["2"]},"a":{"type":"string"}}}}}}`, &c)
+	const two = `{"oneOf":[{"$ref":"#/components/schemas/One"},{"$ref":"#/components/schemas/Two"}],` +
+		`"discriminator":{"propertyName":"kind","mapping":{"1":"#/components/schemas/One",` +
+		`"2":"#/components/schemas/Two","3":"#/components/schemas/Three"}}}`
+	for _, is := range []struct{ schema, fits, breaks string }{
+		{`{"type":"string"}`, `"x"`, `1`}, {`{"type":"integer"}`, `-1`, `1.0`}, {`{"type":"array"}`, `[]`, `{}`},
+		{`{"type":"object"}`, `{}`, `[]`}, {`{"type":"boolean"}`, `false`, `"false"`},
+		{`{"enum":["a","b"]}`, `"b"`, `"c"`}, {`{"pattern":"^a+$"}`, `"aa"`, `"ab"`},
+		{`{"format":"date-time"}`, `"2026-01-02T03:04:05Z"`, `"yesterday"`},
+		{`{"format":"int64"}`, `9223372036854775807`, `9223372036854775808`},
+		{`{"minLength":1}`, `"é"`, `""`}, {`{"maxLength":1}`, `"é"`, `"ab"`}, {`{"minimum":1}`, `1`, `0`},
+		{`{"maximum":9}`, `9`, `10`}, {`{"maxProperties":1}`, `{"a":1}`, `{"a":1,"b":2}`},
+		{`{"items":{"type":"string"}}`, `["a"]`, `["a",1]`}, {`{"required":["a"]}`, `{"a":1}`, `{"b":1}`},
+		{`{"properties":{"a":{"type":"string"}}}`, `{"a":"1","b":2}`, `{"a":1}`},
+		{`{"properties":{"a":true},"additionalProperties":false}`, `{"a":1}`, `{"a":1,"b":2}`},
+		{`{"properties":{"a":true},"additionalProperties":{"type":"string"}}`, `{"a":1,"b":"2"}`, `{"b":2}`},
+		{`{"allOf":[true,{"minimum":1}]}`, `1`, `0`},
+		{`{"oneOf":[{"minimum":1},{"maximum":1}]}`, `2`, `1`}, {`{"oneOf":[{"minimum":3}]}`, `3`, `2`},
+		{two, `{"kind":"1"}`, `{"kind":"3"}`}, {two, `{"kind":"2","a":"b"}`, `{"kind":"2","a":1}`},
+		{two, `{"kind":"1"}`, `{}`}, {`{"description":"x","examples":[1],"default":2}`, `"y"`, ``},
+		{`{"$ref":"#/components/schemas/One"}`, `{"kind":"1"}`, `{"kind":"2"}`},
+		{`{"$ref":"#/components/schemas/Three"}`, ``, `1`}, {`{"const":1}`, ``, `1`},
+		{`{"type":"number"}`, ``, `1`}, {`{"format":"uuid"}`, ``, `1`}, {`null`, ``, `1`}, {`false`, ``, `1`},
+	} {
+		var schema, value any
+		decodeJSON(t, is.schema, &schema)
+		for text, want := range map[string]bool{is.fits: true, is.breaks: false} {
+			if text == "" {
+				continue
+			}
+			decodeJSON(t, text, &value)
+			if err := c.conforms(schema, value); (err == nil) != want {
+				t.Errorf("%s of %s: %v", text, is.schema, err)
+			}
+		}
+	}
+}
+
 // held is a service that is held to its own contract.
 type held struct {
 	service  *running
 	contract contract
-	// What is listed and not yet seen: "post /v1/wallets 201", "post /v1/wallets 409 wallet_exists", ...
+	// What is listed and not yet seen: "post /v1/wallets 201 application/json",
+	// "post /v1/wallets 409 wallet_exists", ...
 	unseen map[string]bool
 }
 
 func newHeld(t *testing.T) *held {
 	t.Helper()
-	keys := hashed("all", "read+write", "key") + "," + hashed("operator", "operate", "operator-key")
+	keys := hashed("all", "read+write+operate", "key") + "," + hashed("operator", "operate", "operator-key") +
+		"," + hashed("clerk", "read+write", "clerk-key")
 	h := &held{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
 	decodeJSON(t, h.service.get("/openapi.json").body, &h.contract)
 	for path, operations := range h.contract.Paths {
 		for method, operation := range operations {
 			for status, response := range operation.Responses {
+				parts := strings.Split(response.Description, ", ")
 				if status[0] == '2' {
-					h.unseen[method+" "+path+" "+status] = true
-					continue
+					parts = slices.Collect(maps.Keys(response.Content))
 				}
-				for _, code := range strings.Split(response.Description, ", ") {
-					h.unseen[method+" "+path+" "+status+" "+code] = true
+				for _, part := range parts {
+					h.unseen[method+" "+path+" "+status+" "+part] = true
 				}
 			}
 		}
@@ -413,61 +606,139 @@ func decodeJSON(t *testing.T, text string, into any) {
 	}
 }
 
-// identified matches the paths that name one thing; the contract has {id} there.
-var identified = []*regexp.Regexp{
-	regexp.MustCompile(`^(/v1/wallets/)[^/]+(.*)$`),
-	regexp.MustCompile(`^(/v1/transactions/)[^/]+()$`),
+// isOf says whether a path is one of a route's, such as /v1/wallets/1 of /v1/wallets/{id}.
+func isOf(path, route string) bool {
+	return regexp.MustCompile("^" + regexp.MustCompile(`\{\w+\}`).ReplaceAllString(route, "[^/]+") + "$").
+		MatchString(path)
+}
+
+// of finds the route of a target in the contract.
+func (h *held) of(method, target string) (path string, operation operationDoc) {
+	target, _, _ = strings.Cut(target, "?")
+	for path, operations := range h.contract.Paths {
+		if isOf(target, path) {
+			return path, operations[strings.ToLower(method)]
+		}
+	}
+	return target, operationDoc{}
 }
 
 // check demands that an answer is documented, and crosses it off.
 func (h *held) check(t *testing.T, method, target string, a answer) {
 	t.Helper()
-	path, _, _ := strings.Cut(target, "?")
-	for _, template := range identified {
-		path = template.ReplaceAllString(path, "$1{id}$2")
+	path, operation := h.of(method, target)
+	kind := a.header.Get("Content-Type")
+	said, value := kind, any(a.body)
+	if strings.HasSuffix(kind, "json") && kind != export.Lines {
+		decodeJSON(t, a.body, &value)
 	}
-	key := fmt.Sprintf("%s %s %d", strings.ToLower(method), path, a.status)
-	kind := "application/json"
-	response := h.contract.Paths[path][strings.ToLower(method)].Responses[strconv.Itoa(a.status)]
 	if a.status >= 400 {
-		key += " " + a.code()
-		kind = "application/problem+json"
+		said = a.code()
 	}
-	delete(h.unseen, key)
-	var value any
-	decodeJSON(t, a.body, &value)
-	if schema := response.Content[kind].Schema; schema == nil {
+	delete(h.unseen, fmt.Sprintf("%s %s %d %s", strings.ToLower(method), path, a.status, said))
+	schema := operation.Responses[strconv.Itoa(a.status)].Content[kind].Schema
+	if schema == nil {
 		t.Errorf("%s %s: %s is not documented", method, target, a)
 	} else if err := h.contract.conforms(schema, value); err != nil {
 		t.Errorf("%s %s: %s: %v", method, target, a, err)
 	}
 }
 
-func (h *held) get(t *testing.T, target string, headers ...string) {
+func (h *held) get(t *testing.T, target string, headers ...string) answer {
 	t.Helper()
 	headers = append([]string{"Authorization", "Bearer key"}, headers...)
-	h.check(t, "GET", target, h.service.get(target, headers...))
+	a := h.service.get(target, headers...)
+	h.check(t, "GET", target, a)
+	return a
 }
 
-func (h *held) post(t *testing.T, target, body string, headers ...string) {
+// post demands besides that a body that was accepted is a documented one, and that what was created is there.
+func (h *held) post(t *testing.T, target, body string, headers ...string) answer {
 	t.Helper()
 	headers = append([]string{"Authorization", "Bearer key"}, headers...)
-	h.check(t, "POST", target, h.service.post(target, body, headers...))
+	a := h.service.post(target, body, headers...)
+	h.check(t, "POST", target, a)
+	if a.status >= 300 {
+		return a
+	}
+	var sent any
+	decodeJSON(t, body, &sent)
+	_, operation := h.of("POST", target)
+	schema := operation.RequestBody.Content["application/json"].Schema
+	if err := h.contract.conforms(schema, sent); err != nil {
+		t.Errorf("POST %s accepts %s: %v", target, body, err)
+	}
+	created := a.header.Get("Location")
+	if (a.status == 201) != (created != "") {
+		t.Errorf("POST %s: %s, Location %q", target, a, created)
+	}
+	if created != "" {
+		is, was := h.get(t, created), a.json(t)
+		for _, name := range []string{"wallet_id", "hold_id"} {
+			if is.status != 200 || is.json(t)[name] != was[name] {
+				t.Errorf("%s: %s, created as %s", created, is, a)
+			}
+		}
+	}
+	return a
 }
 
-// The routes that the contract's test calls, for wallets and transactions that are there.
+// taking is those of the routes below whose body has a field.
+func (h *held) taking(field string) (targets []string) {
+	for _, target := range postRoutes {
+		_, operation := h.of("POST", target)
+		properties := operation.RequestBody.Content["application/json"].Schema["properties"].(map[string]any)
+		if properties[field] != nil {
+			targets = append(targets, target)
+		}
+	}
+	return targets
+}
+
+// The routes that the contract's test calls, for wallets, holds and transactions that are there.
 const (
 	creations   = "/v1/wallets"
 	deposits    = "/v1/wallets/1/deposit"
 	withdrawals = "/v1/wallets/1/withdraw"
 	transfers   = "/v1/wallets/1/transfer"
+	holds       = "/v1/wallets/1/holds"
+	captures    = "/v1/holds/1-4/capture"
+	voids       = "/v1/holds/1-4/void"
+	reversals   = "/v1/transactions/1-1/reverse"
+	states      = "/v1/wallets/1/state"
 )
 
 var (
-	postRoutes = []string{creations, deposits, withdrawals, transfers}
-	getRoutes  = []string{"/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
-		"/v1/transactions/1-1"}
+	postRoutes = []string{creations, deposits, withdrawals, transfers, holds, captures, voids, reversals, states}
+	movesMoney = postRoutes[1:]
+	getRoutes  = []string{"/v1/wallets", "/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
+		"/v1/wallets/1/statement", "/v1/wallets/1/holds", "/v1/wallets/1/transactions?idempotency_key=d",
+		"/v1/holds/1-4", "/v1/transactions?reference=r", "/v1/transactions/1-1"}
+	openRoutes = []string{"/openapi.json", "/healthz", "/readyz"}
 )
+
+// right is what a right body for each of them says, besides its key.
+var right = map[string]map[string]string{
+	creations: {"id": `9`}, deposits: {"amount": `"1"`}, withdrawals: {"amount": `"1"`},
+	transfers: {"amount": `"1"`, "to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`}, voids: {},
+	reversals: {"amount": `"1"`}, states: {"state": `"open"`},
+}
+
+// body is a right one for a route but for changes: a name and what is said instead, empty for nothing.
+func body(target string, changes ...string) string {
+	members := map[string]string{"idempotency_key": `"k"`}
+	maps.Copy(members, right[target])
+	for i := 0; i < len(changes); i += 2 {
+		members[changes[i]] = changes[i+1]
+	}
+	var said []string
+	for _, name := range slices.Sorted(maps.Keys(members)) {
+		if members[name] != "" {
+			said = append(said, fmt.Sprintf("%q:%s", name, members[name]))
+		}
+	}
+	return "{" + strings.Join(said, ",") + "}"
+}
 
 // everywhere calls each route in a way that is right but for the cause that a test has set up.
 func (h *held) everywhere(t *testing.T, headers ...string) {
@@ -476,29 +747,7 @@ func (h *held) everywhere(t *testing.T, headers ...string) {
 		h.get(t, target, headers...)
 	}
 	for _, target := range postRoutes {
-		body := `"amount":"1","idempotency_key":"` + fmt.Sprint(time.Now().UnixNano()) + `"}`
-		switch target {
-		case creations:
-			body = `{"id":7}`
-		case transfers:
-			body = `{"to_id":2,` + body
-		default:
-			body = `{` + body
-		}
-		h.post(t, target, body, headers...)
-	}
-}
-
-// members are the members of a right body for a route, each followed by a comma, without the key. A creation
-// has id where a transfer has to_id.
-func members(target string) string {
-	switch target {
-	case creations:
-		return `"id":9,`
-	case transfers:
-		return `"to_id":2,"amount":"1",`
-	default:
-		return `"amount":"1",`
+		h.post(t, target, body(target, "idempotency_key", fmt.Sprintf(`"%d"`, time.Now().UnixNano())), headers...)
 	}
 }
 
@@ -512,10 +761,10 @@ func TestContract(t *testing.T) {
 	h.post(t, deposits, `{"amount":"100","idempotency_key":"d"}`)
 	h.post(t, withdrawals, `{"amount":"1","idempotency_key":"w"}`)
 	h.post(t, transfers, `{"amount":"1","to_id":2,"idempotency_key":"t"}`)
+	h.post(t, holds, `{"amount":"5","idempotency_key":"h"}`)
 	h.post(t, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"d"}`)
 	h.post(t, creations, `{"id":4,"currency":"EUR"}`)
 
-	const key = `"idempotency_key":"k"`
 	each := func(targets []string, do func(t *testing.T, target string)) func(*testing.T) {
 		return func(t *testing.T) {
 			for _, target := range targets {
@@ -526,87 +775,103 @@ func TestContract(t *testing.T) {
 	everywhere := func(headers ...string) func(*testing.T) {
 		return func(t *testing.T) { h.everywhere(t, headers...) }
 	}
-	movements := postRoutes[1:]
+	id := regexp.MustCompile(`/(\d)`) // where a target's begins
 	for _, c := range []struct {
 		cause string
 		do    func(t *testing.T)
 	}{
-		{"nothing", each(append(slices.Clone(getRoutes), "/v1/transactions/1-3", "/openapi.json", "/healthz",
-			"/readyz"),
+		{"nothing", each(slices.Concat(getRoutes, openRoutes),
 			func(t *testing.T, target string) { h.get(t, target) })},
-		{"amounts", each(movements, func(t *testing.T, target string) {
+		{"HEAD", each(slices.Concat(getRoutes, openRoutes), h.head)},
+		{"amounts", each(h.taking("amount"), func(t *testing.T, target string) {
 			for _, amount := range []string{"x", "1e3", "-1", "123456789012345678901", "0.001"} {
-				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"`+amount+`"`, 1)
-				h.post(t, target, `{`+body+key+`}`)
+				h.post(t, target, body(target, "amount", `"`+amount+`"`))
 			}
 		})},
 		{"bodies", each(postRoutes, func(t *testing.T, target string) {
-			h.post(t, target, `{`+members(target)+key)
-			long := strings.Repeat("k", bodyBytesMax)
-			h.post(t, target, `{`+members(target)+`"idempotency_key":"`+long+`"}`)
-			h.post(t, target, `{`+members(target)+key+`}`, "Content-Type", "text/plain")
-			h.post(t, target, `{`+members(target)+`"x":1,`+key+`}`)
-			h.post(t, target, `{`+members(target)+key+`,`+key+`}`)
+			open := strings.TrimSuffix(body(target), "}")
+			h.post(t, target, open)
+			h.post(t, target, body(target, "idempotency_key", `"`+strings.Repeat("k", bodyBytesMax)+`"`))
+			h.post(t, target, body(target), "Content-Type", "text/plain")
+			h.post(t, target, body(target, "x", "1"))
+			h.post(t, target, open+`,"idempotency_key":"k"}`)
 		})},
-		{"members left out", func(t *testing.T) {
-			each(movements, func(t *testing.T, target string) { h.post(t, target, `{`+key+`}`) })(t)
-			h.post(t, creations, `{"currency":"USD"}`)
-		}},
+		{"members left out", each(movesMoney, func(t *testing.T, target string) {
+			_, operation := h.of("POST", target)
+			for _, name := range asList(operation.RequestBody.Content["application/json"].Schema["required"]) {
+				a := h.post(t, target, body(target, name.(string), ""))
+				if a.code() != "field_missing" {
+					t.Errorf("%s without %s: %s", target, name, a)
+				}
+			}
+		})},
 		{"idempotency keys", func(t *testing.T) {
 			for _, target := range postRoutes {
-				h.post(t, target, `{`+members(target)+`"idempotency_key":""}`)
-				h.post(t, target, `{`+members(target)+key+`}`, "Idempotency-Key", "other")
+				h.post(t, target, body(target, "idempotency_key", `""`))
+				h.post(t, target, body(target), "Idempotency-Key", "other")
 			}
-			for i, target := range movements {
-				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"2"`, 1)
-				h.post(t, target, `{`+body+`"idempotency_key":"`+[]string{"d", "w", "t"}[i]+`"}`)
-				h.post(t, target, `{`+strings.TrimSuffix(members(target), ",")+`}`)
+			for _, target := range movesMoney {
+				h.post(t, target, body(target, "idempotency_key", `"d"`))
+				h.post(t, target, body(target, "idempotency_key", ""))
 			}
+			h.post(t, creations, `{"currency":"USD"}`)
 			h.post(t, creations, `{"currency":"EUR","idempotency_key":"c"}`)
 			h.post(t, creations, `{"currency":"USD","idempotency_key":"c"}`)
 		}},
 		{"currencies", func(t *testing.T) {
-			for _, target := range postRoutes {
-				h.post(t, target, `{`+members(target)+`"currency":"usd",`+key+`}`)
+			for _, target := range h.taking("currency") {
+				h.post(t, target, body(target, "currency", `"usd"`))
+				h.post(t, target, body(target, "currency", `"QQQ"`))
+				if target != creations {
+					h.post(t, target, body(target, "currency", `"EUR"`))
+				}
 			}
-			for _, target := range movements {
-				h.post(t, target, `{`+members(target)+`"currency":"EUR",`+key+`}`)
-			}
-			h.post(t, creations, `{"id":9,"currency":"QQQ"}`)
-			h.post(t, "/v1/wallets/9/deposit", `{"amount":"1","currency":"QQQ",`+key+`}`)
+			h.post(t, captures, body(captures, "to_id", "4"))
 		}},
-		{"wallets", func(t *testing.T) {
-			for _, target := range movements {
-				h.post(t, strings.Replace(target, "/1/", "/x/", 1), `{`+members(target)+key+`}`)
+		{"wallets, holds and transactions", func(t *testing.T) {
+			for _, target := range getRoutes {
+				if id.MatchString(target) {
+					h.get(t, id.ReplaceAllString(target, "/x$1"))
+					h.get(t, id.ReplaceAllString(target, "/9$1"))
+				}
 			}
-			for _, target := range []string{withdrawals, transfers} {
-				h.post(t, strings.Replace(target, "/1/", "/99/", 1), `{`+members(target)+key+`}`)
+			for _, target := range movesMoney {
+				h.post(t, id.ReplaceAllString(target, "/x$1"), body(target))
+				if target != deposits { // which would make the wallet
+					h.post(t, id.ReplaceAllString(target, "/9$1"), body(target))
+				}
 			}
-			for _, target := range getRoutes[:3] {
-				h.get(t, strings.Replace(target, "/1", "/x", 1))
-				h.get(t, strings.Replace(target, "/1", "/99", 1))
+			for _, target := range h.taking("to_id") {
+				h.post(t, target, body(target, "to_id", `"x"`))
+				h.post(t, target, body(target, "to_id", `1`))
 			}
-			h.get(t, "/v1/transactions/x")
-			h.get(t, "/v1/transactions/99-1")
 			h.post(t, creations, `{"id":"x","currency":"USD"}`)
 			h.post(t, creations, `{"id":4,"currency":"EUR"}`)
-			h.post(t, transfers, `{"amount":"1","to_id":1,`+key+`}`)
 		}},
 		{"balances", func(t *testing.T) {
-			for _, target := range []string{withdrawals, transfers} {
-				body := strings.Replace(members(target), `"amount":"1"`, `"amount":"10000"`, 1)
-				h.post(t, target, `{`+body+key+`}`)
+			for _, target := range []string{withdrawals, transfers, holds} {
+				h.post(t, target, body(target, "amount", `"10000"`))
 			}
-			h.post(t, "/v1/wallets/3/deposit", `{"amount":"1",`+key+`}`)
-			h.post(t, transfers, `{"amount":"1","to_id":3,`+key+`}`)
+			h.post(t, "/v1/wallets/3/deposit", body(deposits))
+			h.post(t, transfers, body(transfers, "to_id", "3"))
+			h.post(t, captures, body(captures, "to_id", "3"))
+			now := time.Now().UTC().Format(time.RFC3339Nano)
+			for _, query := range []string{"seq=1", "seq=99", "min_seq=1", "min_seq=99", "at=" + now,
+				"seq=1&at=" + now} {
+				h.get(t, "/v1/wallets/1/balance?"+query)
+			}
 		}},
-		{"parameters", func(t *testing.T) {
-			h.get(t, "/v1/wallets/1/balance?min_seq=99")
-			h.get(t, "/v1/wallets/1/balance?x=1")
-			h.get(t, "/v1/wallets/1/history?order=up")
-		}},
+		{"holds", h.holds},
+		{"reversals", h.reversals},
+		{"states", h.states},
+		{"words", h.words},
+		{"lists", h.lists},
+		{"statements", h.statements},
 		{"an unknown API key", everywhere("Authorization", "Bearer wrong")},
-		{"an API key for something else", everywhere("Authorization", "Bearer operator-key")},
+		{"an API key for something else", func(t *testing.T) {
+			h.everywhere(t, "Authorization", "Bearer operator-key")
+			h.post(t, states, body(states), "Authorization", "Bearer clerk-key")
+		}},
 		{"too many requests of one client", func(t *testing.T) {
 			h.service.api.Limits = gate.NewLimiter(0.001, 0)
 			h.everywhere(t)
@@ -645,12 +910,293 @@ func TestContract(t *testing.T) {
 			h.service.api.Timeout = time.Second
 		}},
 		{"all were caused", func(t *testing.T) { // which is so only if all of the above ran
-			for refusal := range h.unseen {
+			for _, refusal := range slices.Sorted(maps.Keys(h.unseen)) {
 				t.Errorf("documented but not caused: %s", refusal)
 			}
 		}},
 	} {
 		t.Run(c.cause, c.do)
+	}
+}
+
+// head demands that HEAD is what GET says, without a body.
+func (h *held) head(t *testing.T, target string) {
+	t.Helper()
+	r, _ := http.NewRequest("HEAD", h.service.http.URL+target, nil)
+	r.Header.Set("Authorization", "Bearer key")
+	is, want := h.service.do(r), h.get(t, target)
+	if is.status != want.status || is.body != "" {
+		t.Errorf("HEAD %s: %s", target, is)
+	}
+	for _, name := range []string{"Content-Type", "Content-Length", "Link"} {
+		if is.header.Get(name) != want.header.Get(name) {
+			t.Errorf("HEAD %s: %s %q, of GET %q", target, name, is.header.Get(name), want.header.Get(name))
+		}
+	}
+}
+
+// holds is every way that a hold goes, and each that it does not.
+func (h *held) holds(t *testing.T) {
+	place := func(more string) { // as entries 2 to 4, and 9
+		h.post(t, "/v1/wallets/10/holds", `{"amount":"10",`+more+`}`)
+	}
+	capture := func(seq int, more string) { h.post(t, fmt.Sprintf("/v1/holds/10-%d/capture", seq), `{`+more+`}`) }
+	void := func(seq int, more string) { h.post(t, fmt.Sprintf("/v1/holds/10-%d/void", seq), `{`+more+`}`) }
+	const key = `"idempotency_key":"k"`
+	h.post(t, "/v1/wallets/10/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	place(`"expires_in":"15m","idempotency_key":"h1"`)
+	place(`"to_id":2,"currency":"USD","idempotency_key":"h2"`)
+	place(`"idempotency_key":"h3"`)
+	place(`"idempotency_key":"h3"`) // again
+	h.get(t, "/v1/wallets/10")
+	h.get(t, "/v1/wallets/10/balance")
+
+	capture(2, `"amount":"10.01",`+key)
+	capture(2, `"amount":"4","final":false,"idempotency_key":"c1"`)
+	capture(2, `"idempotency_key":"c2"`)
+	capture(3, `"to_id":4,`+key)
+	capture(3, `"amount":"4","idempotency_key":"c3"`)
+	void(4, `"idempotency_key":"v"`)
+	for _, seq := range []int{2, 4} {
+		capture(seq, key)
+		void(seq, key)
+	}
+	place(`"expires_in":"1s","idempotency_key":"h4"`)
+	eventually(t, 5*time.Second, "expired", func() bool {
+		return h.get(t, "/v1/holds/10-9").json(t)["status"] == "expired"
+	})
+	capture(9, key)
+	void(9, key)
+
+	for seq := 1; seq <= 10; seq++ {
+		if a := h.get(t, fmt.Sprintf("/v1/transactions/10-%d", seq)); a.status != 200 {
+			t.Error(a)
+		}
+	}
+	for _, status := range append(holdStatuses, "") {
+		h.get(t, "/v1/wallets/10/holds?status="+status)
+	}
+	h.get(t, "/v1/wallets/10/history")
+	h.get(t, "/v1/wallets/10/statement")
+}
+
+// reversals is one of each kind of movement, and what cannot be undone.
+func (h *held) reversals(t *testing.T) {
+	reverse := func(id, more string) {
+		h.post(t, "/v1/transactions/"+id+"/reverse", `{`+more+`}`)
+	}
+	const key = `"idempotency_key":"k"`
+	h.post(t, "/v1/wallets/11/deposit", `{"amount":"10","idempotency_key":"d"}`)
+	h.post(t, "/v1/wallets/11/withdraw", `{"amount":"1","idempotency_key":"w"}`)
+	h.post(t, "/v1/wallets/11/transfer", `{"amount":"1","to_id":12,"idempotency_key":"t"}`)
+	reverse("11-1", `"amount":"1","idempotency_key":"r1"`)
+	reverse("11-2", `"idempotency_key":"r2"`)
+	reverse("11-3", `"idempotency_key":"r3"`)
+	for _, id := range []string{"11-1", "11-2", "11-3", "11-4", "11-5", "12-2"} {
+		if a := h.get(t, "/v1/transactions/"+id); a.status != 200 {
+			t.Error(a)
+		}
+	}
+	reverse("1-4", key)  // a hold
+	reverse("11-4", key) // a reversal
+	reverse("11-1", `"amount":"9.01",`+key)
+	h.post(t, "/v1/wallets/11/withdraw", `{"amount":"1","idempotency_key":"w2"}`)
+	reverse("11-1", key) // 9 are left, and 8 are there
+	h.post(t, "/v1/wallets/3/withdraw", `{"amount":"1","idempotency_key":"w"}`)
+	h.post(t, "/v1/wallets/3/deposit", `{"amount":"1","idempotency_key":"d2"}`)
+	reverse("3-2", key) // to a full wallet
+	h.get(t, "/v1/wallets/11/history")
+}
+
+// states is each that a wallet can be in, and what it does not let through.
+func (h *held) states(t *testing.T) {
+	set := func(state, key string) {
+		h.post(t, "/v1/wallets/5/state", fmt.Sprintf(`{"state":%q,"idempotency_key":%q}`, state, key))
+		h.get(t, "/v1/wallets/5")
+	}
+	through := func() {
+		for target, body := range map[string]string{
+			"/v1/wallets/5/deposit": body(deposits), "/v1/wallets/5/withdraw": body(withdrawals),
+			"/v1/wallets/5/transfer": body(transfers), "/v1/wallets/5/holds": body(holds),
+			"/v1/transactions/5-2/reverse": body(reversals), captures: body(captures, "to_id", "5"),
+		} {
+			if a := h.post(t, target, body); a.status != 409 {
+				t.Errorf("%s: %s", target, a)
+			}
+		}
+	}
+	h.post(t, "/v1/wallets/5/deposit", `{"amount":"10","idempotency_key":"d"}`)
+	h.post(t, "/v1/wallets/5/withdraw", `{"amount":"1","idempotency_key":"w"}`)
+	set("no_out", "s1")
+	set("frozen", "s2")
+	through()
+	h.post(t, "/v1/wallets/5/state", `{"state":"open","note":"court order 12","idempotency_key":"s3"}`)
+	set("closed", "k") // with money in it
+	h.post(t, "/v1/wallets/5/withdraw", `{"amount":"all","idempotency_key":"all"}`)
+	set("closed", "s4")
+	through()
+	set("open", "k")
+	for _, id := range []string{"5-3", "5-5"} {
+		if a := h.get(t, "/v1/transactions/"+id); a.json(t)["kind"] != "state" {
+			t.Error(a)
+		}
+	}
+	h.get(t, "/v1/wallets/5/history")
+}
+
+// words is what movements say besides, in each answer that shows it, and what they may not say.
+func (h *held) words(t *testing.T) {
+	for field, malformed := range map[string]string{"reference": `""`, "metadata": `{"a":1}`, "note": `""`,
+		"state": `"shut"`, "expires_in": `"1w"`} {
+		for _, target := range h.taking(field) {
+			a := h.post(t, target, body(target, field, malformed))
+			if a.code() != field+"_malformed" {
+				t.Errorf("%s with %s %s: %s", target, field, malformed, a)
+			}
+		}
+	}
+	for i, c := range []struct{ target, body string }{
+		{"/v1/wallets/13/deposit", body(deposits, "amount", `"100"`)},
+		{"/v1/wallets/13/withdraw", body(withdrawals)},
+		{"/v1/wallets/13/transfer", body(transfers, "amount", `"all"`)},
+		{"/v1/wallets/13/deposit", body(deposits, "amount", `"100"`)},
+		{"/v1/wallets/13/holds", body(holds, "amount", `"5"`)},
+		{"/v1/holds/13-5/capture", body(captures, "final", "false")},
+		{"/v1/holds/13-5/capture", body(captures, "to_id", "2", "final", "false")},
+		{"/v1/holds/13-5/void", body(voids)},
+		{"/v1/transactions/13-2/reverse", body(reversals)},
+	} {
+		said := strings.Replace(c.body, `"k"`, fmt.Sprintf(`"w%d","reference":"a b é","metadata":{"c":"d"}`, i), 1)
+		if a := h.post(t, c.target, said); a.status >= 300 || a.json(t)["reference"] != "a b é" {
+			t.Errorf("%s %s: %s", c.target, said, a)
+		}
+		id := fmt.Sprintf("/v1/transactions/13-%d", i+1)
+		if a := h.get(t, id); a.status != 200 || a.json(t)["reference"] != "a b é" {
+			t.Errorf("%s: %s", id, a)
+		}
+	}
+	h.get(t, "/v1/holds/13-5")
+	h.get(t, "/v1/wallets/13/holds")
+	h.get(t, "/v1/wallets/13/history")
+	h.get(t, "/v1/wallets/13/statement")
+	if a := h.get(t, "/v1/transactions?reference=a+b+%C3%A9"); strings.Count(a.body, "idempotency_key") != 9 {
+		t.Error(a)
+	}
+}
+
+// lists is each list to its end, and each parameter of each route with what it does not take.
+func (h *held) lists(t *testing.T) {
+	for _, target := range getRoutes {
+		path, _, _ := strings.Cut(target, "?")
+		_, operation := h.of("GET", target)
+		bad := []string{}
+		for _, p := range operation.Parameters {
+			if p.In == "query" {
+				bad = append(bad, p.Name+"=%07", p.Name+"=%zz", "x=1")
+			}
+			if p.Required && p.In == "query" {
+				bad = append(bad, "")
+			}
+		}
+		for _, query := range bad {
+			if a := h.get(t, path+"?"+query); a.code() != "parameter_malformed" {
+				t.Errorf("%s?%s: %s", path, query, a)
+			}
+		}
+	}
+	link := regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
+	for target, want := range map[string]int{"/v1/wallets?limit=3": 9, "/v1/wallets/10/holds?limit=1": 4,
+		"/v1/wallets/10/holds?limit=1&status=captured": 2, "/v1/wallets/10/history?limit=4": 10,
+		"/v1/wallets/10/history?limit=4&order=desc": 10, "/v1/transactions?reference=a+b+%C3%A9&limit=2": 9} {
+		got, page := 0, target
+		for page != "" {
+			a := h.get(t, page)
+			var items []any
+			if strings.HasPrefix(a.body, "{") {
+				items = asList(a.json(t)["holds"])
+			} else {
+				decodeJSON(t, a.body, &items)
+			}
+			got, page = got+len(items), ""
+			if next := link.FindStringSubmatch(a.header.Get("Link")); next != nil {
+				page = next[1]
+			}
+		}
+		if got < want {
+			t.Errorf("%s: %d items in all, want %d", target, got, want)
+		}
+	}
+}
+
+// statements is each form of one, whose trailer has the hash of its entries, and one that is broken off.
+func (h *held) statements(t *testing.T) {
+	// More has gone in and out than a wallet can hold.
+	h.post(t, "/v1/wallets/3/withdraw", `{"amount":"all","idempotency_key":"out"}`)
+	h.post(t, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"in"}`)
+	now := time.Now().UTC().Format(time.RFC3339Nano)
+	for _, target := range []string{"/v1/wallets/3/statement", "/v1/wallets/4/statement",
+		"/v1/wallets/5/statement", "/v1/wallets/10/statement?until=" + now,
+		"/v1/wallets/13/statement?since=" + now} {
+		whole := h.get(t, target).json(t)
+		for _, form := range []string{export.JSON, export.Lines, export.CSV} {
+			r, _ := http.NewRequest("GET", h.service.http.URL+target, nil)
+			r.Header.Set("Authorization", "Bearer key")
+			r.Header.Set("Accept", form)
+			response, err := h.service.http.Client().Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text, err := io.ReadAll(response.Body)
+			response.Body.Close()
+			if err != nil || response.Trailer.Get("Statement-Sha256") != whole["sha256"] {
+				t.Errorf("%s as %s: %v, trailer %v, want %v", target, form, err, response.Trailer, whole["sha256"])
+			}
+			h.check(t, "GET", target, answer{response.StatusCode, response.Header, string(text)})
+			if form == export.Lines {
+				h.lines(t, string(text), whole)
+			}
+		}
+	}
+	h.get(t, "/v1/wallets/1/statement", "Accept", "text/html")
+
+	// What goes wrong after the head has been read: the client cannot take what it gets for a whole.
+	admin := connect(t, h.service.env["DATABASE_URL"])
+	rename := func(from, to string) {
+		sql := "ALTER TABLE entry RENAME COLUMN " + from + " TO " + to
+		if _, err := admin.Exec(context.Background(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename("idempotency_key", "gone")
+	for _, form := range []string{export.JSON, export.Lines, export.CSV} {
+		a := h.service.get("/v1/wallets/1/statement", "Authorization", "Bearer key", "Accept", form)
+		if a.status != 0 {
+			t.Errorf("a statement broken off: %s", a)
+		}
+	}
+	rename("gone", "idempotency_key")
+}
+
+// lines demands that a statement's lines are its entries, and the last one the rest of it.
+func (h *held) lines(t *testing.T, text string, whole map[string]any) {
+	t.Helper()
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	entries := asList(whole["entries"])
+	if len(lines) != len(entries)+1 {
+		t.Fatalf("%d lines for %d entries", len(lines), len(entries))
+	}
+	for i, entry := range entries {
+		var is any
+		if decodeJSON(t, lines[i], &is); !reflect.DeepEqual(is, entry) {
+			t.Errorf("line %d is %v, entry %v", i, is, entry)
+		}
+	}
+	rest := maps.Clone(whole)
+	delete(rest, "entries")
+	var last any
+	decodeJSON(t, lines[len(entries)], &last)
+	if !reflect.DeepEqual(last, any(map[string]any{"statement": rest})) {
+		t.Errorf("the last line is %v, want %v", last, rest)
 	}
 }
 
@@ -870,26 +1416,96 @@ func TestFlood(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
+// requestSeeds are what FuzzRequest begins with: each route, each of its fields and parameters.
+var requestSeeds = []struct{ method, path, query, key, contentType, trace, body string }{
+	{"POST", "/v1/wallets", "", "k", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+		`{"id":1,"currency":"USD"}`},
+	{"POST", "/v1/wallets/1/deposit", "", "k", "application/json", "",
+		`{"amount":"1","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/wallets/1/withdraw", "", `"k"`, "application/json", "",
+		`{"amount":"all","currency":"USD","reference":"r","metadata":{}}`},
+	{"POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
+		`{"to_id":2,"amount":1.5,"currency":"USD","reference":"é","metadata":{"a":"\u00e9"},"idempotency_key":"k"}`},
+	{"POST", "/v1/wallets/1/holds", "", "k", "application/json", "", `{"amount":"1","to_id":2,` +
+		`"expires_in":"15m","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/holds/1-1/capture", "", "k", "application/json", "",
+		`{"amount":"1","to_id":"2","final":false,"reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/holds/1-1/void", "", "k", "application/json", "", `{"reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/transactions/1-1/reverse", "", "k", "application/json", "",
+		`{"amount":"1","reference":"r","metadata":{"a":"b"}}`},
+	{"POST", "/v1/wallets/1/state", "", "k", "application/json", "", `{"state":"frozen","note":"n"}`},
+	{"GET", "/v1/wallets", "limit=5&cursor=dy4xLjE", "", "", "", ""},
+	{"GET", "/v1/wallets/1", "", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "min_seq=1", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "at=2026-01-02T03:04:05Z", "", "", "", ""},
+	{"GET", "/v1/wallets/1/balance", "seq=1", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "until=2026-01-02T03:04:05%2B01:00", "", "", "", ""},
+	{"GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", ""},
+	{"GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z&until=2026-01-03T03:04:05Z", "", "", "", ""},
+	{"GET", "/v1/wallets/1/holds", "status=open&limit=5&cursor=aC4xLjE", "", "", "", ""},
+	{"GET", "/v1/wallets/1/transactions", "idempotency_key=k", "", "", "", ""},
+	{"GET", "/v1/holds/1-1", "", "", "", "", ""},
+	{"GET", "/v1/transactions", "reference=r&limit=5&cursor=ci4xLjE", "", "", "", ""},
+	{"GET", "/v1/transactions/1-1", "", "", "", "", ""},
+	{"HEAD", "/v1/wallets/1/statement", "", "", "", "", ""},
+	{"GET", "/openapi.json", "", "", "", "", ""},
+	{"GET", "/healthz", "", "", "", "", ""},
+	{"GET", "/readyz", "", "", "", "", ""},
+	{"PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", ""},
+}
+
+// TestRequestSeeds: FuzzRequest begins with right requests of every route, with each of its fields and
+// parameters.
+func TestRequestSeeds(t *testing.T) {
+	for _, route := range new(server).routes() {
+		said, seeds := make(map[string]bool), 0
+		for _, seed := range requestSeeds {
+			if seed.method != route.Method || !isOf(seed.path, route.Path) {
+				continue
+			}
+			seeds++
+			r := httptest.NewRequest(seed.method, seed.path+"?"+seed.query, strings.NewReader(seed.body))
+			r.Header.Set("Content-Type", seed.contentType)
+			if route.Doc.Body != nil {
+				fields, err := api.ReadFields(r, route.Doc.Body)
+				if err != nil {
+					t.Errorf("%s %s: %v", seed.path, seed.body, err)
+				}
+				for name := range fields {
+					said[name] = true
+				}
+				said["idempotency_key"] = said["idempotency_key"] || seed.key != ""
+			}
+			query, err := api.ReadQuery(r, route.Doc.Query...)
+			if err != nil {
+				t.Errorf("%s?%s: %v", seed.path, seed.query, err)
+			}
+			for name := range query {
+				said[name] = true
+			}
+		}
+		if seeds == 0 {
+			t.Errorf("no seed for %s %s", route.Method, route.Path)
+		}
+		want := slices.Clone(route.Doc.Query)
+		if route.Doc.Body != nil {
+			want = append(want, route.Doc.Body.Fields...)
+		}
+		for _, name := range want {
+			if !said[name] {
+				t.Errorf("no seed for %s of %s %s", name, route.Method, route.Path)
+			}
+		}
+	}
+}
+
 // FuzzRequest sends anything through the whole handler as far as the writers' queue: each answer is one that
 // the contract lists, and whole.
 func FuzzRequest(f *testing.F) {
-	f.Add("POST", "/v1/wallets/1/deposit", "", "k", "application/json", "", []byte(`{"amount":"1"}`))
-	f.Add("POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
-		[]byte(`{"to_id":2,"amount":1.5,"idempotency_key":"k"}`))
-	f.Add("POST", "/v1/wallets", "", "", "application/json",
-		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", []byte(`{"id":1}`))
-	f.Add("GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "",
-		[]byte(nil))
-	f.Add("GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", []byte(nil))
-	f.Add("POST", "/v1/wallets/1/holds", "", "k", "application/json", "",
-		[]byte(`{"amount":"1","to_id":2,"expires_in":"15m","reference":"r","metadata":{"a":"b"}}`))
-	f.Add("POST", "/v1/wallets/1/state", "", "k", "application/json", "",
-		[]byte(`{"state":"frozen","note":"n"}`))
-	f.Add("POST", "/v1/holds/1-1/capture", "", "k", "application/json", "", []byte(`{"final":false}`))
-	f.Add("GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z", "", "", "", []byte(nil))
-	f.Add("GET", "/v1/transactions/1-1", "", "", "", "", []byte(nil))
-	f.Add("PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", []byte(nil))
-
+	for _, seed := range requestSeeds {
+		f.Add(seed.method, seed.path, seed.query, seed.key, seed.contentType, seed.trace, []byte(seed.body))
+	}
 	cfg := &config{requestsMax: 10, readConns: 1,
 		ledgerConfig: ledgerConfig{requestTimeout: time.Second, queueOpsMax: 10, writers: 1, batchOpsMax: 1},
 		relayConfig:  relayConfig{databaseURL: "postgres://127.0.0.1:1/none"}}

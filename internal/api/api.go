@@ -46,12 +46,14 @@ type Route struct {
 // them.
 type Doc struct {
 	Summary  string
-	ID       string   // schema of what is in braces in the path
-	Body     *Shape   // of the body; nil: none
-	Required []string // of its fields
+	ID       string // schema of what is in braces in the path
+	Body     *Shape // of the body; nil: none
 	Query    []string
-	Answer   string // schema
-	Refusals string // codes, space-separated, besides those of what stands around the handler
+	Required []string          // of the body's fields, or of the query's parameters
+	As       map[string]string // fields that have another schema here than elsewhere: the name of that
+	Answer   string            // schema, as JSON
+	Forms    map[string]string // schemas of the other forms that the answer comes in, by media type
+	Refusals string            // codes, space-separated, besides those of what stands around the handler
 }
 
 // versioned tells the service's own operations from what is about it: health, metrics, the document. Only

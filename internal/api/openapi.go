@@ -94,7 +94,8 @@ func (s *Server) operation(r *Route, c *Contract) Object {
 			"name": in, "in": "path", "required": true, "schema": ref(r.Doc.ID)})
 	}
 	for _, name := range r.Doc.Query {
-		parameters = append(parameters, Object{"name": name, "in": "query", "schema": c.Parameters[name]})
+		parameters = append(parameters, Object{"name": name, "in": "query", "schema": c.Parameters[name],
+			"required": slices.Contains(r.Doc.Required, name)})
 	}
 	if r.Doc.Body != nil {
 		parameters = append(parameters, Object{
@@ -102,7 +103,7 @@ func (s *Server) operation(r *Route, c *Contract) Object {
 			"description": "In place of the body's idempotency_key; one of them is needed."})
 		properties := make(Object)
 		for _, name := range r.Doc.Body.Fields {
-			properties[name] = c.Fields[name]
+			properties[name] = c.Fields[cmp.Or(r.Doc.As[name], name)]
 		}
 		schema := Object{"type": "object", "properties": properties, "additionalProperties": false,
 			"required": append([]string{}, r.Doc.Required...)} // in JSON a list, also where it is empty
@@ -112,7 +113,11 @@ func (s *Server) operation(r *Route, c *Contract) Object {
 		operation["parameters"] = parameters
 	}
 	success := strconv.Itoa(cmp.Or(r.Status, http.StatusOK))
-	answers := Object{success: Object{"description": "Done.", "content": content("json", ref(r.Doc.Answer))}}
+	forms := content("json", ref(r.Doc.Answer))
+	for kind, schema := range r.Doc.Forms {
+		forms[kind] = Object{"schema": ref(schema)}
+	}
+	answers := Object{success: Object{"description": "Done.", "content": forms}}
 	codes := make(map[int][]string)
 	for _, code := range r.refusals() {
 		status := s.problem(code).Status
