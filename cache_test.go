@@ -47,8 +47,8 @@ func put(c *cache, t ticket, seq int64) {
 	c.put(t, map[int64]cachedBalance{1: {1, seq, "USD", fmt.Sprint(10 * seq), "0"}})
 }
 
-// look is a read of wallet 1 that must miss; its ticket is for what Postgres then says.
-func look(t *testing.T, c *cache) ticket {
+// mustMiss is a read of wallet 1 that must miss; its ticket is for what Postgres then says.
+func mustMiss(t *testing.T, c *cache) ticket {
 	t.Helper()
 	b, found, ok := c.get(context.Background(), 1, 0)
 	if ok {
@@ -57,8 +57,8 @@ func look(t *testing.T, c *cache) ticket {
 	return found
 }
 
-// want is a read of wallet 1 that must hit.
-func want(t *testing.T, c *cache, seq int64) {
+// mustHit is a read of wallet 1 that must hit.
+func mustHit(t *testing.T, c *cache, seq int64) {
 	t.Helper()
 	b, _, ok := c.get(context.Background(), 1, 0)
 	if !ok || b != (cachedBalance{1, seq, "USD", fmt.Sprint(10 * seq), "0"}) {
@@ -70,18 +70,18 @@ func want(t *testing.T, c *cache, seq int64) {
 func TestOnlyNewerBalancesAreKept(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())
 	put(c, c.ticket(), 4)
-	put(c, look(t, c), 5)
-	want(t, c, 5)
+	put(c, mustMiss(t, c), 5)
+	mustHit(t, c, 5)
 	put(c, c.ticket(), 3)
-	want(t, c, 5)
+	mustHit(t, c, 5)
 	put(c, c.ticket(), 10) // 10 > 5 as a number, not as text
-	want(t, c, 10)
+	mustHit(t, c, 10)
 	if b, found, ok := c.get(context.Background(), 1, 11); ok {
 		t.Errorf("%+v, but at least 11 was asked for", b)
 	} else {
 		put(c, found, 11)
 	}
-	want(t, c, 11)
+	mustHit(t, c, 11)
 }
 
 // TestPutsOnce: what a process has put it does not put again. When the database begins another life it does:
@@ -96,36 +96,36 @@ func TestPutsOnce(t *testing.T) {
 	}
 	c.enter(t.Name(), "2")
 	inUse(t, c)
-	put(c, look(t, c), 3)
+	put(c, mustMiss(t, c), 3)
 	put(c, c.ticket(), 4)
-	want(t, c, 4)
+	mustHit(t, c, 4)
 }
 
 // TestFillAfterAnOutageDoesNotPinTheOld: a reader read seq 5, then the put of seq 6 was lost; the reader's
 // fill comes last.
 func TestFillAfterAnOutageDoesNotPinTheOld(t *testing.T) {
 	c := testCache(t, stack(t).RedisURL, t.Name())
-	late := look(t, c)
+	late := mustMiss(t, c)
 	c.fail(errors.New("the put of seq 6 was lost"))
 	eventually(t, 5*time.Second, "a new generation", func() bool { return c.generations.Load() == 2 })
 	put(c, late, 5)
-	put(c, look(t, c), 6)
-	want(t, c, 6)
+	put(c, mustMiss(t, c), 6)
+	mustHit(t, c, 6)
 	put(c, late, 5)
-	want(t, c, 6)
+	mustHit(t, c, 6)
 }
 
 // TestLateFill: a reader misses, reads Postgres and stalls. A newer balance is put, then the key is evicted.
 // Only now does the reader's fill arrive.
 func TestLateFill(t *testing.T) {
 	a, b := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
-	late := look(t, a)
-	put(a, look(t, b), 5)
+	late := mustMiss(t, a)
+	put(a, mustMiss(t, b), 5)
 	put(b, b.ticket(), 6)
 	evict(t, a)
 	put(a, late, 5)
-	put(b, look(t, b), 6)
-	want(t, a, 6)
+	put(b, mustMiss(t, b), 6)
+	mustHit(t, a, 6)
 }
 
 func evict(t *testing.T, c *cache) {
@@ -142,7 +142,7 @@ func TestLatePut(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			a, b := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
 			late := a.ticket()
-			put(b, look(t, b), 5)
+			put(b, mustMiss(t, b), 5)
 			put(b, b.ticket(), 7)
 			switch how {
 			case "evicted":
@@ -152,22 +152,22 @@ func TestLatePut(t *testing.T) {
 			case "another life": // Postgres was put back to seq 3
 				b.enter(t.Name(), "2")
 				put(b, b.ticket(), 3)
-				look(t, a) // it serves nothing of the former life, though it has not heard yet
+				mustMiss(t, a) // it serves nothing of the former life, though it has not heard yet
 				a.enter(t.Name(), "2")
 			}
 			put(a, late, 6)
 			inUse(t, a)
 			inUse(t, b)
 			if how == "another life" {
-				put(b, look(t, b), 3)
+				put(b, mustMiss(t, b), 3)
 				put(a, late, 6)
 				inUse(t, a)
-				put(b, look(t, b), 3)
-				want(t, a, 3)
+				put(b, mustMiss(t, b), 3)
+				mustHit(t, a, 3)
 				return
 			}
-			put(b, look(t, b), 7)
-			want(t, a, 7)
+			put(b, mustMiss(t, b), 7)
+			mustHit(t, a, 7)
 		})
 	}
 }
@@ -178,8 +178,8 @@ func TestNothingIsReadUntilWhatWasLostIsMadeUpFor(t *testing.T) {
 	c := idleCache(t, stack(t).RedisURL)
 	c.enter(t.Name(), "1")
 	put(c, c.ticket(), 1) // a starting replica's first answer, before run has begun a generation
-	put(c, look(t, c), 1)
-	want(t, c, 1)
+	put(c, mustMiss(t, c), 1)
+	mustHit(t, c, 1)
 	other := idleCache(t, stack(t).RedisURL)
 	other.enter(t.Name(), "1")
 	if err := other.begin(context.Background(), other.keys.Load()); err != nil {
@@ -187,7 +187,7 @@ func TestNothingIsReadUntilWhatWasLostIsMadeUpFor(t *testing.T) {
 	}
 	c.losses.Add(1)
 	meanwhile := &duringSet{do: func() {
-		put(other, look(t, other), 1)
+		put(other, mustMiss(t, other), 1)
 		c.fail(errors.New("the put of seq 2 was lost"))
 	}}
 	c.redis.AddHook(meanwhile)
@@ -200,8 +200,8 @@ func TestNothingIsReadUntilWhatWasLostIsMadeUpFor(t *testing.T) {
 	if err := c.begin(context.Background(), c.keys.Load()); err != nil {
 		t.Fatal(err)
 	}
-	put(c, look(t, c), 2)
-	want(t, c, 2)
+	put(c, mustMiss(t, c), 2)
+	mustHit(t, c, 2)
 }
 
 // duringSet does something once, while Redis runs a SET.
@@ -226,12 +226,12 @@ func (d *duringSet) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 // take. When it goes on, its call has timed out; nobody serves the older balance once it has answered.
 func TestFrozenWriter(t *testing.T) {
 	frozen, other := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
-	put(other, look(t, other), 5)
-	want(t, other, 5)
+	put(other, mustMiss(t, other), 5)
+	mustHit(t, other, 5)
 	frozen.redis.AddHook(&timesOut{left: 1})
 	put(frozen, frozen.ticket(), 6)
-	put(other, look(t, other), 6)
-	want(t, frozen, 6)
+	put(other, mustMiss(t, other), 6)
+	mustHit(t, frozen, 6)
 }
 
 // TestRedisComesBackAtOneReplicaFirst: another replica serves again already when this one, which takes Redis
@@ -244,12 +244,12 @@ func TestRedisComesBackAtOneReplicaFirst(t *testing.T) {
 	if !late.away.Load() {
 		t.Fatal("two calls failed, and Redis is not taken for away")
 	}
-	put(other, look(t, other), 5)
+	put(other, mustMiss(t, other), 5)
 	movement := late.ticket()
 	movement.moves = true
 	put(late, movement, 6)
-	put(other, look(t, other), 6)
-	want(t, late, 6)
+	put(other, mustMiss(t, other), 6)
+	mustHit(t, late, 6)
 }
 
 // timesOut has the next calls time out without reaching Redis.
@@ -274,25 +274,25 @@ func (o *timesOut) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 // another replica, which has not heard of it, must not go on serving them.
 func TestAnotherLifeSeesNothing(t *testing.T) {
 	c, other := testCache(t, stack(t).RedisURL, t.Name()), testCache(t, stack(t).RedisURL, t.Name())
-	put(c, look(t, c), 5)
-	want(t, other, 5)
+	put(c, mustMiss(t, c), 5)
+	mustHit(t, other, 5)
 	c.enter(t.Name(), "2")
 	if _, _, ok := c.get(context.Background(), 1, 0); ok {
 		t.Error("a balance of life 1 in life 2")
 	}
 	put(c, c.ticket(), 3)
-	look(t, other)
-	put(c, look(t, c), 3)
-	want(t, c, 3)
+	mustMiss(t, other)
+	put(c, mustMiss(t, c), 3)
+	mustHit(t, c, 3)
 }
 
 // TestLedgersShareNothing: two databases of one cluster, on one Redis.
 func TestLedgersShareNothing(t *testing.T) {
 	a, b := testCache(t, stack(t).RedisURL, t.Name()+"a"), testCache(t, stack(t).RedisURL, t.Name()+"b")
-	put(a, look(t, a), 5)
-	put(b, look(t, b), 2)
-	want(t, a, 5)
-	want(t, b, 2)
+	put(a, mustMiss(t, a), 5)
+	put(b, mustMiss(t, b), 2)
+	mustHit(t, a, 5)
+	mustHit(t, b, 2)
 }
 
 // TestRedisComesBackWithOlderData: a snapshot that lacks the last puts. Its connections die unnoticed while
@@ -304,8 +304,8 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 	}
 	defer s.stop()
 	a, b := testCache(t, s.RedisURL, t.Name()), testCache(t, s.RedisURL, t.Name())
-	put(a, look(t, a), 5)
-	want(t, b, 5)
+	put(a, mustMiss(t, a), 5)
+	mustHit(t, b, 5)
 	if err := a.redis.Save(context.Background()).Err(); err != nil {
 		if strings.Contains(err.Error(), "unknown command") {
 			t.Skip("miniredis keeps no snapshot, and comes back empty")
@@ -313,7 +313,7 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 		t.Fatal(err)
 	}
 	put(a, a.ticket(), 6)
-	want(t, b, 6)
+	mustHit(t, b, 6)
 	s.command(t, "kill redis")
 	s.command(t, "start redis")
 	inspector := idleCache(t, s.RedisURL)

@@ -59,23 +59,23 @@ type load struct {
 	refused      int
 	slowest      time.Duration
 
-	highest  map[int64]answered // of each wallet: the newest entry that anybody was told of
-	reads    int                // of cached balances, answered
-	behind   []string           // those that showed less than had been answered before they were sent
-	excused  int                // of those, how many fell into a window; see excuse
-	window   int                // how many times the excuse was opened or closed; odd: it is open
-	happens  string             // the fault of the moment
-	wasAsked atomic.Int64       // reads with min_seq
+	highest  map[int64]toldOf // of each wallet: the newest entry that anybody was told of
+	reads    int              // of cached balances, answered
+	behind   []string         // those that showed less than had been answered before they were sent
+	excused  int              // of those, how many fell into a window; see excuse
+	window   int              // how many times the excuse was opened or closed; odd: it is open
+	happens  string           // the fault of the moment
+	wasAsked atomic.Int64     // reads with min_seq
 }
 
-// answered is a wallet's seq that a client was told, and when.
-type answered struct {
+// toldOf is a wallet's seq that a client was told, and when.
+type toldOf struct {
 	seq int64
 	at  time.Time
 }
 
 func startLoad(urls []string, clients int) *load {
-	l := &load{urls: urls, acknowledged: make(map[string]bool), highest: make(map[int64]answered)}
+	l := &load{urls: urls, acknowledged: make(map[string]bool), highest: make(map[int64]toldOf)}
 	for range clients / 2 {
 		l.working.Go(func() {
 			for !l.stop.Load() {
@@ -168,7 +168,7 @@ func (l *load) post(base string, id int64) {
 // told notes under mu what a client was told of a wallet.
 func (l *load) told(id, seq int64) {
 	if l.highest[id].seq < seq {
-		l.highest[id] = answered{seq, time.Now()}
+		l.highest[id] = toldOf{seq, time.Now()}
 	}
 }
 
@@ -569,8 +569,8 @@ func (c *chaos) all() []*replica { return append(slices.Clone(c.replicas), c.wri
 
 func (c *chaos) any() *replica { return c.all()[rand.IntN(len(c.replicas)+1)] }
 
-// step is by how much a clock goes wrong: seconds to days, back or ahead.
-func step() time.Duration {
+// clockStep is by how much a clock goes wrong: seconds to days, back or ahead.
+func clockStep() time.Duration {
 	scales := []time.Duration{10 * time.Second, 10 * time.Minute, 3 * time.Hour, 3 * 24 * time.Hour}
 	most := scales[rand.IntN(len(scales))]
 	offset := time.Second + time.Duration(rand.Int64N(int64(most))).Truncate(time.Second)
@@ -615,7 +615,7 @@ func (c *chaos) onRedis(args ...any) {
 
 // moreFaults are those of clocks, answers, writers and caches, and of the servers that they need.
 var moreFaults = []fault{
-	{"step Postgres' clock", func(c *chaos) { c.stepClock("postgres", step(), nil) }},
+	{"step Postgres' clock", func(c *chaos) { c.stepClock("postgres", clockStep(), nil) }},
 	{"Postgres' clock goes back and the slot is lost", func(c *chaos) {
 		c.stepClock("postgres", -3*time.Hour, func() {
 			c.stopRelays(func(conn *pgx.Conn) {
@@ -628,11 +628,11 @@ var moreFaults = []fault{
 	{"Postgres' clock goes ahead of Kafka's limit", func(c *chaos) {
 		c.stepClock("postgres", 2*time.Hour, nil)
 	}},
-	{"step the broker's clock", func(c *chaos) { c.stepClock("kafka", step(), nil) }},
+	{"step the broker's clock", func(c *chaos) { c.stepClock("kafka", clockStep(), nil) }},
 	{"step the replicas' clocks", func(c *chaos) {
 		for range 3 {
 			for _, r := range c.all() {
-				r.setClock(c.t, step())
+				r.setClock(c.t, clockStep())
 			}
 			pause(time.Second)
 		}

@@ -469,9 +469,9 @@ func (s *server) routes() []api.Route {
 			Doc: api.Doc{Summary: "Read a movement of money by its id",
 				ID: "TransactionID", Answer: "Transaction",
 				Refusals: "transaction_id_malformed transaction_not_found"}},
-		{Method: "GET", Path: "/openapi.json", Scope: gate.Open, Handle: s.getOpenAPI,
+		{Method: "GET", Path: "/openapi.json", Scope: gate.Open, Handle: api.Static(s.document),
 			Doc: api.Doc{Summary: "This document", Answer: "Document"}},
-		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: s.healthz,
+		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: alive,
 			Doc: api.Doc{Summary: "Is the process alive?", Answer: "Status"}},
 		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz,
 			Doc: api.Doc{Summary: "Can it serve?", Answer: "Status", Refusals: "starting unavailable"}},
@@ -601,12 +601,9 @@ func (m *movementKind) doc() api.Doc {
 	if m.required != "" {
 		refusals += " field_missing"
 	}
-	doc := api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
-		Answer: m.answer, Refusals: refusals}
-	if m.all {
-		doc.As = map[string]string{"amount": "amount_or_all"}
-	}
-	return doc
+	as := map[bool]map[string]string{true: {"amount": "amount_or_all"}}[m.all]
+	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
+		As: as, Answer: m.answer, Refusals: refusals}
 }
 
 // fieldRefusals are the codes that each field may be refused with, by itself.
@@ -621,7 +618,7 @@ var fieldRefusals = map[string]string{
 func (s *server) operatorRoutes() []api.Route {
 	return []api.Route{
 		{Method: "GET", Path: "/metrics", Scope: gate.Operate, Handle: s.getMetrics},
-		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: s.healthz},
+		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: alive},
 		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz},
 	}
 }
@@ -630,8 +627,7 @@ const bodyBytesMax = 8 << 10
 
 // The parameters of each query, and the one body that is no movement's: anything else is refused.
 var (
-	creationBody = &api.Shape{BytesMax: bodyBytesMax,
-		Fields: []string{"id", "currency", "idempotency_key"}}
+	creationBody     = &api.Shape{BytesMax: bodyBytesMax, Fields: []string{"id", "currency", "idempotency_key"}}
 	balanceQuery     = []string{"min_seq", "at", "seq"}
 	historyQuery     = []string{"limit", "since", "until", "order", "cursor"}
 	statementQuery   = []string{"since", "until"}
@@ -1103,10 +1099,8 @@ func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
 	return answer, nil
 }
 
-// healthz: the process is alive. It asks nobody, since restarting us would not mend another server.
-func (s *server) healthz(*http.Request) (*api.Reply, error) {
-	return &api.Reply{Body: []byte(`{"status":"alive"}`)}, nil
-}
+// alive asks nobody, since restarting us would not mend another server.
+var alive = api.Static([]byte(`{"status":"alive"}`))
 
 // readyz: Postgres is reachable and its schema at least ours, and we are not on our way out.
 func (s *server) readyz(r *http.Request) (*api.Reply, error) {
@@ -1402,7 +1396,3 @@ var apiContract = api.ReadContract(schemasJSON, api.Contract{
 	Description: "Deposits, withdrawals, transfers, holds and reversals. Amounts are decimal strings; " +
 		"errors are RFC 9457 problem documents with a stable code.",
 })
-
-func (s *server) getOpenAPI(*http.Request) (*api.Reply, error) {
-	return &api.Reply{Body: s.document}, nil
-}

@@ -328,14 +328,15 @@ func (c *contract) conforms(schema, value any) error {
 	return nil
 }
 
-// demands checks a value by one keyword of a schema. As in JSON Schema, a keyword demands nothing of a value of
-// another type than its own.
+// demands checks a value by one keyword of a schema. As in JSON Schema, a keyword demands nothing of a
+// value of another type than its own.
 func (c *contract) demands(s map[string]any, keyword string, wants, value any) error {
 	text, isText := value.(string)
 	number, isNumber := value.(json.Number)
 	members, isObject := value.(map[string]any)
 	bound := func(is decimal.Decimal) error {
-		if by := is.Cmp(dec(fmt.Sprint(wants))); by > 0 && keyword[:3] == "max" || by < 0 && keyword[:3] == "min" {
+		if by := is.Cmp(dec(fmt.Sprint(wants))); by > 0 && keyword[:3] == "max" || by < 0 &&
+			keyword[:3] == "min" {
 			return fmt.Errorf("%v: %s %v", value, keyword, wants)
 		}
 		return nil
@@ -463,8 +464,8 @@ func schemas(schema any, visit func(map[string]any)) {
 	}
 }
 
-// TestSchemas: every keyword in the document is one that TestContract checks, each example and default is as its
-// schema says, and no schema is there for nothing.
+// TestSchemas: every keyword in the document is one that TestContract checks, each example and default is
+// as its schema says, and no schema is there for nothing.
 func TestSchemas(t *testing.T) {
 	s := &server{Server: api.New(api.Config{Problems: problems})}
 	var c contract
@@ -523,7 +524,8 @@ func TestSchemas(t *testing.T) {
 	}
 }
 
-// TestConforms: what TestContract finds its answers to be, they are. Each value breaks its schema by one keyword.
+// TestConforms: what TestContract finds its answers to be, they are. Each value breaks its schema by one
+// keyword.
 func TestConforms(t *testing.T) {
 	var c contract
 	decodeJSON(t, `{"components":{"schemas":{"One":{"properties":{"kind":{"enum":["1"]}}},
@@ -532,7 +534,8 @@ func TestConforms(t *testing.T) {
 		`"discriminator":{"propertyName":"kind","mapping":{"1":"#/components/schemas/One",` +
 		`"2":"#/components/schemas/Two","3":"#/components/schemas/Three"}}}`
 	for _, is := range []struct{ schema, fits, breaks string }{
-		{`{"type":"string"}`, `"x"`, `1`}, {`{"type":"integer"}`, `-1`, `1.0`}, {`{"type":"array"}`, `[]`, `{}`},
+		{`{"type":"string"}`, `"x"`, `1`}, {`{"type":"integer"}`, `-1`, `1.0`}, {`{"type":"array"}`, `[]`,
+			`{}`},
 		{`{"type":"object"}`, `{}`, `[]`}, {`{"type":"boolean"}`, `false`, `"false"`},
 		{`{"enum":["a","b"]}`, `"b"`, `"c"`}, {`{"pattern":"^a+$"}`, `"aa"`, `"ab"`},
 		{`{"format":"date-time"}`, `"2026-01-02T03:04:05Z"`, `"yesterday"`},
@@ -565,8 +568,8 @@ func TestConforms(t *testing.T) {
 	}
 }
 
-// held is a service that is held to its own contract.
-type held struct {
+// contractCheck is a service that is held to its own contract.
+type contractCheck struct {
 	service  *running
 	contract contract
 	// What is listed and not yet seen: "post /v1/wallets 201 application/json",
@@ -574,11 +577,11 @@ type held struct {
 	unseen map[string]bool
 }
 
-func newHeld(t *testing.T) *held {
+func newContractCheck(t *testing.T) *contractCheck {
 	t.Helper()
 	keys := hashed("all", "read+write+operate", "key") + "," + hashed("operator", "operate", "operator-key") +
 		"," + hashed("clerk", "read+write", "clerk-key")
-	h := &held{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
+	h := &contractCheck{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
 	decodeJSON(t, h.service.get("/openapi.json").body, &h.contract)
 	for path, operations := range h.contract.Paths {
 		for method, operation := range operations {
@@ -613,7 +616,7 @@ func isOf(path, route string) bool {
 }
 
 // of finds the route of a target in the contract.
-func (h *held) of(method, target string) (path string, operation operationDoc) {
+func (h *contractCheck) of(method, target string) (path string, operation operationDoc) {
 	target, _, _ = strings.Cut(target, "?")
 	for path, operations := range h.contract.Paths {
 		if isOf(target, path) {
@@ -624,7 +627,7 @@ func (h *held) of(method, target string) (path string, operation operationDoc) {
 }
 
 // check demands that an answer is documented, and crosses it off.
-func (h *held) check(t *testing.T, method, target string, a answer) {
+func (h *contractCheck) check(t *testing.T, method, target string, a answer) {
 	t.Helper()
 	path, operation := h.of(method, target)
 	kind := a.header.Get("Content-Type")
@@ -644,7 +647,7 @@ func (h *held) check(t *testing.T, method, target string, a answer) {
 	}
 }
 
-func (h *held) get(t *testing.T, target string, headers ...string) answer {
+func (h *contractCheck) get(t *testing.T, target string, headers ...string) answer {
 	t.Helper()
 	headers = append([]string{"Authorization", "Bearer key"}, headers...)
 	a := h.service.get(target, headers...)
@@ -653,7 +656,7 @@ func (h *held) get(t *testing.T, target string, headers ...string) answer {
 }
 
 // post demands besides that a body that was accepted is a documented one, and that what was created is there.
-func (h *held) post(t *testing.T, target, body string, headers ...string) answer {
+func (h *contractCheck) post(t *testing.T, target, body string, headers ...string) answer {
 	t.Helper()
 	headers = append([]string{"Authorization", "Bearer key"}, headers...)
 	a := h.service.post(target, body, headers...)
@@ -684,7 +687,7 @@ func (h *held) post(t *testing.T, target, body string, headers ...string) answer
 }
 
 // taking is those of the routes below whose body has a field.
-func (h *held) taking(field string) (targets []string) {
+func (h *contractCheck) taking(field string) (targets []string) {
 	for _, target := range postRoutes {
 		_, operation := h.of("POST", target)
 		properties := operation.RequestBody.Content["application/json"].Schema["properties"].(map[string]any)
@@ -709,7 +712,8 @@ const (
 )
 
 var (
-	postRoutes = []string{creations, deposits, withdrawals, transfers, holds, captures, voids, reversals, states}
+	postRoutes = []string{creations, deposits, withdrawals, transfers, holds, captures, voids, reversals,
+		states}
 	movesMoney = postRoutes[1:]
 	getRoutes  = []string{"/v1/wallets", "/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
 		"/v1/wallets/1/statement", "/v1/wallets/1/holds", "/v1/wallets/1/transactions?idempotency_key=d",
@@ -720,7 +724,8 @@ var (
 // right is what a right body for each of them says, besides its key.
 var right = map[string]map[string]string{
 	creations: {"id": `9`}, deposits: {"amount": `"1"`}, withdrawals: {"amount": `"1"`},
-	transfers: {"amount": `"1"`, "to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`}, voids: {},
+	transfers: {"amount": `"1"`,
+		"to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`}, voids: {},
 	reversals: {"amount": `"1"`}, states: {"state": `"open"`},
 }
 
@@ -741,20 +746,21 @@ func body(target string, changes ...string) string {
 }
 
 // everywhere calls each route in a way that is right but for the cause that a test has set up.
-func (h *held) everywhere(t *testing.T, headers ...string) {
+func (h *contractCheck) everywhere(t *testing.T, headers ...string) {
 	t.Helper()
 	for _, target := range getRoutes {
 		h.get(t, target, headers...)
 	}
 	for _, target := range postRoutes {
-		h.post(t, target, body(target, "idempotency_key", fmt.Sprintf(`"%d"`, time.Now().UnixNano())), headers...)
+		h.post(t, target, body(target, "idempotency_key", fmt.Sprintf(`"%d"`, time.Now().UnixNano())),
+			headers...)
 	}
 }
 
 // TestContract causes every answer that the OpenAPI document lists, each refusal in a subtest of its cause.
 // It finds each answer documented: status, code and shape.
 func TestContract(t *testing.T) {
-	h := newHeld(t)
+	h := newContractCheck(t)
 	if h.contract.OpenAPI != "3.1.0" {
 		t.Errorf("OpenAPI %s", h.contract.OpenAPI)
 	}
@@ -798,7 +804,8 @@ func TestContract(t *testing.T) {
 		})},
 		{"members left out", each(movesMoney, func(t *testing.T, target string) {
 			_, operation := h.of("POST", target)
-			for _, name := range asList(operation.RequestBody.Content["application/json"].Schema["required"]) {
+			schema := operation.RequestBody.Content["application/json"].Schema
+			for _, name := range asList(schema["required"]) {
 				a := h.post(t, target, body(target, name.(string), ""))
 				if a.code() != "field_missing" {
 					t.Errorf("%s without %s: %s", target, name, a)
@@ -920,7 +927,7 @@ func TestContract(t *testing.T) {
 }
 
 // head demands that HEAD is what GET says, without a body.
-func (h *held) head(t *testing.T, target string) {
+func (h *contractCheck) head(t *testing.T, target string) {
 	t.Helper()
 	r, _ := http.NewRequest("HEAD", h.service.http.URL+target, nil)
 	r.Header.Set("Authorization", "Bearer key")
@@ -936,11 +943,14 @@ func (h *held) head(t *testing.T, target string) {
 }
 
 // holds is every way that a hold goes, and each that it does not.
-func (h *held) holds(t *testing.T) {
+func (h *contractCheck) holds(t *testing.T) {
 	place := func(more string) { // as entries 2 to 4, and 9
 		h.post(t, "/v1/wallets/10/holds", `{"amount":"10",`+more+`}`)
 	}
-	capture := func(seq int, more string) { h.post(t, fmt.Sprintf("/v1/holds/10-%d/capture", seq), `{`+more+`}`) }
+	capture := func(seq int, more string) {
+		h.post(t, fmt.Sprintf("/v1/holds/10-%d/capture", seq),
+			`{`+more+`}`)
+	}
 	void := func(seq int, more string) { h.post(t, fmt.Sprintf("/v1/holds/10-%d/void", seq), `{`+more+`}`) }
 	const key = `"idempotency_key":"k"`
 	h.post(t, "/v1/wallets/10/deposit", `{"amount":"100","idempotency_key":"d"}`)
@@ -981,7 +991,7 @@ func (h *held) holds(t *testing.T) {
 }
 
 // reversals is one of each kind of movement, and what cannot be undone.
-func (h *held) reversals(t *testing.T) {
+func (h *contractCheck) reversals(t *testing.T) {
 	reverse := func(id, more string) {
 		h.post(t, "/v1/transactions/"+id+"/reverse", `{`+more+`}`)
 	}
@@ -1009,7 +1019,7 @@ func (h *held) reversals(t *testing.T) {
 }
 
 // states is each that a wallet can be in, and what it does not let through.
-func (h *held) states(t *testing.T) {
+func (h *contractCheck) states(t *testing.T) {
 	set := func(state, key string) {
 		h.post(t, "/v1/wallets/5/state", fmt.Sprintf(`{"state":%q,"idempotency_key":%q}`, state, key))
 		h.get(t, "/v1/wallets/5")
@@ -1045,7 +1055,7 @@ func (h *held) states(t *testing.T) {
 }
 
 // words is what movements say besides, in each answer that shows it, and what they may not say.
-func (h *held) words(t *testing.T) {
+func (h *contractCheck) words(t *testing.T) {
 	for field, malformed := range map[string]string{"reference": `""`, "metadata": `{"a":1}`, "note": `""`,
 		"state": `"shut"`, "expires_in": `"1w"`} {
 		for _, target := range h.taking(field) {
@@ -1066,7 +1076,8 @@ func (h *held) words(t *testing.T) {
 		{"/v1/holds/13-5/void", body(voids)},
 		{"/v1/transactions/13-2/reverse", body(reversals)},
 	} {
-		said := strings.Replace(c.body, `"k"`, fmt.Sprintf(`"w%d","reference":"a b é","metadata":{"c":"d"}`, i), 1)
+		said := strings.Replace(c.body, `"k"`, fmt.Sprintf(`"w%d","reference":"a b é","metadata":{"c":"d"}`,
+			i), 1)
 		if a := h.post(t, c.target, said); a.status >= 300 || a.json(t)["reference"] != "a b é" {
 			t.Errorf("%s %s: %s", c.target, said, a)
 		}
@@ -1085,7 +1096,7 @@ func (h *held) words(t *testing.T) {
 }
 
 // lists is each list to its end, and each parameter of each route with what it does not take.
-func (h *held) lists(t *testing.T) {
+func (h *contractCheck) lists(t *testing.T) {
 	for _, target := range getRoutes {
 		path, _, _ := strings.Cut(target, "?")
 		_, operation := h.of("GET", target)
@@ -1129,7 +1140,7 @@ func (h *held) lists(t *testing.T) {
 }
 
 // statements is each form of one, whose trailer has the hash of its entries, and one that is broken off.
-func (h *held) statements(t *testing.T) {
+func (h *contractCheck) statements(t *testing.T) {
 	// More has gone in and out than a wallet can hold.
 	h.post(t, "/v1/wallets/3/withdraw", `{"amount":"all","idempotency_key":"out"}`)
 	h.post(t, "/v1/wallets/3/deposit", `{"amount":"99999999999999999999","idempotency_key":"in"}`)
@@ -1149,7 +1160,8 @@ func (h *held) statements(t *testing.T) {
 			text, err := io.ReadAll(response.Body)
 			response.Body.Close()
 			if err != nil || response.Trailer.Get("Statement-Sha256") != whole["sha256"] {
-				t.Errorf("%s as %s: %v, trailer %v, want %v", target, form, err, response.Trailer, whole["sha256"])
+				t.Errorf("%s as %s: %v, trailer %v, want %v", target, form, err, response.Trailer,
+					whole["sha256"])
 			}
 			h.check(t, "GET", target, answer{response.StatusCode, response.Header, string(text)})
 			if form == export.Lines {
@@ -1178,7 +1190,7 @@ func (h *held) statements(t *testing.T) {
 }
 
 // lines demands that a statement's lines are its entries, and the last one the rest of it.
-func (h *held) lines(t *testing.T, text string, whole map[string]any) {
+func (h *contractCheck) lines(t *testing.T, text string, whole map[string]any) {
 	t.Helper()
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	entries := asList(whole["entries"])
@@ -1226,8 +1238,8 @@ func TestBombs(t *testing.T) {
 	}
 }
 
-// raw sends bytes and returns the status of each response on the connection.
-func raw(tb testing.TB, address, request string) (statuses []int) {
+// sendRaw sends bytes and returns the status of each response on the connection.
+func sendRaw(tb testing.TB, address, request string) (statuses []int) {
 	tb.Helper()
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
@@ -1266,7 +1278,7 @@ func TestSmuggling(t *testing.T) {
 		"two hosts":           "GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + hidden,
 		"a bare LF in a name": "GET /healthz HTTP/1.1\r\nHost: x\r\nX\n: y\r\n\r\n" + hidden,
 	} {
-		for _, status := range raw(t, address, request) {
+		for _, status := range sendRaw(t, address, request) {
 			if status < 400 && name != "a folded header" {
 				t.Errorf("%s: %d", name, status)
 			}
@@ -1284,13 +1296,13 @@ func TestPathTricks(t *testing.T) {
 	for _, path := range []string{"/v1/wallets/1%2f../2/balance", "/v1/wallets/%31%00/balance",
 		"/v1/wallets/1;x/balance", "/v1/wallets/ 1/balance", "/v1/wallets/1%0a/balance",
 		"/V1/wallets/1/balance", "/v1/wallets/1/balance/"} {
-		a := raw(t, w.http.Listener.Addr().String(),
+		a := sendRaw(t, w.http.Listener.Addr().String(),
 			"GET "+path+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 		if len(a) != 1 || a[0] < 300 {
 			t.Errorf("%s: %v", path, a)
 		}
 	}
-	long := raw(t, w.http.Listener.Addr().String(),
+	long := sendRaw(t, w.http.Listener.Addr().String(),
 		"GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("y", 2<<20)+"\r\n\r\n")
 	if len(long) > 0 && long[0] != 431 {
 		t.Errorf("2 MiB of headers: %v", long)
@@ -1418,14 +1430,16 @@ func TestFlood(t *testing.T) {
 
 // requestSeeds are what FuzzRequest begins with: each route, each of its fields and parameters.
 var requestSeeds = []struct{ method, path, query, key, contentType, trace, body string }{
-	{"POST", "/v1/wallets", "", "k", "application/json", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+	{"POST", "/v1/wallets", "", "k", "application/json",
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 		`{"id":1,"currency":"USD"}`},
 	{"POST", "/v1/wallets/1/deposit", "", "k", "application/json", "",
 		`{"amount":"1","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
 	{"POST", "/v1/wallets/1/withdraw", "", `"k"`, "application/json", "",
 		`{"amount":"all","currency":"USD","reference":"r","metadata":{}}`},
 	{"POST", "/v1/wallets/1/transfer", "", "", "application/json; charset=utf-8", "",
-		`{"to_id":2,"amount":1.5,"currency":"USD","reference":"é","metadata":{"a":"\u00e9"},"idempotency_key":"k"}`},
+		`{"to_id":2,"amount":1.5,"currency":"USD","reference":"é","metadata":{"a":"\u00e9"},` +
+			`"idempotency_key":"k"}`},
 	{"POST", "/v1/wallets/1/holds", "", "k", "application/json", "", `{"amount":"1","to_id":2,` +
 		`"expires_in":"15m","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
 	{"POST", "/v1/holds/1-1/capture", "", "k", "application/json", "",
@@ -1442,7 +1456,8 @@ var requestSeeds = []struct{ method, path, query, key, contentType, trace, body 
 	{"GET", "/v1/wallets/1/history", "limit=5&since=2026-01-02T03:04:05Z&order=desc", "", "", "", ""},
 	{"GET", "/v1/wallets/1/history", "until=2026-01-02T03:04:05%2B01:00", "", "", "", ""},
 	{"GET", "/v1/wallets/1/history", "cursor=YS4xLjI", "", "", "", ""},
-	{"GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z&until=2026-01-03T03:04:05Z", "", "", "", ""},
+	{"GET", "/v1/wallets/1/statement", "since=2026-01-02T03:04:05Z&until=2026-01-03T03:04:05Z", "", "", "",
+		""},
 	{"GET", "/v1/wallets/1/holds", "status=open&limit=5&cursor=aC4xLjE", "", "", "", ""},
 	{"GET", "/v1/wallets/1/transactions", "idempotency_key=k", "", "", "", ""},
 	{"GET", "/v1/holds/1-1", "", "", "", "", ""},

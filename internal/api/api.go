@@ -87,6 +87,11 @@ type Reply struct {
 	Stream func(ctx context.Context, w io.Writer) error
 }
 
+// Static is the Handle of a route whose answer is always the same.
+func Static(body []byte) func(*http.Request) (*Reply, error) {
+	return func(*http.Request) (*Reply, error) { return &Reply{Body: body}, nil }
+}
+
 // Refusal is a clear no: a stable code, which Config.Problems has, and a sentence that says what to do.
 type Refusal interface {
 	error
