@@ -318,7 +318,7 @@ func TestRedisComesBackWithOlderData(t *testing.T) {
 	s.command(t, "start redis")
 	inspector := idleCache(t, s.RedisURL)
 	was := inspector.redis.Get(context.Background(), a.keys.Load().wallet(1)).Val()
-	if !strings.HasSuffix(was, " 5 USD 50") {
+	if !strings.HasSuffix(was, " 5 USD 50 0") {
 		t.Fatalf("Redis came back with %q: this test has proven nothing", was)
 	}
 	if seen, _, ok := b.get(context.Background(), 1, 0); ok && seen.seq < 6 {

@@ -627,7 +627,8 @@ const bodyBytesMax = 8 << 10
 
 // The parameters of each query, and the one body that is no movement's: anything else is refused.
 var (
-	creationBody     = &api.Shape{BytesMax: bodyBytesMax, Fields: []string{"id", "currency", "idempotency_key"}}
+	creationBody = &api.Shape{BytesMax: bodyBytesMax,
+		Fields: []string{"id", "currency", "idempotency_key"}}
 	balanceQuery     = []string{"min_seq", "at", "seq"}
 	historyQuery     = []string{"limit", "since", "until", "order", "cursor"}
 	statementQuery   = []string{"since", "until"}

@@ -190,6 +190,9 @@ func TestHoldsExpire(t *testing.T) {
 	eventually(t, 3*time.Second, "withdrawn", func() bool {
 		return v.post("/v1/wallets/1/withdraw", `{"amount":"50","idempotency_key":"w1"}`).status == 200
 	})
+	eventually(t, 3*time.Second, "both are due", func() bool { // reads may lag by the sweep's second
+		return w.get("/v1/holds/1-3").json(t)["status"] == "expired"
+	})
 	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
 	refuses(t, w.post("/v1/holds/1-3/void", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
 	eventually(t, 3*time.Second, "released", func() bool {
