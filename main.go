@@ -494,8 +494,8 @@ type movementKind struct {
 	of       subject
 	kind     string // of the entry that it makes, as far as the route tells
 	decide   func(*posting, *operation) error
-	fields   string // of the body, besides the idempotency key
-	required string // of these
+	body     *api.Shape
+	required string // fields of the body
 	all      bool   // "amount" may be "all"
 	answer   string
 	refusals string // besides those of its fields
@@ -511,45 +511,45 @@ type subject struct {
 // movements is what money may do.
 var movements = []movementKind{
 	{path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
-		of: ofWallet, kind: kindDeposit, decide: decideDeposit, fields: "amount currency reference metadata",
-		required: "amount", answer: "Receipt",
+		of: ofWallet, kind: kindDeposit, decide: decideDeposit,
+		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
-		kind: kindWithdrawal, decide: decideWithdrawal, fields: "amount currency reference metadata",
+		kind: kindWithdrawal, decide: decideWithdrawal, body: bodyOf("amount currency reference metadata"),
 		required: "amount", all: true, answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
 			"wallet_closed"},
 	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
 		summary: "Transfer to another wallet; creates it if need be", of: ofWallet, kind: kindTransferOut,
-		decide: decideTransfer, fields: "to_id amount currency reference metadata", required: "to_id amount",
-		all: true, answer: "TransferReceipt",
+		decide: decideTransfer, body: bodyOf("to_id amount currency reference metadata"),
+		required: "to_id amount", all: true, answer: "TransferReceipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds balance_limit " +
 			"wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
 		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
 		of:      ofWallet, kind: kindHold, decide: decideHold,
-		fields: "amount to_id expires_in currency reference metadata", required: "amount",
+		body: bodyOf("amount to_id expires_in currency reference metadata"), required: "amount",
 		answer: "HoldReceipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
 			"wallet_closed"},
 	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
 		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
 		of:      ofHold, kind: kindWithdrawal, decide: decideCapture,
-		fields: "amount to_id final reference metadata", answer: "Capture",
+		body: bodyOf("amount to_id final reference metadata"), answer: "Capture",
 		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
 			"balance_limit wallet_frozen wallet_closed"},
 	{path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
-		of: ofHold, kind: kindRelease, decide: decideVoid, fields: "reference metadata", answer: "Release",
-		refusals: "hold_not_found hold_closed hold_expired"},
+		of: ofHold, kind: kindRelease, decide: decideVoid, body: bodyOf("reference metadata"),
+		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
 	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
 		summary: "Reverse a transaction, or a part of it: post the opposite movement",
-		of:      ofTransaction, decide: decideReversal, fields: "amount reference metadata",
+		of:      ofTransaction, decide: decideReversal, body: bodyOf("amount reference metadata"),
 		answer: "Reversal",
 		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
 			"wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
 		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: ofWallet,
-		kind: kindState, decide: decideState, fields: "state note", required: "state", answer: "State",
+		kind: kindState, decide: decideState, body: bodyOf("state note"), required: "state", answer: "State",
 		refusals: "wallet_not_found wallet_closed wallet_not_empty"},
 }
 
@@ -586,23 +586,23 @@ var (
 		}}
 )
 
-// body is the shape of the movement's body.
-func (m *movementKind) body() *api.Shape {
-	return &api.Shape{BytesMax: bodyBytesMax, Fields: append(strings.Fields(m.fields), "idempotency_key"),
+// bodyOf is a body with these fields, and an idempotency key.
+func bodyOf(fields string) *api.Shape {
+	return &api.Shape{BytesMax: bodyBytesMax, Fields: append(strings.Fields(fields), "idempotency_key"),
 		Flags: []string{"final"}, Objects: []string{"metadata"}}
 }
 
 // doc is what the OpenAPI document says of the movement.
 func (m *movementKind) doc() api.Doc {
 	refusals := m.of.refusals + " idempotency_key_missing idempotency_key_reused " + m.refusals
-	for _, field := range strings.Fields(m.fields) {
+	for _, field := range m.body.Fields {
 		refusals += " " + fieldRefusals[field]
 	}
 	if m.required != "" {
 		refusals += " field_missing"
 	}
 	as := map[bool]map[string]string{true: {"amount": "amount_or_all"}}[m.all]
-	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body(), Required: strings.Fields(m.required),
+	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body, Required: strings.Fields(m.required),
 		As: as, Answer: m.answer, Refusals: refusals}
 }
 
@@ -725,7 +725,7 @@ func (s *server) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 			return nil, err
 		}
 	}
-	body, err := api.ReadFields(r, m.body())
+	body, err := api.ReadFields(r, m.body)
 	if err != nil {
 		return nil, err
 	}
@@ -762,8 +762,8 @@ func (s *server) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 
 // read reads what the body says.
 func (m *movementKind) read(body api.Fields, op *operation, holdTTL time.Duration) (err error) {
-	for _, field := range strings.Fields(m.required) {
-		if _, given := body[field]; !given && field != "to_id" {
+	for field := range strings.SplitSeq(m.required, " ") {
+		if _, given := body[field]; !given && field != "to_id" && field != "" {
 			return missing(field)
 		}
 	}
@@ -788,7 +788,7 @@ func (m *movementKind) read(body api.Fields, op *operation, holdTTL time.Duratio
 		default:
 			op.toID, op.kind = toID, kindTransferOut
 		}
-	} else if slices.Contains(strings.Fields(m.required), "to_id") {
+	} else if m.kind == kindTransferOut {
 		return missing("to_id")
 	}
 	if m.kind == kindHold {

@@ -179,7 +179,7 @@ func (c *client) step() {
 		if c.move(id, "withdraw", fmt.Sprintf(`{"amount":"%d",`, amount)) != nil {
 			c.deposited -= amount
 		}
-	case n < 95: // what was answered must be seen by whoever asks afterwards, at whichever replica
+	case n < 92: // what was answered must be seen by whoever asks afterwards, at whichever replica
 		if body := c.deposit(id, amount); body != nil {
 			var done, seen struct {
 				Seq int64 `json:"seq"`
@@ -201,8 +201,34 @@ func (c *client) step() {
 				c.behind++
 			}
 		}
+	case n < 98: // a hold, and its end
+		c.hold(id, amount)
 	default:
 		c.expect(c.do("GET", c.path(id, "history?limit=5"), ""), 200)
+	}
+}
+
+// hold places a hold, ends it, and takes a part of what it paid back.
+func (c *client) hold(id, amount int64) {
+	to := c.first + (id-c.first+1)%c.cfg.wallets
+	var placed struct {
+		ID string `json:"hold_id"`
+	}
+	body := c.move(id, "holds", fmt.Sprintf(`{"amount":"%d","expires_in":"1h",`, amount))
+	if body == nil || json.Unmarshal(body, &placed) != nil {
+		return
+	}
+	if rand.IntN(4) == 0 {
+		c.post("/v1/holds/"+placed.ID+"/void", `{`, 200)
+		return
+	}
+	var paid struct {
+		ID string `json:"transaction_id"`
+	}
+	fields := fmt.Sprintf(`{"to_id":%d,"amount":"%d",`, to, 1+rand.Int64N(amount))
+	body = c.post("/v1/holds/"+placed.ID+"/capture", fields, 200)
+	if body != nil && json.Unmarshal(body, &paid) == nil && rand.IntN(2) == 0 {
+		c.post("/v1/transactions/"+paid.ID+"/reverse", `{"amount":"1",`, 200)
 	}
 }
 
@@ -218,18 +244,26 @@ func (c *client) deposit(id, amount int64) []byte {
 	return body
 }
 
-// move sends a movement until it is answered; its body if it was accepted.
+// move sends a wallet's movement until it is answered; its body if it was accepted.
 func (c *client) move(id int64, what, fields string) []byte {
+	status := 200
+	if what == "holds" {
+		status = 201
+	}
+	return c.post(c.path(id, what), fields, status)
+}
+
+func (c *client) post(path, fields string, status int) []byte {
 	c.n++
 	body := fmt.Sprintf(`%s"idempotency_key":"%s-%d"}`, fields, c.key, c.n)
-	a := c.do("POST", c.path(id, what), body)
-	if a.status != 200 {
+	a := c.do("POST", path, body)
+	if a.status != status {
 		if a.status != 422 || !bytes.Contains(a.body, []byte(`"insufficient_funds"`)) {
-			c.expect(a, 200)
+			c.expect(a, status)
 		}
 		return nil
 	}
-	c.moved = append(c.moved, movement{c.path(id, what), body, string(a.body)})
+	c.moved = append(c.moved, movement{path, body, string(a.body)})
 	return a.body
 }
 
