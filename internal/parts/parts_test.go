@@ -1,0 +1,69 @@
+package parts
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestGroup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		failed := make(chan error, 1)
+		a, b := NewGroup(failed), NewGroup(failed)
+		ended := make(chan string, 2)
+		a.Run(func(ctx context.Context) error { <-ctx.Done(); ended <- "a"; return errors.New("not told of") })
+		b.Run(func(ctx context.Context) error { <-ctx.Done(); time.Sleep(time.Second); ended <- "b"; return nil })
+		first := errors.New("first")
+		b.Run(func(context.Context) error { return first })
+		synctest.Wait()
+		b.Run(func(context.Context) error { return errors.New("second") })
+		synctest.Wait()
+		if err := <-failed; err != first {
+			t.Errorf("%v", err)
+		}
+		deadline, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		if !a.Stop(deadline) || <-ended != "a" {
+			t.Error("a has not stopped")
+		}
+		if b.Stop(deadline) {
+			t.Error("b has stopped before its part")
+		}
+		if !b.Stop(t.Context()) || <-ended != "b" {
+			t.Error("b has not stopped")
+		}
+		select {
+		case err := <-failed:
+			t.Errorf("a part that was asked to end has failed: %v", err)
+		default:
+		}
+	})
+}
+
+func TestWaitFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		began := time.Now()
+		err := WaitFor(t.Context(), "a server", func(context.Context) error {
+			if tries++; tries < 10 {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		if took := time.Since(began); err != nil || tries != 10 || took < 2*time.Second || took > 30*time.Second {
+			t.Errorf("%v after %d tries in %v", err, tries, took)
+		}
+		never := errors.New("never")
+		if err := WaitFor(t.Context(), "a server", func(context.Context) error { return Final(never) }); err == nil {
+			t.Error("waited for what waiting does not cure")
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		err = WaitFor(ctx, "a server", func(context.Context) error { return errors.New("not yet") })
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v", err)
+		}
+	})
+}
