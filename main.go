@@ -353,17 +353,10 @@ func (s *service) prepare(ctx context.Context) error {
 	return s.ledger.loadCurrencies(ctx)
 }
 
-// keep does, every minute, what a long life needs: outbox partitions ahead, old ones dropped where no relay
-// does it, new currencies.
+// keep does, at once and every minute, what a long life needs: outbox partitions ahead, old ones dropped where
+// no relay does it, new currencies, a count of what is held.
 func (s *service) keep(ctx context.Context) error {
-	tick := time.NewTicker(time.Minute)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
+	for tick := time.NewTicker(time.Minute); ; {
 		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx),
 			s.ledger.countHolds(ctx)}
 		if s.relay == nil {
@@ -373,6 +366,11 @@ func (s *service) keep(ctx context.Context) error {
 			if err != nil && ctx.Err() == nil {
 				slog.Error("upkeep failed, next try in a minute", "error", err)
 			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
 		}
 	}
 }

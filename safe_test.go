@@ -255,6 +255,10 @@ func TestTLS(t *testing.T) {
 func TestDashboardAndAlerts(t *testing.T) {
 	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"0.5","idempotency_key":"h"}`)
+	if err := w.ledger.countHolds(context.Background()); err != nil { // as every minute
+		t.Fatal(err)
+	}
 	recorder := httptest.NewRecorder()
 	w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
 	measured := recorder.Body.String()

@@ -32,8 +32,8 @@ func TestObject(t *testing.T) {
 	inner := Open(nil)
 	o.Name("inner")
 	o.Dst = append(o.Dst, inner.Close()...)
-	want := `x{"text":"<a \"b\">","integer":-7,"number":"10.5","time":"2026-01-02T03:04:05.123456Z","flag":true,` +
-		`"inner":{}}`
+	want := `x{"text":"<a \"b\">","integer":-7,"number":"10.5","time":"2026-01-02T03:04:05.123456Z",` +
+		`"flag":true,"inner":{}}`
 	if got := string(o.Close()); got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}

@@ -24,8 +24,8 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// TestOurFile: the versions of the service's own file do not decrease, and a new label of a type stands alone,
-// since it can be used only after its commit.
+// TestOurFile: the versions of the service's own file do not decrease, and a new label of a type stands
+// alone, since it can be used only after its commit.
 func TestOurFile(t *testing.T) {
 	file, err := os.ReadFile("../../schema.sql")
 	if err != nil {

@@ -13,8 +13,17 @@ func TestGroup(t *testing.T) {
 		failed := make(chan error, 1)
 		a, b := NewGroup(failed), NewGroup(failed)
 		ended := make(chan string, 2)
-		a.Run(func(ctx context.Context) error { <-ctx.Done(); ended <- "a"; return errors.New("not told of") })
-		b.Run(func(ctx context.Context) error { <-ctx.Done(); time.Sleep(time.Second); ended <- "b"; return nil })
+		a.Run(func(ctx context.Context) error {
+			<-ctx.Done()
+			ended <- "a"
+			return errors.New("not told of")
+		})
+		b.Run(func(ctx context.Context) error {
+			<-ctx.Done()
+			time.Sleep(time.Second)
+			ended <- "b"
+			return nil
+		})
 		first := errors.New("first")
 		b.Run(func(context.Context) error { return first })
 		synctest.Wait()
@@ -52,11 +61,13 @@ func TestWaitFor(t *testing.T) {
 			}
 			return nil
 		})
-		if took := time.Since(began); err != nil || tries != 10 || took < 2*time.Second || took > 30*time.Second {
+		took := time.Since(began)
+		if err != nil || tries != 10 || took < 2*time.Second || took > 30*time.Second {
 			t.Errorf("%v after %d tries in %v", err, tries, took)
 		}
 		never := errors.New("never")
-		if err := WaitFor(t.Context(), "a server", func(context.Context) error { return Final(never) }); err == nil {
+		err = WaitFor(t.Context(), "a server", func(context.Context) error { return Final(never) })
+		if err == nil {
 			t.Error("waited for what waiting does not cure")
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
