@@ -353,8 +353,8 @@ func (s *service) prepare(ctx context.Context) error {
 	return s.ledger.loadCurrencies(ctx)
 }
 
-// keep does, at once and every minute, what a long life needs: outbox partitions ahead, old ones dropped where
-// no relay does it, new currencies, a count of what is held.
+// keep does, at once and every minute, what a long life needs: outbox partitions ahead, old ones dropped
+// where no relay does it, new currencies, a count of what is held.
 func (s *service) keep(ctx context.Context) error {
 	for tick := time.NewTicker(time.Minute); ; {
 		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx),
