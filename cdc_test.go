@@ -821,7 +821,7 @@ func TestAuditFinds(t *testing.T) {
 		}, "not in the topic"},
 		"balance": {func(t *testing.T, g *rig) {
 			g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`)
-		}, "wallet 2: its balance, time, held or state is not what its entries say"},
+		}, "wallet 2: its balance, time or held is not its last entry's"},
 		"held": {func(t *testing.T, g *rig) {
 			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
 			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL;
@@ -841,7 +841,7 @@ func TestAuditFinds(t *testing.T) {
 		"state": {func(t *testing.T, g *rig) {
 			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"frozen","idempotency_key":"s"}`)
 			g.mustExec(t, `UPDATE wallet SET state = 'open' WHERE id = 2`)
-		}, "wallet 2: its balance, time, held or state is not what its entries say"},
+		}, "wallet 2: its state is not what its last entry of that kind says"},
 		"frozen": {func(t *testing.T, g *rig) {
 			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
 			g.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"s2"}`)

@@ -915,7 +915,7 @@ func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	until, err := query.Time("until", time.Now().Add(time.Hour)) // which is not final
+	until, err := query.Time("until", endOfTime)
 	if err != nil {
 		return nil, err
 	}

@@ -518,13 +518,17 @@ func (o *outcome) is(op *operation) bool {
 // refused for that. So nobody waits for the sweep, and nobody but who was refused pays for the look.
 func (p *posting) releaseDue(ctx context.Context, conn *pgxpool.Conn, batch []*operation) error {
 	short := slices.Collect(maps.Keys(p.short))
+	due := p.now // or later, where a wallet's entries are: the clock may have been set back
+	for _, id := range short {
+		due = latest(due, p.wallets[id].EntryAt)
+	}
 	for seen := 0; len(p.short) > 0; seen += dueMax {
-		rows, _ := conn.Query(ctx, findDueHolds, short, p.now, dueMax, seen)
-		due, err := scanHolds(rows)
-		if err != nil || len(due) == 0 {
+		rows, _ := conn.Query(ctx, findDueHolds, short, due, dueMax, seen)
+		holds, err := scanHolds(rows)
+		if err != nil || len(holds) == 0 {
 			return err
 		}
-		for _, h := range due {
+		for _, h := range holds {
 			if k := (entryKey{h.WalletID, h.Seq}); p.holds[k] == nil {
 				p.holds[k] = h // else one of the batch has changed it
 			}
