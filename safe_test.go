@@ -1115,14 +1115,19 @@ func (h *contractCheck) lists(t *testing.T) {
 	for _, target := range getRoutes {
 		path, _, _ := strings.Cut(target, "?")
 		_, operation := h.of("GET", target)
-		bad := []string{}
+		needed, bad := false, []string{}
 		for _, p := range operation.Parameters {
-			if p.In == "query" {
-				bad = append(bad, p.Name+"=%07", p.Name+"=%zz", "x=1")
+			if p.In != "query" {
+				continue
 			}
-			if p.Required && p.In == "query" {
-				bad = append(bad, "")
+			bad = append(bad, p.Name+"=%07", p.Name+"=%zz", "x=1")
+			needed = needed || p.Required
+			if p.Required && !strings.Contains(target, p.Name+"=") {
+				t.Errorf("%s is right without its %s, which is documented as required", target, p.Name)
 			}
+		}
+		if a := h.get(t, path); (a.status == 400) != needed {
+			t.Errorf("%s: %s, documented as required: %v", path, a, needed)
 		}
 		for _, query := range bad {
 			if a := h.get(t, path+"?"+query); a.code() != "parameter_malformed" {
