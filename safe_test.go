@@ -294,6 +294,8 @@ type contract struct {
 	OpenAPI    string
 	Paths      map[string]map[string]operationDoc
 	Components struct{ Schemas map[string]any }
+
+	shown map[uintptr]bool // the schemas of members that a value had
 }
 
 // operationDoc is what the document says of an operation.
@@ -332,15 +334,15 @@ func (c *contract) conforms(schema, value any) error {
 	return nil
 }
 
-// demands checks a value by one keyword of a schema. As in JSON Schema, a keyword demands nothing of a
-// value of another type than its own.
+// demands checks a value by one keyword of a schema. As in JSON Schema, a keyword demands nothing of a value
+// of another type than its own.
 func (c *contract) demands(s map[string]any, keyword string, wants, value any) error {
 	text, isText := value.(string)
 	number, isNumber := value.(json.Number)
 	members, isObject := value.(map[string]any)
 	bound := func(is decimal.Decimal) error {
-		if by := is.Cmp(dec(fmt.Sprint(wants))); by > 0 && keyword[:3] == "max" || by < 0 &&
-			keyword[:3] == "min" {
+		by := is.Cmp(dec(fmt.Sprint(wants)))
+		if by > 0 && keyword[:3] == "max" || by < 0 && keyword[:3] == "min" {
 			return fmt.Errorf("%v: %s %v", value, keyword, wants)
 		}
 		return nil
@@ -432,6 +434,9 @@ func (c *contract) demands(s map[string]any, keyword string, wants, value any) e
 				if err := c.conforms(property, member); err != nil {
 					return fmt.Errorf("%s: %w", name, err)
 				}
+				if c.shown != nil {
+					c.shown[reflect.ValueOf(property).Pointer()] = true
+				}
 			}
 		}
 	case "additionalProperties":
@@ -468,8 +473,8 @@ func schemas(schema any, visit func(map[string]any)) {
 	}
 }
 
-// TestSchemas: every keyword in the document is one that TestContract checks, each example and default is
-// as its schema says, and no schema is there for nothing.
+// TestSchemas: every keyword in the document is one that TestContract checks, each example and default is as
+// its schema says, and no schema is there for nothing.
 func TestSchemas(t *testing.T) {
 	s := &server{Server: api.New(api.Config{Problems: problems})}
 	var c contract
@@ -538,9 +543,9 @@ func TestConforms(t *testing.T) {
 		`"discriminator":{"propertyName":"kind","mapping":{"1":"#/components/schemas/One",` +
 		`"2":"#/components/schemas/Two","3":"#/components/schemas/Three"}}}`
 	for _, is := range []struct{ schema, fits, breaks string }{
-		{`{"type":"string"}`, `"x"`, `1`}, {`{"type":"integer"}`, `-1`, `1.0`}, {`{"type":"array"}`, `[]`,
-			`{}`},
-		{`{"type":"object"}`, `{}`, `[]`}, {`{"type":"boolean"}`, `false`, `"false"`},
+		{`{"type":"string"}`, `"x"`, `1`}, {`{"type":"integer"}`, `-1`, `1.0`},
+		{`{"type":"array"}`, `[]`, `{}`}, {`{"type":"object"}`, `{}`, `[]`},
+		{`{"type":"boolean"}`, `false`, `"false"`},
 		{`{"enum":["a","b"]}`, `"b"`, `"c"`}, {`{"pattern":"^a+$"}`, `"aa"`, `"ab"`},
 		{`{"format":"date-time"}`, `"2026-01-02T03:04:05Z"`, `"yesterday"`},
 		{`{"format":"int64"}`, `9223372036854775807`, `9223372036854775808`},
@@ -587,6 +592,7 @@ func newContractCheck(t *testing.T) *contractCheck {
 		"," + hashed("clerk", "read+write", "clerk-key")
 	h := &contractCheck{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
 	decodeJSON(t, h.service.get("/openapi.json").body, &h.contract)
+	h.contract.shown = make(map[uintptr]bool)
 	for path, operations := range h.contract.Paths {
 		for method, operation := range operations {
 			for status, response := range operation.Responses {
@@ -728,9 +734,8 @@ var (
 // right is what a right body for each of them says, besides its key.
 var right = map[string]map[string]string{
 	creations: {"id": `9`}, deposits: {"amount": `"1"`}, withdrawals: {"amount": `"1"`},
-	transfers: {"amount": `"1"`,
-		"to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`}, voids: {},
-	reversals: {"amount": `"1"`}, states: {"state": `"open"`},
+	transfers: {"amount": `"1"`, "to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`},
+	voids: {}, reversals: {"amount": `"1"`}, states: {"state": `"open"`},
 }
 
 // body is a right one for a route but for changes: a name and what is said instead, empty for nothing.
@@ -756,8 +761,8 @@ func (h *contractCheck) everywhere(t *testing.T, headers ...string) {
 		h.get(t, target, headers...)
 	}
 	for _, target := range postRoutes {
-		h.post(t, target, body(target, "idempotency_key", fmt.Sprintf(`"%d"`, time.Now().UnixNano())),
-			headers...)
+		key := fmt.Sprintf(`"%d"`, time.Now().UnixNano())
+		h.post(t, target, body(target, "idempotency_key", key), headers...)
 	}
 }
 
@@ -924,6 +929,16 @@ func TestContract(t *testing.T) {
 			for _, refusal := range slices.Sorted(maps.Keys(h.unseen)) {
 				t.Errorf("documented but not caused: %s", refusal)
 			}
+			for name, schema := range h.contract.Components.Schemas {
+				schemas(schema, func(s map[string]any) {
+					properties, _ := s["properties"].(map[string]any)
+					for member, property := range properties {
+						if !h.contract.shown[reflect.ValueOf(property).Pointer()] {
+							t.Errorf("documented but in no answer: %s of %s", member, name)
+						}
+					}
+				})
+			}
 		}},
 	} {
 		t.Run(c.cause, c.do)
@@ -951,11 +966,11 @@ func (h *contractCheck) holds(t *testing.T) {
 	place := func(more string) { // as entries 2 to 4, and 9
 		h.post(t, "/v1/wallets/10/holds", `{"amount":"10",`+more+`}`)
 	}
-	capture := func(seq int, more string) {
-		h.post(t, fmt.Sprintf("/v1/holds/10-%d/capture", seq),
-			`{`+more+`}`)
+	end := func(seq int, how, more string) {
+		h.post(t, fmt.Sprintf("/v1/holds/10-%d/%s", seq, how), `{`+more+`}`)
 	}
-	void := func(seq int, more string) { h.post(t, fmt.Sprintf("/v1/holds/10-%d/void", seq), `{`+more+`}`) }
+	capture := func(seq int, more string) { end(seq, "capture", more) }
+	void := func(seq int, more string) { end(seq, "void", more) }
 	const key = `"idempotency_key":"k"`
 	h.post(t, "/v1/wallets/10/deposit", `{"amount":"100","idempotency_key":"d"}`)
 	place(`"expires_in":"15m","idempotency_key":"h1"`)
@@ -1005,7 +1020,7 @@ func (h *contractCheck) reversals(t *testing.T) {
 	h.post(t, "/v1/wallets/11/transfer", `{"amount":"1","to_id":12,"idempotency_key":"t"}`)
 	reverse("11-1", `"amount":"1","idempotency_key":"r1"`)
 	reverse("11-2", `"idempotency_key":"r2"`)
-	reverse("11-3", `"idempotency_key":"r3"`)
+	reverse("11-3", `"reference":"undone","metadata":{"a":"b"},"idempotency_key":"r3"`)
 	for _, id := range []string{"11-1", "11-2", "11-3", "11-4", "11-5", "12-2"} {
 		if a := h.get(t, "/v1/transactions/"+id); a.status != 200 {
 			t.Error(a)
@@ -1080,8 +1095,8 @@ func (h *contractCheck) words(t *testing.T) {
 		{"/v1/holds/13-5/void", body(voids)},
 		{"/v1/transactions/13-2/reverse", body(reversals)},
 	} {
-		said := strings.Replace(c.body, `"k"`, fmt.Sprintf(`"w%d","reference":"a b é","metadata":{"c":"d"}`,
-			i), 1)
+		words := fmt.Sprintf(`"w%d","reference":"a b é","metadata":{"c":"d"}`, i)
+		said := strings.Replace(c.body, `"k"`, words, 1)
 		if a := h.post(t, c.target, said); a.status >= 300 || a.json(t)["reference"] != "a b é" {
 			t.Errorf("%s %s: %s", c.target, said, a)
 		}
@@ -1104,14 +1119,19 @@ func (h *contractCheck) lists(t *testing.T) {
 	for _, target := range getRoutes {
 		path, _, _ := strings.Cut(target, "?")
 		_, operation := h.of("GET", target)
-		bad := []string{}
+		needed, bad := false, []string{}
 		for _, p := range operation.Parameters {
-			if p.In == "query" {
-				bad = append(bad, p.Name+"=%07", p.Name+"=%zz", "x=1")
+			if p.In != "query" {
+				continue
 			}
-			if p.Required && p.In == "query" {
-				bad = append(bad, "")
+			bad = append(bad, p.Name+"=%07", p.Name+"=%zz", "x=1")
+			needed = needed || p.Required
+			if p.Required && !strings.Contains(target, p.Name+"=") {
+				t.Errorf("%s is right without its %s, which is documented as required", target, p.Name)
 			}
+		}
+		if a := h.get(t, path); (a.status == 400) != needed {
+			t.Errorf("%s: %s, documented as required: %v", path, a, needed)
 		}
 		for _, query := range bad {
 			if a := h.get(t, path+"?"+query); a.code() != "parameter_malformed" {
@@ -1163,9 +1183,8 @@ func (h *contractCheck) statements(t *testing.T) {
 			}
 			text, err := io.ReadAll(response.Body)
 			response.Body.Close()
-			if err != nil || response.Trailer.Get("Statement-Sha256") != whole["sha256"] {
-				t.Errorf("%s as %s: %v, trailer %v, want %v", target, form, err, response.Trailer,
-					whole["sha256"])
+			if sum := response.Trailer.Get("Statement-Sha256"); err != nil || sum != whole["sha256"] {
+				t.Errorf("%s as %s: %v, trailer %q, want %v", target, form, err, sum, whole["sha256"])
 			}
 			h.check(t, "GET", target, answer{response.StatusCode, response.Header, string(text)})
 			if form == export.Lines {
@@ -1435,8 +1454,7 @@ func TestFlood(t *testing.T) {
 // requestSeeds are what FuzzRequest begins with: each route, each of its fields and parameters.
 var requestSeeds = []struct{ method, path, query, key, contentType, trace, body string }{
 	{"POST", "/v1/wallets", "", "k", "application/json",
-		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-		`{"id":1,"currency":"USD"}`},
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", `{"id":1,"currency":"USD"}`},
 	{"POST", "/v1/wallets/1/deposit", "", "k", "application/json", "",
 		`{"amount":"1","currency":"USD","reference":"r","metadata":{"a":"b"}}`},
 	{"POST", "/v1/wallets/1/withdraw", "", `"k"`, "application/json", "",

@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -90,6 +91,54 @@ func TestOneAnswer(t *testing.T) {
 	refused("before the start", ask("GET", "/v1/shop/1"), 503, "starting")
 	s.RequestsMax = 0
 	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
+}
+
+// TestStream: a body of any length has no length told ahead, its trailer comes after it, HEAD writes none of
+// it, and a client that got a part of it knows.
+func TestStream(t *testing.T) {
+	var fault error
+	streams := 0
+	s := newTestServer(t)
+	server := httptest.NewServer(s.Mux([]Route{{Method: "GET", Path: "/v1/shop", Scope: gate.Read,
+		Handle: func(*http.Request) (*Reply, error) {
+			header := map[string]string{"Content-Type": "text/csv", "Trailer": "Sum"}
+			return &Reply{Header: header, Stream: func(_ context.Context, w io.Writer) error {
+				streams++
+				io.WriteString(w, "one,")
+				if fault != nil {
+					return fault
+				}
+				io.WriteString(w, "two")
+				w.(http.ResponseWriter).Header().Set("Sum", "2")
+				return nil
+			}}, nil
+		}}}))
+	defer server.Close()
+	ask := func(method string) (*http.Response, string, error) {
+		r, _ := http.NewRequest(method, server.URL+"/v1/shop", nil)
+		response, err := server.Client().Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		return response, string(body), err
+	}
+	a, body, err := ask("GET")
+	if err != nil || a.StatusCode != 200 || body != "one,two" || a.Trailer.Get("Sum") != "2" ||
+		a.Header.Get("Content-Length") != "" || a.Header.Get("Content-Type") != "text/csv" {
+		t.Errorf("%d %s, %v, %v, trailer %v", a.StatusCode, body, err, a.Header, a.Trailer)
+	}
+	a, body, err = ask("HEAD")
+	if err != nil || a.StatusCode != 200 || body != "" || streams != 1 ||
+		a.Header.Get("Content-Length") != "" || a.Header.Get("Content-Type") != "text/csv" {
+		t.Errorf("HEAD: %d %s, %v, %v, %d streams", a.StatusCode, body, err, a.Header, streams)
+	}
+	fault = io.EOF
+	if a, body, err = ask("GET"); !errors.Is(err, io.ErrUnexpectedEOF) || body != "one," ||
+		a.Trailer.Get("Sum") != "" {
+		t.Errorf("broken off: %q, %v, trailer %v", body, err, a.Trailer)
+	}
 }
 
 func TestPanicIsABare500(t *testing.T) {
