@@ -210,6 +210,67 @@ func TestHoldsExpire(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
+// TestHoldsEndOnce: capture, void and the clock race for each hold, at two replicas, around the very moment
+// that it expires. One of them ends it, and only who did is told so.
+func TestHoldsEndOnce(t *testing.T) {
+	w, v := two(t)
+	const holds = 60
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1000","idempotency_key":"d"}`)
+	var ids []string
+	var expire []time.Time
+	for i := range holds {
+		body := fmt.Sprintf(`{"amount":"1","to_id":2,"expires_in":"2s","idempotency_key":"h%d"}`, i)
+		a := w.mustPost(t, 201, "/v1/wallets/1/holds", body).json(t)
+		at, err := time.Parse(time.RFC3339Nano, a["expires_at"].(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids, expire = append(ids, a["hold_id"].(string)), append(expire, at)
+	}
+	answers := make([][2]answer, holds)
+	var racing sync.WaitGroup
+	for i, id := range ids {
+		racing.Go(func() { // from 30 ms before to 10 ms after
+			time.Sleep(time.Until(expire[i].Add(time.Duration(i%40-30) * time.Millisecond)))
+			racing.Go(func() {
+				body := fmt.Sprintf(`{"idempotency_key":"c%d"}`, i)
+				answers[i][0] = w.post("/v1/holds/"+id+"/capture", body)
+			})
+			answers[i][1] = v.post("/v1/holds/"+id+"/void", fmt.Sprintf(`{"idempotency_key":"v%d"}`, i))
+		})
+	}
+	racing.Wait()
+	eventually(t, 5*time.Second, "nothing is held", func() bool {
+		return w.get("/v1/wallets/1").json(t)["held"] == nil
+	})
+	ends := make(map[string]int)
+	for i, id := range ids {
+		h := v.get("/v1/holds/" + id).json(t)
+		captured, voided := answers[i][0].status == 200, answers[i][1].status == 200
+		status := h["status"].(string)
+		ends[status]++
+		if captured != (status == "captured") || voided != (status == "voided") {
+			t.Errorf("hold %s is %s; capture: %s; void: %s", id, status, answers[i][0], answers[i][1])
+		}
+		for _, a := range answers[i] {
+			lost := a.status == 409 && (a.code() == "hold_closed" || a.code() == "hold_expired")
+			if a.status != 200 && !lost {
+				t.Error(a)
+			}
+		}
+	}
+	t.Logf("%v", ends)
+	var early, late int
+	err := connect(t, w.env["DATABASE_URL"]).QueryRow(context.Background(), `
+SELECT count(*) FILTER (WHERE h.status = 'expired' AND e.created_at < h.expires_at),
+       count(*) FILTER (WHERE h.status <> 'expired' AND e.created_at >= h.expires_at)
+FROM hold h JOIN entry e ON e.wallet_id = h.wallet_id AND e.seq = h.last_seq`).Scan(&early, &late)
+	if err != nil || early > 0 || late > 0 {
+		t.Errorf("%d holds expired early, %d were captured or voided late, %v", early, late, err)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
 // TestReversals: the opposite movement, in parts up to the whole, and no further.
 func TestReversals(t *testing.T) {
 	w, v := two(t)
