@@ -210,6 +210,26 @@ func TestHoldsExpire(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
+// TestDueHoldsAreReleasedForWhoLacksFunds: at the moment of expiry, without waiting for the sweep.
+func TestDueHoldsAreReleasedForWhoLacksFunds(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"10","idempotency_key":"d"}`)
+	for i := range 4 {
+		body := fmt.Sprintf(`{"amount":"10","expires_in":"1s","idempotency_key":"h%d"}`, i)
+		at, err := time.Parse(time.RFC3339Nano,
+			w.mustPost(t, 201, "/v1/wallets/1/holds", body).json(t)["expires_at"].(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(at.Add(2 * time.Millisecond)))
+		for id := 1; id <= 2; id++ {
+			body := fmt.Sprintf(`{"amount":"10","to_id":%d,"idempotency_key":"t%d"}`, 3-id, i)
+			w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/transfer", id), body)
+		}
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
 // TestHoldsEndOnce: capture, void and the clock race for each hold, at two replicas, around the very moment
 // that it expires. One of them ends it, and only who did is told so.
 func TestHoldsEndOnce(t *testing.T) {
