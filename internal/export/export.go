@@ -14,6 +14,7 @@ import (
 	"io"
 	"mime"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -24,23 +25,33 @@ const (
 	CSV   = "text/csv"
 )
 
-// Negotiate picks a format by an Accept header: the first one that it names, or JSON where it takes anything.
+// Negotiate picks a format by an Accept header: the one that weighs most, the first of equals, or JSON where
+// anything will do.
 func Negotiate(accept string) (format string, ok bool) {
 	if strings.TrimSpace(accept) == "" {
 		return JSON, true
 	}
+	most := 0.0
 	for part := range strings.SplitSeq(accept, ",") {
-		kind, _, _ := mime.ParseMediaType(part)
+		kind, parameters, _ := mime.ParseMediaType(part)
+		weight := 1.0
+		if q, given := parameters["q"]; given {
+			weight, _ = strconv.ParseFloat(q, 64)
+		}
+		is := ""
 		switch kind {
 		case "*/*", "application/*", JSON:
-			return JSON, true
+			is = JSON
 		case Lines, "application/jsonl", "application/jsonlines":
-			return Lines, true
+			is = Lines
 		case CSV, "text/*":
-			return CSV, true
+			is = CSV
+		}
+		if is != "" && weight > most {
+			format, most = is, weight
 		}
 	}
-	return "", false
+	return format, format != ""
 }
 
 // Writer writes one list.
