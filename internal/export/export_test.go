@@ -44,7 +44,8 @@ func TestNegotiate(t *testing.T) {
 		"": JSON, "*/*": JSON, "text/csv": CSV, "text/html, text/csv;q=0.5": CSV,
 		"application/x-ndjson":            Lines,
 		"application/json; charset=utf-8": JSON, "application/jsonl": Lines, "text/html": "", "x": "",
-		"text/csv;q=0, application/json": JSON, "application/json;q=0.1, text/csv;q=0.2": CSV, "text/csv;q=0": "",
+		"text/csv;q=0, application/json": JSON, "text/csv;q=0": "",
+		"application/json;q=0.1, text/csv;q=0.2": CSV,
 	} {
 		if got, ok := Negotiate(accept); got != want || ok != (want != "") {
 			t.Errorf("%q: %q, %v", accept, got, ok)
