@@ -335,6 +335,7 @@ type httpLoad struct {
 	pace     time.Duration
 	write    func(dst []byte, from, to int64, key []byte) []byte // appends one request
 	answered func(key []byte)                                    // told of each response, if not nil
+	most     int                                                 // requests in all; 0: any number
 }
 
 // drive has the clients at work until the time is up, and returns how much they did a second and how long
@@ -357,12 +358,13 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 		clients[c].due = time.Duration(dice.Float64() * float64(l.pace))
 	}
 	var request, key []byte
+	sent := 0
 	began := time.Now()
 	for {
 		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, conns.Never)
 		for c := range clients {
 			client := &clients[c]
-			if !client.waits && max(now, client.due) >= l.how {
+			if !client.waits && (max(now, client.due) >= l.how || l.most > 0 && sent == l.most) {
 				continue
 			}
 			busy = true
@@ -375,6 +377,7 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 				key = appendKey(key[:0], run, c, client.n)
 				request = l.write(request[:0], from, to, key)
 				client.sent, client.waits = time.Since(began), true
+				sent++
 				if err := set.Send(c, request); err != nil {
 					b.Fatal(err)
 				}
@@ -406,12 +409,17 @@ func driveHTTP(b *testing.B, address string, clients int, how time.Duration, pic
 }
 
 func writeTransfer(dst []byte, from, to int64, key []byte) []byte {
+	dst = strconv.AppendInt(append(dst, "POST /v1/wallets/"...), from, 10)
+	return writeBody(append(dst, "/transfer"...), to, `,"amount":"0.01"`, key)
+}
+
+// writeBody appends the rest of a request that names another wallet.
+func writeBody(dst []byte, to int64, fields string, key []byte) []byte {
 	var room [128]byte
 	body := strconv.AppendInt(append(room[:0], `{"to_id":`...), to, 10)
-	body = append(append(append(body, `,"amount":"0.01","idempotency_key":"`...), key...), `"}`...)
-	dst = strconv.AppendInt(append(dst, "POST /v1/wallets/"...), from, 10)
-	dst = append(dst,
-		"/transfer HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
+	body = append(append(body, fields...), `,"idempotency_key":"`...)
+	body = append(append(body, key...), `"}`...)
+	dst = append(dst, " HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: "...)
 	dst = append(strconv.AppendInt(dst, int64(len(body)), 10), "\r\n\r\n"...)
 	return append(dst, body...)
 }
@@ -648,6 +656,60 @@ func checkBalances(b *testing.B, db *pgxpool.Pool) {
 	}
 }
 
+// BenchmarkHolds: holds placed, then each captured for a payee, in turns with transfers.
+func BenchmarkHolds(b *testing.B) {
+	r, db := benchService(b, *benchWallets, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+	pick := anyOf(*benchWallets)
+	var transfers, placed, captured []float64
+	spent := make(cost)
+	pairs := 0.0
+	for b.Loop() {
+		for range 3 {
+			rate, _ := driveHTTP(b, r.address(), *benchClients, *benchFor/2, pick)
+			transfers = append(transfers, rate)
+			before := r.cpu(b)
+			rate, _ = httpLoad{clients: *benchClients, how: *benchFor / 2,
+				write: func(dst []byte, from, to int64, key []byte) []byte {
+					dst = strconv.AppendInt(append(dst, "POST /v1/wallets/"...), from, 10)
+					return writeBody(append(dst, "/holds"...), to, `,"amount":"0.01"`, key)
+				}}.drive(b, r.address(), pick)
+			placed = append(placed, rate)
+			rows, _ := db.Query(context.Background(), `
+SELECT wallet_id || '-' || seq, to_id FROM hold WHERE status = 'open' ORDER BY random()`)
+			type open struct {
+				ID   string
+				ToID int64
+			}
+			holds, err := pgx.CollectRows(rows, pgx.RowToStructByPos[open])
+			if err != nil {
+				b.Fatal(err)
+			}
+			pairs += float64(len(holds))
+			began := time.Now()
+			all := len(holds)
+			httpLoad{clients: min(*benchClients, all), how: time.Minute, most: all,
+				write: func(dst []byte, _, _ int64, key []byte) []byte {
+					h := holds[0]
+					holds = holds[1:]
+					dst = append(append(dst, "POST /v1/holds/"...), h.ID...)
+					return writeBody(append(dst, "/capture"...), h.ToID, "", key)
+				}}.drive(b, r.address(), pick)
+			captured = append(captured, float64(all)/time.Since(began).Seconds())
+			spent.add(before, r.cpu(b))
+		}
+		spent.report(b, "", pairs)
+	}
+	mid := func(rates []float64) float64 { slices.Sort(rates); return rates[len(rates)/2] }
+	pair := 1 / (1/mid(placed) + 1/mid(captured))
+	b.ReportMetric(mid(transfers), "transfers/s")
+	b.ReportMetric(mid(placed), "holds/s")
+	b.ReportMetric(mid(captured), "captures/s")
+	b.ReportMetric(pair/(mid(transfers)/2), "x-two-transfers")
+	b.ReportMetric(0, "ns/op")
+	b.StopTimer()
+	checkBalances(b, db)
+}
+
 // BenchmarkLatency is one client alone: what group commit costs where there is no group.
 func BenchmarkLatency(b *testing.B) {
 	r, db := benchService(b, *benchWallets, "REDIS_URL=")
@@ -747,7 +809,7 @@ func (r *replica) eventLatency(
 	b.Helper()
 	answered := &keyTimes{at: make(map[string]time.Time)}
 	note := func(key []byte) { answered.add(string(key)) }
-	httpLoad{clients, how, pace, writeTransfer, note}.drive(b, r.address(), pick)
+	httpLoad{clients, how, pace, writeTransfer, note, 0}.drive(b, r.address(), pick)
 	var l latencies
 	for key, at := range answered.at {
 		eventually(b, 30*time.Second, "the event of "+key, func() bool { return !arrivals.of(key).IsZero() })

@@ -3,7 +3,7 @@
 // whole responses. A client of net/http would cost as much processor time as the server.
 //
 // On Linux epoll tells which connections have a response. Elsewhere a goroutine reads each, at twice the
-// cost. A response must have a Content-Length and the status 200. Anything else is an error.
+// cost. A response must have a Content-Length and a status of success. Anything else is an error.
 package conns
 
 import (
@@ -17,7 +17,7 @@ import (
 // Never is how long to wait for a response where only a response can end the wait.
 const Never = time.Duration(math.MaxInt64)
 
-// wholeOK is whether a response has arrived to its end. One that is not a 200 is an error.
+// wholeOK is whether a response has arrived to its end. One that is no success is an error.
 func wholeOK(response []byte) (bool, error) {
 	head, body, found := bytes.Cut(response, []byte("\r\n\r\n"))
 	if !found {
@@ -32,7 +32,7 @@ func wholeOK(response []byte) (bool, error) {
 	if len(body) < length {
 		return false, nil
 	}
-	if !bytes.HasPrefix(response, []byte("HTTP/1.1 200 ")) {
+	if !bytes.HasPrefix(response, []byte("HTTP/1.1 20")) {
 		return false, fmt.Errorf("%s", response)
 	}
 	return true, nil
