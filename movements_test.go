@@ -183,19 +183,19 @@ func TestHolds(t *testing.T) {
 func TestHoldsExpire(t *testing.T) {
 	w, v := two(t)
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
-	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"90","expires_in":"1s","idempotency_key":"h1"}`)
-	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","expires_in":"1s","idempotency_key":"h2"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"90","expires_in":"3s","idempotency_key":"h1"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","expires_in":"3s","idempotency_key":"h2"}`)
 	refuses(t, v.post("/v1/wallets/1/withdraw", `{"amount":"50","idempotency_key":"w1"}`),
 		422, "insufficient_funds", "0 available")
-	eventually(t, 3*time.Second, "withdrawn", func() bool {
+	eventually(t, 8*time.Second, "withdrawn", func() bool {
 		return v.post("/v1/wallets/1/withdraw", `{"amount":"50","idempotency_key":"w1"}`).status == 200
 	})
-	eventually(t, 3*time.Second, "both are due", func() bool { // reads may lag by the sweep's second
+	eventually(t, 8*time.Second, "both are due", func() bool { // reads may lag by the sweep's second
 		return w.get("/v1/holds/1-3").json(t)["status"] == "expired"
 	})
 	refuses(t, w.post("/v1/holds/1-2/capture", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
 	refuses(t, w.post("/v1/holds/1-3/void", `{"idempotency_key":"c"}`), 409, "hold_expired", "expired at")
-	eventually(t, 3*time.Second, "released", func() bool {
+	eventually(t, 8*time.Second, "released", func() bool {
 		return strings.Contains(w.get("/v1/wallets/1/balance").body, `"balance":"50","seq":6`)
 	})
 	for _, id := range []string{"1-2", "1-3"} {
