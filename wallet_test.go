@@ -32,7 +32,8 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	checkAcknowledged(t, replicas[0], acknowledged)
 	var entries int
 	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT count(*) FROM entry WHERE kind <> 'transfer_in'`).Scan(&entries)
+		`SELECT count(*) FROM entry WHERE kind <> 'transfer_in' AND idempotency_key NOT LIKE '«expiry %'`).Scan(
+		&entries) // nobody asked for what the clock did
 	if err != nil || entries != len(acknowledged) {
 		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
 	}
