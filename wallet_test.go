@@ -31,9 +31,9 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	checkLedger(t, env["DATABASE_URL"])
 	checkAcknowledged(t, replicas[0], acknowledged)
 	var entries int
-	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
-		`SELECT count(*) FROM entry WHERE kind <> 'transfer_in' AND idempotency_key NOT LIKE '«expiry %'`).Scan(
-		&entries) // nobody asked for what the clock did
+	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), // nobody asked for what the clock did
+		`SELECT count(*) FROM entry
+		WHERE kind <> 'transfer_in' AND idempotency_key NOT LIKE '«expiry %'`).Scan(&entries)
 	if err != nil || entries != len(acknowledged) {
 		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
 	}
