@@ -563,8 +563,11 @@ var (
 			if op.walletID, op.ofSeq, err = parseEntryID(text, errHoldID); err != nil {
 				return err
 			}
+			if op.kind != kindWithdrawal { // a void, or a capture that names its payee: the batch will see
+				return nil
+			}
 			h, err := l.hold(ctx, op.walletID, op.ofSeq)
-			if err == nil && op.kind == kindWithdrawal && h.ToID != 0 { // else the body may name a payee
+			if err == nil && h.ToID != 0 {
 				op.toID, op.kind = h.ToID, kindTransferOut
 			}
 			return err

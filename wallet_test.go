@@ -30,8 +30,8 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	}
 	checkLedger(t, env["DATABASE_URL"])
 	checkAcknowledged(t, replicas[0], acknowledged)
-	var entries int
-	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(), // nobody asked for what the clock did
+	var entries int // but for what the clock did: nobody asked for that
+	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
 		`SELECT count(*) FROM entry
 		WHERE kind <> 'transfer_in' AND idempotency_key NOT LIKE '«expiry %'`).Scan(&entries)
 	if err != nil || entries != len(acknowledged) {
