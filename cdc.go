@@ -69,6 +69,7 @@ import (
 	"wallet/internal/audit"
 	"wallet/internal/kafka"
 	"wallet/internal/metric"
+	"wallet/internal/parts"
 	"wallet/internal/wal"
 )
 
@@ -219,7 +220,7 @@ func (r *relay) run(ctx context.Context) error {
 		default:
 			slog.Warn("relay starts over", "reason", err)
 		}
-		sleep(ctx, wait)
+		parts.Sleep(ctx, wait)
 	}
 }
 
@@ -227,15 +228,6 @@ func (r *relay) run(ctx context.Context) error {
 func (r *relay) enter(state string, args ...any) {
 	if r.state.Swap(state) != state {
 		slog.Info("relay "+state, args...)
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 
@@ -431,7 +423,8 @@ func (r *relay) awaitSlot(ctx context.Context) (wal.Slot, error) {
 				r.cfg.replicationSlot)
 		}
 		r.enter("standby", "slot", r.cfg.replicationSlot)
-		if err := sleep(ctx, time.Duration(float64(standbyInterval)*(0.75+rand.Float64()/2))); err != nil {
+		pause := time.Duration(float64(standbyInterval) * (0.75 + rand.Float64()/2))
+		if err := parts.Sleep(ctx, pause); err != nil {
 			return s, err
 		}
 	}
@@ -746,7 +739,7 @@ func (r *receiver) sendStatus() error {
 // keepOutbox drops old partitions of the outbox while this replica leads, since it knows what was published.
 func (s *stay) keepOutbox(ctx context.Context) {
 	closed := make(map[string]pglogrepl.LSN)
-	for sleep(ctx, time.Minute) == nil {
+	for parts.Sleep(ctx, time.Minute) == nil {
 		published := pglogrepl.LSN(s.published.Load())
 		err := dropOutboxPartitions(ctx, s.db, s.cfg.outboxRetention, closed, published)
 		if err != nil && ctx.Err() == nil {
@@ -816,7 +809,7 @@ func (p *publisher) run(ctx context.Context) error {
 				return err
 			}
 			if len(b.events) < batchEventsMax/2 {
-				_ = sleep(ctx, min(time.Since(began), restMax))
+				_ = parts.Sleep(ctx, min(time.Since(began), restMax))
 			}
 		case <-ctx.Done():
 			return ctx.Err()
@@ -1057,7 +1050,7 @@ type horizon struct {
 
 // keepHorizon makes a new horizon every horizonInterval while events are published.
 func (s *stay) keepHorizon(ctx context.Context) {
-	for made := int64(-1); sleep(ctx, horizonInterval) == nil; {
+	for made := int64(-1); parts.Sleep(ctx, horizonInterval) == nil; {
 		events := s.events.Load()
 		if events == made {
 			continue
@@ -1088,7 +1081,7 @@ func (s *stay) makeHorizon(ctx context.Context) (*horizon, error) {
 		return nil, err
 	}
 	for s.published.Load() < uint64(end) {
-		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+		if err := parts.Sleep(ctx, 50*time.Millisecond); err != nil {
 			return nil, err
 		}
 	}

@@ -1,5 +1,5 @@
-// Wallet is a wallet service: deposits, withdrawals and transfers over HTTP, each one Postgres commit and
-// exactly one Kafka event per wallet touched.
+// Wallet is a wallet service: deposits, withdrawals, transfers, holds and reversals over HTTP, each one
+// Postgres commit and exactly one Kafka event per wallet touched.
 //
 //	wallet            serve; configuration comes from the environment (-h lists it)
 //	wallet -migrate   apply the schema as the owner (MIGRATE_URL), then exit
@@ -8,8 +8,8 @@
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
 //
 // This file: configuration, start and stop, the table of routes and their handlers. It holds no rule about
-// money (wallet.go), no event (outbox.go), no relay (cdc.go), no cache (cache.go); what stands around every
-// route is in internal/api, who may ask in internal/gate.
+// money (wallet.go), no event or answer (outbox.go), no relay (cdc.go), no read (cache.go); what stands around
+// every route is in internal/api, who may ask in internal/gate.
 package main
 
 import (

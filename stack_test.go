@@ -355,8 +355,8 @@ func (w *running) mustCount(tb testing.TB) (counts string) {
 	tb.Helper()
 	err := connect(tb, w.env["DATABASE_URL"]).QueryRow(context.Background(),
 		`SELECT concat_ws(' ', (SELECT count(*) FROM wallet),
-			(SELECT count(*) FROM entry WHERE kind <> 'release'), -- holds may expire meanwhile
-			(SELECT count(*) FROM outbox WHERE payload NOT LIKE '%"kind":"release"%'),
+			(SELECT count(*) FROM entry WHERE idempotency_key NOT LIKE '«expiry %'), -- may come meanwhile
+			(SELECT count(*) FROM outbox WHERE payload NOT LIKE '%"reason":"expiry"%'),
 			(SELECT sum(balance) FROM wallet))`).Scan(&counts)
 	if err != nil {
 		tb.Fatal(err)
@@ -1157,13 +1157,16 @@ func checkStream(t *testing.T, cfg *config) {
 	t.Helper()
 	checkAudit(t, cfg)
 	conn := connect(t, cfg.databaseURL)
-	entries := func() (n int) {
-		if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM entry`).Scan(&n); err != nil {
+	entries := func() (all, expiries int) {
+		if err := conn.QueryRow(context.Background(), `
+SELECT count(*), count(*) FILTER (WHERE idempotency_key LIKE '«expiry %') FROM entry`).Scan(
+			&all, &expiries); err != nil {
 			t.Fatal(err)
 		}
-		return n
+		return all, expiries
 	}
-	want := entries()
+	want, expired := entries()
+	expiries := 0
 	chains := make(map[string]*streamed)
 	got := 0
 	for m := range consume(t, cfg, want) {
@@ -1178,12 +1181,17 @@ func checkStream(t *testing.T, cfg *config) {
 		if want := id + "-" + strconv.FormatInt(c.seq, 10); string(m.Headers[1].Value) != want {
 			t.Fatalf("partition %d, offset %d: %s, want %s", m.Partition, m.Offset, m.Headers[1].Value, want)
 		}
+		if bytes.Contains(m.Value, []byte(`"reason":"expiry"`)) {
+			expiries++
+		}
 		if wrong := c.follow(m.Value); wrong != "" {
 			t.Fatalf("partition %d, offset %d: %s: %s", m.Partition, m.Offset, wrong, m.Value)
 		}
 	}
-	if most := entries(); got < want || got > most { // holds may go on expiring
-		t.Errorf("%d events for %d to %d entries", got, want, most)
+	// Holds may go on expiring; of anything else there is exactly what there was.
+	if _, most := entries(); got-expiries != want-expired || expiries < expired || expiries > most {
+		t.Errorf("%d events, %d of them expiries, for %d entries, %d to %d expiries", got, expiries, want,
+			expired, most)
 	}
 	rows, _ := conn.Query(context.Background(),
 		`SELECT id::text, seq, balance, held, coalesce(state, '') FROM wallet WHERE seq > 0`)

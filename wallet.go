@@ -1,6 +1,7 @@
-// The ledger: what money may do, and the only code that writes wallets and entries.
+// The ledger: what money may do, and the batches that do it. Nothing else writes wallets and entries.
 //
-// Touches: Postgres (wallet, entry, currency), and through outbox.go the outbox, in the same commit.
+// Touches: Postgres: wallets, and by outbox.go's statements entries, holds, reversals, references and the
+// outbox, all in the same commit.
 // Promises: an operation that was answered is durable and applied once, however often its key is sent and
 // whatever dies; a refused one leaves nothing behind; balances never go below zero and no amount is ever
 // rounded.
@@ -34,6 +35,7 @@ import (
 	"wallet/internal/gather"
 	"wallet/internal/metric"
 	"wallet/internal/money"
+	"wallet/internal/parts"
 	"wallet/internal/pg"
 )
 
@@ -916,13 +918,17 @@ func decideDeposit(p *posting, op *operation) error {
 	return nil
 }
 
-func decideWithdrawal(p *posting, op *operation) error {
-	w := p.wallets[op.walletID]
-	currency, err := p.currency(op, w, false)
-	if err != nil {
-		return err
+// spends is what an operation takes from its wallet, which exists, has the currency, and has that available.
+func (p *posting) spends(op *operation) (w *wallet, currency string, amount decimal.Decimal, err error) {
+	w = p.wallets[op.walletID]
+	if currency, err = p.currency(op, w, false); err == nil {
+		amount, err = p.spendable(op, w)
 	}
-	amount, err := p.spendable(op, w)
+	return w, currency, amount, err
+}
+
+func decideWithdrawal(p *posting, op *operation) error {
+	w, currency, amount, err := p.spends(op)
 	if err != nil {
 		return err
 	}
@@ -931,12 +937,8 @@ func decideWithdrawal(p *posting, op *operation) error {
 }
 
 func decideTransfer(p *posting, op *operation) error {
-	from, to := p.wallets[op.walletID], p.wallets[op.toID]
-	currency, err := p.currency(op, from, false)
-	if err != nil {
-		return err
-	}
-	amount, err := p.spendable(op, from)
+	to := p.wallets[op.toID]
+	from, currency, amount, err := p.spends(op)
 	if err == nil {
 		err = to.takes(amount, currency, from)
 	}
@@ -948,12 +950,7 @@ func decideTransfer(p *posting, op *operation) error {
 }
 
 func decideHold(p *posting, op *operation) error {
-	w := p.wallets[op.walletID]
-	currency, err := p.currency(op, w, false)
-	if err != nil {
-		return err
-	}
-	amount, err := p.spendable(op, w)
+	w, currency, amount, err := p.spends(op)
 	if err != nil {
 		return err
 	}
@@ -1365,7 +1362,7 @@ func (l *ledger) sweep(ctx context.Context) error {
 		if found == dueMax && err == nil {
 			continue
 		}
-		if sleep(ctx, pause/2+rand.N(pause/2)) != nil {
+		if parts.Sleep(ctx, pause/2+rand.N(pause/2)) != nil {
 			return nil
 		}
 	}

@@ -3,7 +3,7 @@
 // whole responses. A client of net/http would cost as much processor time as the server.
 //
 // On Linux epoll tells which connections have a response. Elsewhere a goroutine reads each, at twice the
-// cost. A response must have a Content-Length and a status of success. Anything else is an error.
+// cost. A response must have a Content-Length and the status 200 or 201. Anything else is an error.
 package conns
 
 import (
@@ -32,7 +32,7 @@ func wholeOK(response []byte) (bool, error) {
 	if len(body) < length {
 		return false, nil
 	}
-	if !bytes.HasPrefix(response, []byte("HTTP/1.1 20")) {
+	if !bytes.HasPrefix(head, []byte("HTTP/1.1 200 ")) && !bytes.HasPrefix(head, []byte("HTTP/1.1 201 ")) {
 		return false, fmt.Errorf("%s", response)
 	}
 	return true, nil

@@ -99,3 +99,13 @@ func TuneCollector() {
 		debug.SetMemoryLimit(90 << 20)
 	}
 }
+
+// Sleep waits that long, unless ctx ends before: then its error is ctx's.
+func Sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

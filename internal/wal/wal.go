@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"wallet/internal/parts"
+
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -139,7 +141,7 @@ func AwaitTransactions(ctx context.Context, db Querier) error {
 		if err != nil || oldest >= end {
 			return err
 		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+		if err := parts.Sleep(ctx, 5*time.Millisecond); err != nil {
 			return err
 		}
 	}
@@ -159,22 +161,13 @@ func Boundary(ctx context.Context, db Querier) (xid int64, lsn string, at time.T
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
 			&oldest, &lsn)
 		if err == nil && oldest < xid {
-			err = sleep(ctx, 200*time.Millisecond)
+			err = parts.Sleep(ctx, 200*time.Millisecond)
 		}
 		if err != nil {
 			return 0, "", at, fmt.Errorf("wait for the transactions below %d: %w", xid, err)
 		}
 	}
 	return xid, lsn, at, nil
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // ---------------------------------------------------------------------------------------------------------
