@@ -8,8 +8,8 @@
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
 //
 // This file: configuration, start and stop, the table of routes and their handlers. It holds no rule about
-// money (wallet.go), no event or answer (outbox.go), no relay (cdc.go), no read (cache.go); what stands around
-// every route is in internal/api, who may ask in internal/gate.
+// money (wallet.go), no event or answer (outbox.go), no relay (cdc.go), no read (cache.go). What stands
+// around every route is in internal/api, who may ask in internal/gate.
 package main
 
 import (
