@@ -813,6 +813,7 @@ func runBlocks(t *testing.T, blocks [][]string) {
 	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
 	operators := httptest.NewServer(w.api.operator)
 	defer operators.Close()
+	eventually(t, 30*time.Second, "the relay leads", func() bool { return (&replica{operate: operators.URL}).leads() })
 	dev, err := devBinary()
 	if err != nil {
 		t.Fatal(err)

@@ -1553,7 +1553,7 @@ func FuzzRequest(f *testing.F) {
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
 		for op := range l.queue.Queue {
-			named := op.note.All || op.kind == kindState || op.amount.IsPositive()
+			named := op.note.All || op.kind == kindState || op.kind == kindRelease || op.amount.IsPositive()
 			if op.walletID < 1 || op.kind != kindCreation &&
 				(!named || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 ||
 				op.toID == op.walletID || len(op.note.Reference) > noteBytesMax ||
