@@ -33,6 +33,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"wallet/internal/book"
 	"wallet/internal/conns"
 	"wallet/internal/money"
 )
@@ -1042,15 +1043,16 @@ func BenchmarkBatches(b *testing.B) {
 			pick, dice, run := anyOf(*benchWallets), rand.New(rand.NewPCG(1, 2)), newRun()
 			cent, _ := money.Parse("0.01")
 			post := func(n int) {
-				batch := make([]*operation, size)
+				batch := make([]*task, size)
 				for i := range batch {
 					from, to := pick(dice)
-					batch[i] = &operation{kind: kindTransferOut, walletID: from, toID: to, amount: cent,
-						key: run + "-" + strconv.Itoa(n*size+i), ctx: context.Background()}
+					batch[i] = newTask(context.Background(), &book.Operation{Kind: book.KindTransferOut,
+						Decide: book.DecideTransfer, WalletID: from, ToID: to, Amount: cent,
+						Key: run + "-" + strconv.Itoa(n*size+i)})
 				}
 				l.post(batch, make(map[int64]cachedBalance))
-				if batch[0].err != nil {
-					b.Fatal(batch[0].err)
+				if batch[0].Err != nil {
+					b.Fatal(batch[0].Err)
 				}
 			}
 			for b.Loop() {

@@ -1,5 +1,5 @@
 // The cache, and all that is read: balances of wallets that were asked for, in Redis; everything else, and
-// what the cache does not have, from Postgres; the ledger whole, for audit and recovery.
+// what the cache does not have, from Postgres.
 //
 // Touches: Redis, and Postgres without writing there. The cache is never authoritative: whatever goes wrong
 // with it is counted, logged once and answered from Postgres. Promises: a balance read from here is never
@@ -27,15 +27,16 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -49,7 +50,9 @@ import (
 	"github.com/shopspring/decimal"
 
 	"wallet/internal/api"
-	"wallet/internal/audit"
+	"wallet/internal/book"
+	"wallet/internal/export"
+	"wallet/internal/jsontext"
 	"wallet/internal/metric"
 	"wallet/internal/money"
 )
@@ -448,6 +451,26 @@ func (c *cache) writeMetrics(w *metric.Writer) {
 		float64(c.generations.Load()))
 }
 
+// newestBalances are the balances of the events' wallets after the last event of each.
+func newestBalances(events []event) map[int64]cachedBalance {
+	newest := make(map[int64]*event)
+	for i := range events {
+		newest[events[i].walletID] = &events[i]
+	}
+	balances := make(map[int64]cachedBalance, len(newest))
+	for id, e := range newest {
+		b := cachedBalance{walletID: id, seq: e.seq, currency: book.EventText(e.payload, "currency"),
+			balance: book.EventText(e.payload, "balance_after"),
+			held:    cmp.Or(book.EventText(e.payload, "held_after"), "0")}
+		if b.currency == "" || b.balance == "" {
+			slog.Warn("balance not cached, since the event tells none", "event", book.EntryID(id, e.seq))
+			continue
+		}
+		balances[id] = b
+	}
+	return balances
+}
+
 // -----------------------------------------------------------------------------------------------------------
 // Reads: each puts what it is about to tell (3 above)
 // -----------------------------------------------------------------------------------------------------------
@@ -485,77 +508,84 @@ FROM s LEFT JOIN LATERAL (
     SELECT * FROM entry WHERE wallet_id = s.id AND seq >= s.low AND seq < s.high ORDER BY seq `
 )
 
+// reader answers what is asked of the ledger.
+type reader struct {
+	db      *pgxpool.Pool
+	cache   *cache        // nil without Redis
+	timeout time.Duration // of a page of a long answer
+}
+
 // wallet reads one wallet from Postgres.
-func (l *ledger) wallet(ctx context.Context, id int64) (*wallet, error) {
-	return l.readWallet(ctx, id, l.cache.ticket())
+func (r *reader) wallet(ctx context.Context, id int64) (*book.Wallet, error) {
+	return r.readWallet(ctx, id, r.cache.ticket())
 }
 
 // readWallet reads a wallet, and puts what it found into the cache.
-func (l *ledger) readWallet(ctx context.Context, id int64, t ticket) (*wallet, error) {
-	found := posting{wallets: make(map[int64]*wallet)}
-	rows, _ := l.reads.Query(ctx, selectWallet, id)
-	if err := found.scanWallets(rows); err != nil {
+func (r *reader) readWallet(ctx context.Context, id int64, t ticket) (*book.Wallet, error) {
+	found := make(map[int64]*book.Wallet)
+	rows, _ := r.db.Query(ctx, selectWallet, id)
+	if err := scanWallets(rows, found); err != nil {
 		return nil, fmt.Errorf("read wallet: %w", err)
 	}
-	w := found.wallets[id]
+	w := found[id]
 	if w == nil {
-		return nil, errNoWallet(id)
+		return nil, book.NoWallet(id)
 	}
-	l.cache.put(t, map[int64]cachedBalance{id: w.cached()})
+	r.cache.put(t, map[int64]cachedBalance{id: cachedOf(w)})
 	return w, nil
 }
 
-func (w *wallet) cached() cachedBalance {
+func cachedOf(w *book.Wallet) cachedBalance {
 	return cachedBalance{w.ID, w.Seq, w.Currency, money.Text(w.Balance), money.Text(w.Held)}
 }
 
 // balance reads a balance that is at least as new as entry minSeq, from the cache unless fresh.
-func (l *ledger) balance(ctx context.Context, id, minSeq int64, fresh bool) (cachedBalance, error) {
-	t := l.cache.ticket()
+func (r *reader) balance(ctx context.Context, id, minSeq int64, fresh bool) (cachedBalance, error) {
+	t := r.cache.ticket()
 	if !fresh {
-		b, found, ok := l.cache.get(ctx, id, minSeq)
+		b, found, ok := r.cache.get(ctx, id, minSeq)
 		if ok {
 			return b, nil
 		}
 		t = found
 	}
-	w, err := l.readWallet(ctx, id, t)
+	w, err := r.readWallet(ctx, id, t)
 	if err != nil {
 		return cachedBalance{}, err
 	}
 	if w.Seq < minSeq {
 		return cachedBalance{}, errSeqNotReached(id, w.Seq, minSeq)
 	}
-	return w.cached(), nil
+	return cachedOf(w), nil
 }
 
 // transactions reads movements by one of the queries above.
-func (l *ledger) transactions(ctx context.Context, query string, args ...any) ([]*posted, error) {
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, query, args...)
+func (r *reader) transactions(ctx context.Context, query string, args ...any) ([]*book.Posted, error) {
+	t := r.cache.ticket()
+	rows, _ := r.db.Query(ctx, query, args...)
 	defer rows.Close()
-	var found []*posted
+	var found []*book.Posted
 	told := make(map[int64]cachedBalance)
 	for rows.Next() {
-		m := new(posted)
-		if err := scanPosted(rows, m, &m.reversed); err != nil {
+		m := new(book.Posted)
+		if err := scanPosted(rows, m, &m.Reversed); err != nil {
 			return nil, fmt.Errorf("read transactions: %w", err)
 		}
 		found = append(found, m)
-		m.tell(told)
+		tellPosted(told, m)
 	}
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("read transactions: %w", err)
 	}
-	l.cache.put(t, told)
+	r.cache.put(t, told)
 	return found, nil
 }
 
 // transaction reads a movement by its initiating entry.
-func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted, error) {
-	found, err := l.transactions(ctx, transactionByID, walletID, seq)
+func (r *reader) transaction(ctx context.Context, walletID, seq int64) (*book.Posted, error) {
+	found, err := r.transactions(ctx, transactionByID, walletID, seq)
 	if err == nil && len(found) == 0 {
-		err = refuse("transaction_not_found", "There is no transaction %s.", entryID(walletID, seq))
+		err = book.Refuse("transaction_not_found", "There is no transaction %s.", book.EntryID(walletID, seq))
 	}
 	if err != nil {
 		return nil, err
@@ -564,20 +594,20 @@ func (l *ledger) transaction(ctx context.Context, walletID, seq int64) (*posted,
 }
 
 // walletsAfter reads wallets by their ids.
-func (l *ledger) walletsAfter(ctx context.Context, after int64, limit int) ([]*wallet, error) {
-	t := l.cache.ticket()
-	found := posting{wallets: make(map[int64]*wallet)}
-	rows, _ := l.reads.Query(ctx, `
+func (r *reader) walletsAfter(ctx context.Context, after int64, limit int) ([]*book.Wallet, error) {
+	t := r.cache.ticket()
+	found := make(map[int64]*book.Wallet)
+	rows, _ := r.db.Query(ctx, `
 SELECT `+walletColumns+` FROM wallet WHERE id > $1 ORDER BY id LIMIT $2`, after, limit)
-	if err := found.scanWallets(rows); err != nil {
+	if err := scanWallets(rows, found); err != nil {
 		return nil, fmt.Errorf("read wallets: %w", err)
 	}
-	told := make(map[int64]cachedBalance, len(found.wallets))
-	for id, w := range found.wallets {
-		told[id] = w.cached()
+	told := make(map[int64]cachedBalance, len(found))
+	for id, w := range found {
+		told[id] = cachedOf(w)
 	}
-	l.cache.put(t, told)
-	return slices.SortedFunc(maps.Values(found.wallets), func(a, b *wallet) int {
+	r.cache.put(t, told)
+	return slices.SortedFunc(maps.Values(found), func(a, b *book.Wallet) int {
 		return cmp.Compare(a.ID, b.ID)
 	}), nil
 }
@@ -610,18 +640,18 @@ FROM s LEFT JOIN entry e ON e.wallet_id = s.id AND e.seq = s.at`
 )
 
 // momentAfter reads a wallet as it was after entry number seq.
-func (l *ledger) momentAfter(ctx context.Context, walletID, seq int64) (*moment, error) {
-	return l.moment(ctx, walletID, seq, time.Time{}, time.Time{})
+func (r *reader) momentAfter(ctx context.Context, walletID, seq int64) (*moment, error) {
+	return r.moment(ctx, walletID, seq, time.Time{}, time.Time{})
 }
 
 // momentBefore reads a wallet as it was before a time, and which entry is the first since another.
-func (l *ledger) momentBefore(ctx context.Context, walletID int64, until, since time.Time) (*moment, error) {
-	return l.moment(ctx, walletID, -1, until, since)
+func (r *reader) momentBefore(ctx context.Context, walletID int64, until, since time.Time) (*moment, error) {
+	return r.moment(ctx, walletID, -1, until, since)
 }
 
-func (l *ledger) moment(ctx context.Context, walletID, seq int64, until, since time.Time) (*moment, error) {
-	t := l.cache.ticket()
-	m, head := new(moment), wallet{ID: walletID}
+func (r *reader) moment(ctx context.Context, walletID, seq int64, until, since time.Time) (*moment, error) {
+	t := r.cache.ticket()
+	m, head := new(moment), book.Wallet{ID: walletID}
 	var settled time.Time
 	var b pgx.Batch
 	// Two statements: what is committed between them is seen by the second, and was under way for the first.
@@ -630,14 +660,14 @@ func (l *ledger) moment(ctx context.Context, walletID, seq int64, until, since t
 		return row.Scan(&head.Currency, &head.Balance, &head.Held, &head.Seq, &m.seq, &m.low, &m.balance,
 			&m.held)
 	})
-	err := l.reads.SendBatch(ctx, &b).Close()
+	err := r.db.SendBatch(ctx, &b).Close()
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, errNoWallet(walletID)
+		return nil, book.NoWallet(walletID)
 	case err != nil:
 		return nil, fmt.Errorf("read balance as it was: %w", err)
 	}
-	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
+	r.cache.put(t, map[int64]cachedBalance{walletID: cachedOf(&head)})
 	if m.seq > head.Seq {
 		return nil, errSeqNotReached(walletID, head.Seq, m.seq)
 	}
@@ -646,22 +676,22 @@ func (l *ledger) moment(ctx context.Context, walletID, seq int64, until, since t
 	return m, nil
 }
 
-func errSeqNotReached(walletID, has, wants int64) *refusal {
-	return refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.", walletID, has,
-		wants)
+func errSeqNotReached(walletID, has, wants int64) *book.Refusal {
+	return book.Refuse("seq_not_reached", "Wallet %d is at seq %d; no entry %d has been written.",
+		walletID, has, wants)
 }
 
 // entriesBetween visits a wallet's entries from one to another, both included, a page at a time: entries
 // never change, so that no snapshot has to last. visit's entry is used again.
-func (l *ledger) entriesBetween(ctx context.Context, walletID, from, to int64,
-	visit func(*entry) error) error {
+func (r *reader) entriesBetween(ctx context.Context, walletID, from, to int64,
+	visit func(*book.Entry) error) error {
 	const page = 1000
 	for ; from <= to; from += page {
-		ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
+		ctx, cancel := context.WithTimeout(ctx, r.timeout)
 		where := `WHERE w.id = $1 AND e.wallet_id = $1 AND e.seq BETWEEN $2 AND $3 ORDER BY e.seq`
 		args := []any{walletID, from, min(from+page-1, to)}
-		var read []entry // a connection is not to wait for a client
-		err := readEntries(ctx, l.reads, where, args, func(e *entry) error {
+		var read []book.Entry // a connection is not to wait for a client
+		err := readEntries(ctx, r.db, where, args, func(e *book.Entry) error {
 			read = append(read, *e)
 			return nil
 		})
@@ -716,7 +746,7 @@ func pageOf(query api.Query) (p page, err error) {
 	}
 	if cursor := query["cursor"]; cursor != "" {
 		if query["since"] != "" || query["until"] != "" || query["order"] != "" {
-			return p, refuse("parameter_malformed",
+			return p, book.Refuse("parameter_malformed",
 				"A cursor stands for since, until and order: send it with a limit only.")
 		}
 		p, err = parseCursor(cursor)
@@ -729,7 +759,7 @@ func pageOf(query api.Query) (p page, err error) {
 	case "desc":
 		p.descending = true
 	default:
-		return p, refuse("parameter_malformed", "order is asc or desc.")
+		return p, book.Refuse("parameter_malformed", "order is asc or desc.")
 	}
 	since, err := query.Time("since", time.Time{})
 	if err != nil {
@@ -749,22 +779,22 @@ func pageOf(query api.Query) (p page, err error) {
 
 // history reads one page of a wallet's entries, and sets the page's from and to. It is one statement, so
 // that everything is of one moment.
-func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries []*entry, err error) {
+func (r *reader) history(ctx context.Context, walletID int64, p *page) (entries []*book.Entry, err error) {
 	query := selectPageUp
 	if p.descending {
 		query = selectPageDown
 	}
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, query, walletID, p.from, p.to, p.since, p.until, p.limit)
+	t := r.cache.ticket()
+	rows, _ := r.db.Query(ctx, query, walletID, p.from, p.to, p.since, p.until, p.limit)
 	defer rows.Close()
-	head := wallet{ID: walletID}
+	head := book.Wallet{ID: walletID}
 	for rows.Next() {
-		m := new(posted)
+		m := new(book.Posted)
 		of := []any{&head.Currency, &head.Balance, &head.Held, &head.Seq, &p.from, &p.to}
 		if rows.RawValues()[0] == nil { // no entry
 			err = rows.Scan(append(make([]any, len(rows.RawValues())-len(of)), of...)...)
 		} else if err = scanPosted(rows, m, of...); err == nil {
-			entries = append(entries, &m.entry)
+			entries = append(entries, &m.Entry)
 		}
 		if err != nil {
 			break
@@ -774,17 +804,14 @@ func (l *ledger) history(ctx context.Context, walletID int64, p *page) (entries 
 		return nil, fmt.Errorf("read history: %w", err)
 	}
 	if head.Currency == "" {
-		return nil, errNoWallet(walletID)
+		return nil, book.NoWallet(walletID)
 	}
-	l.cache.put(t, map[int64]cachedBalance{walletID: head.cached()})
+	r.cache.put(t, map[int64]cachedBalance{walletID: cachedOf(&head)})
 	return entries, nil
 }
 
 // Holds, what their entries say, and their wallet's head: of one snapshot.
 const (
-	holdColumns = `h.wallet_id, h.seq, coalesce(h.to_id, 0), h.amount, h.captured, h.remaining, h.status,
-       h.expires_at, h.last_seq`
-
 	selectHolds = `
 SELECT w.currency, w.balance, w.held, w.seq, ` + holdColumns + `, e.created_at, e.note
 FROM wallet w LEFT JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = w.id AND `
@@ -792,27 +819,19 @@ FROM wallet w LEFT JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = w.id AND `
 WHERE w.id = $1 ORDER BY h.seq`
 )
 
-// shownHold is a hold and what its entry says of it.
-type shownHold struct {
-	hold
-	currency  string
-	createdAt time.Time
-	note      note
-}
-
 // readHolds reads a wallet's head and those of its holds that a condition names; the wallet is nil where
 // there is none.
-func (l *ledger) readHolds(ctx context.Context, condition string, walletID int64, args ...any,
-) (w *wallet, holds []*shownHold, err error) {
-	t := l.cache.ticket()
-	rows, _ := l.reads.Query(ctx, selectHolds+condition+andTheirEntries, append([]any{walletID}, args...)...)
+func (r *reader) readHolds(ctx context.Context, condition string, walletID int64, args ...any,
+) (w *book.Wallet, holds []*book.ShownHold, err error) {
+	t := r.cache.ticket()
+	rows, _ := r.db.Query(ctx, selectHolds+condition+andTheirEntries, append([]any{walletID}, args...)...)
 	defer rows.Close()
 	for rows.Next() {
-		w = &wallet{ID: walletID}
-		h := new(shownHold)
+		w = &book.Wallet{ID: walletID}
+		h := new(book.ShownHold)
 		var said *string
 		columns := []any{&w.Currency, &w.Balance, &w.Held, &w.Seq, &h.WalletID, &h.Seq, &h.ToID, &h.Amount,
-			&h.Captured, &h.Remaining, &h.Status, &h.ExpiresAt, &h.lastSeq, &h.createdAt, &said}
+			&h.Captured, &h.Remaining, &h.Status, &h.ExpiresAt, &h.LastSeq, &h.CreatedAt, &said}
 		none := rows.RawValues()[4] == nil
 		if none {
 			clear(columns[4:])
@@ -824,27 +843,27 @@ func (l *ledger) readHolds(ctx context.Context, condition string, walletID int64
 			continue
 		}
 		if said != nil {
-			if h.note, err = parseNote(*said); err != nil {
+			if h.Note, err = book.ParseNote(*said); err != nil {
 				return nil, nil, err
 			}
 		}
-		h.currency = w.Currency
+		h.Currency = w.Currency
 		holds = append(holds, h)
 	}
 	if err := rows.Err(); err != nil {
 		return nil, nil, fmt.Errorf("read holds: %w", err)
 	}
 	if w != nil {
-		l.cache.put(t, map[int64]cachedBalance{walletID: w.cached()})
+		r.cache.put(t, map[int64]cachedBalance{walletID: cachedOf(w)})
 	}
 	return w, holds, nil
 }
 
 // hold reads one hold.
-func (l *ledger) hold(ctx context.Context, walletID, seq int64) (*shownHold, error) {
-	_, found, err := l.readHolds(ctx, `seq = $2`, walletID, seq)
+func (r *reader) hold(ctx context.Context, walletID, seq int64) (*book.ShownHold, error) {
+	_, found, err := r.readHolds(ctx, `seq = $2`, walletID, seq)
 	if err == nil && len(found) == 0 {
-		err = errNoHold(walletID, seq)
+		err = book.NoHold(walletID, seq)
 	}
 	if err != nil {
 		return nil, err
@@ -853,17 +872,159 @@ func (l *ledger) hold(ctx context.Context, walletID, seq int64) (*shownHold, err
 }
 
 // holds reads a wallet's holds after one, of a status unless that is empty, and the wallet's head.
-func (l *ledger) holds(ctx context.Context, walletID int64, status string, after int64, limit int,
-) (*wallet, []*shownHold, error) {
+func (r *reader) holds(ctx context.Context, walletID int64, status string, after int64, limit int,
+) (*book.Wallet, []*book.ShownHold, error) {
 	condition := `seq > $2 ORDER BY seq LIMIT $3`
 	if status != "" { // one of a few words: as a parameter it would keep out the index of open ones
 		condition = `status = '` + status + `' AND ` + condition
 	}
-	w, found, err := l.readHolds(ctx, condition, walletID, after, limit)
+	w, found, err := r.readHolds(ctx, condition, walletID, after, limit)
 	if err == nil && w == nil {
-		err = errNoWallet(walletID)
+		err = book.NoWallet(walletID)
 	}
 	return w, found, err
+}
+
+// appendHolds is a wallet's head and some of its holds.
+func appendHolds(w *book.Wallet, holds []*book.ShownHold) []byte {
+	o := jsontext.Open(nil)
+	o.Integer("wallet_id", w.ID)
+	o.Text("currency", w.Currency)
+	o.Number("balance", w.Balance)
+	o.Number("held", w.Held)
+	o.Number("available", w.Available())
+	o.Integer("seq", w.Seq)
+	o.Name("holds")
+	o.Dst = api.AppendList(o.Dst, holds, book.AppendHold)
+	return o.Close()
+}
+
+// appendMoment begins what is told of a wallet as it was.
+func appendMoment(walletID int64, m *moment) jsontext.Object {
+	o := jsontext.Open(nil)
+	o.Integer("wallet_id", walletID)
+	o.Text("currency", m.currency)
+	o.Number("balance", m.balance)
+	o.Number("held", m.held)
+	o.Number("available", m.balance.Sub(m.held))
+	o.Integer("seq", m.seq)
+	return o
+}
+
+// appendEdge appends one end of a statement.
+func appendEdge(o *jsontext.Object, name string, m *moment) {
+	o.Name(name)
+	inner := jsontext.Open(o.Dst)
+	inner.Number("balance", m.balance)
+	inner.Number("held", m.held)
+	o.Dst = inner.Close()
+}
+
+// statementColumns are those of a statement as CSV.
+var statementColumns = []string{"seq", "created_at", "transaction_id", "kind", "credit", "debit", "balance",
+	"held",
+	"counterparty", "reference", "metadata", "idempotency_key"}
+
+// statement is one on its way to a client.
+type statement struct {
+	reader     *reader
+	walletID   int64
+	head       []byte // of the JSON object, without its closing brace
+	begin, end *moment
+}
+
+// statement begins a wallet's statement from since until end, which is until; query tells which were asked
+// for.
+func (r *reader) statement(ctx context.Context, id int64, query api.Query, since, until time.Time,
+	end *moment,
+) (*statement, error) {
+	first := min(end.low, end.seq+1) // an empty span may end before it begins
+	begin, err := r.momentAfter(ctx, id, first-1)
+	if err != nil {
+		return nil, err
+	}
+	head := jsontext.Open(nil)
+	head.Integer("wallet_id", id)
+	head.Text("currency", end.currency)
+	if query["since"] != "" {
+		head.Time("since", since)
+	}
+	if query["until"] != "" {
+		head.Time("until", until)
+	}
+	head.Flag("final", end.final)
+	appendEdge(&head, "opening", begin)
+	appendEdge(&head, "closing", end)
+	if first <= end.seq {
+		head.Integer("first_seq", first)
+		head.Integer("last_seq", end.seq)
+	}
+	return &statement{reader: r, walletID: id, head: head.Dst, begin: begin, end: end}, nil
+}
+
+func (st *statement) write(ctx context.Context, w io.Writer, format string) error {
+	out, err := export.NewWriter(w, format, st.head, statementColumns)
+	if err != nil {
+		return err
+	}
+	edge := func(kind string, m *moment) error {
+		return out.Row([]string{strconv.FormatInt(m.seq, 10), "", "", kind, "", "", money.Text(m.balance),
+			money.Text(m.held), "", "", "", ""})
+	}
+	if err := edge("opening", st.begin); err != nil {
+		return err
+	}
+	type total struct {
+		count int64
+		sum   decimal.Decimal
+	}
+	totals := make(map[string]total)
+	var buf []byte
+	err = st.reader.entriesBetween(ctx, st.walletID, st.begin.seq+1, st.end.seq, func(e *book.Entry) error {
+		sum := totals[e.Kind]
+		totals[e.Kind] = total{sum.count + 1, sum.sum.Add(e.Amount)}
+		buf = book.AppendEvent(buf[:0], e)
+		return out.Item(buf, func() []string { return statementRow(e) })
+	})
+	if err != nil {
+		return err
+	}
+	if err := edge("closing", st.end); err != nil {
+		return err
+	}
+	o := jsontext.Open(nil)
+	o.Name("totals")
+	o.Dst = append(o.Dst, '{')
+	for _, kind := range slices.Sorted(maps.Keys(totals)) {
+		o.Name(kind)
+		inner := jsontext.Open(o.Dst)
+		inner.Integer("count", totals[kind].count)
+		inner.Number("sum", totals[kind].sum)
+		o.Dst = append(inner.Dst, '}')
+	}
+	o.Dst = append(o.Dst, '}')
+	o.Text("sha256", out.Sum())
+	if w, ok := w.(http.ResponseWriter); ok {
+		w.Header().Set("Statement-Sha256", out.Sum())
+	}
+	return out.Close("statement", st.head, o.Dst[1:])
+}
+
+func statementRow(e *book.Entry) []string {
+	credit, debit, counterparty := "", "", ""
+	switch {
+	case e.Amount.IsPositive():
+		credit = money.Text(e.Amount)
+	case e.Amount.IsNegative():
+		debit = money.Text(e.Amount.Neg())
+	}
+	if e.CounterpartyID != 0 {
+		counterparty = strconv.FormatInt(e.CounterpartyID, 10)
+	}
+	d := e.Says()
+	return []string{strconv.FormatInt(e.Seq, 10), e.CreatedAt.UTC().Format(jsontext.TimeFormat),
+		string(e.AppendTransactionID(nil)), e.Kind, credit, debit, money.Text(e.Balance), money.Text(d.Held),
+		counterparty, d.Note.Reference, d.Note.Metadata, e.Key}
 }
 
 // tell adds a balance unless a newer one is there.
@@ -873,419 +1034,12 @@ func tell(heads map[int64]cachedBalance, b cachedBalance) {
 	}
 }
 
-// tell adds what the movement's answer tells of its wallets.
-func (m *posted) tell(heads map[int64]cachedBalance) {
+// tellPosted adds what a movement's answer tells of its wallets.
+func tellPosted(heads map[int64]cachedBalance, m *book.Posted) {
 	tell(heads, cachedBalance{m.WalletID, m.Seq, m.Currency, money.Text(m.Balance),
-		money.Text(m.says().Held)})
+		money.Text(m.Says().Held)})
 	if m.CounterpartyID != 0 {
-		tell(heads, cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, money.Text(m.toBalance),
-			money.Text(m.toHeld)})
+		tell(heads, cachedBalance{m.CounterpartyID, m.CounterpartySeq, m.Currency, money.Text(m.ToBalance),
+			money.Text(m.ToHeld)})
 	}
-}
-
-// heldMoney is what open holds reserve in one currency.
-type heldMoney struct {
-	currency      string
-	holds, amount float64
-}
-
-// countHolds looks how much is held, for the metrics.
-func (l *ledger) countHolds(ctx context.Context) error {
-	rows, _ := l.reads.Query(ctx, `
-SELECT w.currency, count(*)::float8, sum(h.remaining)::float8
-FROM hold h JOIN wallet w ON w.id = h.wallet_id WHERE h.status = 'open' GROUP BY 1 ORDER BY 1`)
-	var h heldMoney
-	held := []heldMoney{}
-	_, err := pgx.ForEachRow(rows, []any{&h.currency, &h.holds, &h.amount}, func() error {
-		held = append(held, h)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("count open holds: %w", err)
-	}
-	l.held.Store(&held)
-	return nil
-}
-
-// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts
-// without a restart.
-func (l *ledger) loadCurrencies(ctx context.Context) error {
-	rows, _ := l.reads.Query(ctx, `SELECT code, scale FROM currency`)
-	scales := make(map[string]int32)
-	var code string
-	var scale int32
-	if _, err := pgx.ForEachRow(rows, []any{&code, &scale},
-		func() error { scales[code] = scale; return nil }); err != nil {
-		return fmt.Errorf("read currencies: %w", err)
-	}
-	if _, known := scales[l.defaultCurrency]; !known {
-		return fmt.Errorf("DEFAULT_CURRENCY %s is not in the table currency", l.defaultCurrency)
-	}
-	l.scales.Store(&scales)
-	return nil
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Audit and recovery: the ledger, read whole
-// ---------------------------------------------------------------------------------------------------------
-
-// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
-type auditedLedger struct {
-	past   *pgx.Conn // a snapshot
-	now    *pgxpool.Pool
-	report *audit.Report
-
-	seqs    map[int64]int64 // of the wallets that heads gave last
-	entries int64
-}
-
-// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
-func (a *auditedLedger) legs(ctx context.Context) error {
-	rows, _ := a.past.Query(ctx, `
-SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
-LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
-LEFT JOIN wallet v ON v.id = o.wallet_id
-WHERE e.counterparty_id IS NOT NULL
-  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
-  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
-	var id, seq int64
-	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
-			entryID(id, seq))
-		return nil
-	})
-	return err
-}
-
-func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
-	var last int64
-	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
-	return a.seqs, last, err
-}
-
-func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
-	rows, _ := a.now.Query(ctx, `
-SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
-	var id, seq int64
-	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		visit(id, seq)
-		return nil
-	})
-	return err
-}
-
-// chain is what is known of one wallet while its entries are read in order.
-type chain struct {
-	last  entry
-	open  map[int64]decimal.Decimal // what remains of each open hold
-	left  map[int64]decimal.Decimal // what is left to undo of each entry that was undone in part
-	state string
-}
-
-// follow says what is wrong with the chain's next entry, or nothing.
-func (c *chain) follow(e *entry) string {
-	last, d := &c.last, e.says()
-	defer func() { c.last = *e }()
-	held, of := last.says().Held, c.open[d.OfSeq]
-	switch {
-	case e.Seq != last.Seq+1:
-		return fmt.Sprintf("it follows number %d", last.Seq)
-	case !e.Balance.Equal(last.Balance.Add(e.Amount)):
-		return "its balance is not the former one plus its amount"
-	case e.CreatedAt.Before(last.CreatedAt):
-		return "it is older than the one before it"
-	case !d.Held.Equal(held.Add(d.HeldChange)):
-		return "what it holds is not what was held before plus its change"
-	case d.Held.IsNegative() || d.Held.GreaterThan(e.Balance):
-		return "more is held than there is"
-	case !stateLets(c.state, e):
-		return "the wallet was " + c.state
-	}
-	switch {
-	case e.Kind == kindHold:
-		if c.open == nil {
-			c.open = make(map[int64]decimal.Decimal)
-		}
-		c.open[e.Seq] = d.HeldChange
-	case e.Kind == kindState:
-		c.state = d.Note.State
-	case !d.HeldChange.IsZero(): // a capture or a release
-		if of.IsZero() {
-			return "there is no open hold that it could be of"
-		}
-		if c.open[d.OfSeq] = d.Remaining; d.Remaining.IsZero() {
-			delete(c.open, d.OfSeq)
-		}
-		taken := e.Amount.Abs()
-		if !d.HeldChange.Equal(d.Remaining.Sub(of)) || taken.GreaterThan(of) ||
-			!d.Remaining.IsZero() && !taken.Equal(of.Sub(d.Remaining)) {
-			return "it does not fit what remained of its hold"
-		}
-	case d.OfSeq != 0: // a reversal
-		if c.left == nil {
-			c.left = make(map[int64]decimal.Decimal)
-		}
-		was, again := c.left[d.OfSeq]
-		c.left[d.OfSeq] = d.Remaining
-		if again && !d.Remaining.Equal(was.Sub(e.Amount.Abs())) {
-			return "it does not fit what was left to undo"
-		}
-	}
-	return ""
-}
-
-// stateLets says whether a wallet of a state takes an entry, as state_allows_entry in schema.sql does.
-func stateLets(state string, e *entry) bool {
-	switch state {
-	case stateNoOut:
-		return e.captures() || e.Kind != kindWithdrawal && e.Kind != kindTransferOut && e.Kind != kindHold
-	case stateFrozen:
-		return e.Kind == kindRelease || e.Kind == kindState
-	case stateClosed:
-		return false
-	}
-	return true
-}
-
-// events makes the events of the entries again, and checks each wallet's chain of entries.
-func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
-	var c chain
-	var buf []byte
-	saw := make(map[string]bool) // what the entries say that a rule is about
-	finish := func() {
-		id, seq := c.last.WalletID, c.last.Seq
-		if a.seqs[id] != seq {
-			a.report.Find("wallet %d has seq %d, but its last entry is number %d", id, a.seqs[id], seq)
-		}
-		var open decimal.Decimal
-		for _, remaining := range c.open {
-			open = open.Add(remaining)
-		}
-		if held := c.last.says().Held; !held.Equal(open) {
-			a.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
-		}
-	}
-	err := readChains(ctx, a.past, after, last, 0, func(e *entry) error {
-		a.entries++
-		if a.entries%50_000 == 0 {
-			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
-		}
-		if e.WalletID != c.last.WalletID {
-			finish()
-			c = chain{last: entry{WalletID: e.WalletID}}
-		}
-		switch {
-		case e.more == nil:
-		case e.Kind == kindState:
-			saw["states"] = true
-		case !e.more.HeldChange.IsZero():
-			saw["holds"] = true
-		case e.more.OfSeq != 0:
-			saw["reversals"] = true
-		}
-		if e.says().Note.Reference != "" {
-			saw["references"] = true
-		}
-		if wrong := c.follow(e); wrong != "" {
-			a.report.Find("entry %s: %s", entryID(e.WalletID, e.Seq), wrong)
-		}
-		buf = appendEvent(buf[:0], e)
-		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
-	})
-	if err != nil {
-		return err
-	}
-	finish()
-	for _, rule := range sideRules {
-		if rule.rows != "" && !saw[rule.about] { // nothing to compare them with: are there any?
-			var any bool
-			err := a.past.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+rule.rows+`)`, after, last).Scan(&any)
-			if err != nil {
-				return err
-			}
-			if !any {
-				continue
-			}
-		}
-		rows, _ := a.past.Query(ctx, rule.query, after, last)
-		var id, seq int64
-		_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-			a.report.Find(rule.finding, id, seq)
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// sideRules are what the tables beside the entries must say of the wallets after $1 and up to $2. A rule is
-// left out where no entry says what it is about and no row is there.
-var sideRules = []struct{ about, rows, finding, query string }{
-	{"", "", "wallet %[1]d: its balance, time or held is not its last entry's", `
-SELECT w.id, w.seq FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.balance, w.entry_at, w.held) IS DISTINCT FROM
-      (coalesce(e.balance, 0), e.created_at, coalesce(e.held, 0))`},
-	{"states", `wallet WHERE state IS NOT NULL AND id > $1 AND id <= $2`,
-		"wallet %[1]d: its state is not what its last entry of that kind says", `
-SELECT w.id, w.seq FROM wallet w
-LEFT JOIN (SELECT wallet_id, max(seq) AS seq FROM entry
-           WHERE kind = 'state' AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1) t ON t.wallet_id = w.id
-LEFT JOIN entry s ON s.wallet_id = w.id AND s.seq = t.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.state_seq, w.state) IS DISTINCT FROM (s.seq, s.note::json ->> 'state')`},
-	{"holds", `hold WHERE wallet_id > $1 AND wallet_id <= $2`,
-		"hold %d-%d: its row is not what its entries say", `
-SELECT coalesce(h.wallet_id, e.wallet_id), coalesce(h.seq, e.seq)
-FROM (SELECT * FROM hold WHERE wallet_id > $1 AND wallet_id <= $2) h
-FULL JOIN (SELECT * FROM entry WHERE kind = 'hold' AND wallet_id > $1 AND wallet_id <= $2) e
-       ON e.wallet_id = h.wallet_id AND e.seq = h.seq
-LEFT JOIN (SELECT wallet_id, of_seq, sum(-amount) AS captured, max(seq) AS last, min(remaining) AS remaining
-           FROM entry WHERE held_change < 0 AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) c
-       ON c.wallet_id = e.wallet_id AND c.of_seq = e.seq
-LEFT JOIN entry l ON l.wallet_id = e.wallet_id AND l.seq = c.last
-WHERE (h.amount, h.captured, h.remaining, h.last_seq, h.to_id, h.expires_at, h.status) IS DISTINCT FROM
-      (e.held_change, coalesce(c.captured, 0), coalesce(c.remaining, e.remaining), coalesce(c.last, e.seq),
-       (e.note::json ->> 'to_id')::bigint, (e.note::json ->> 'expires_at')::timestamptz,
-       CASE WHEN coalesce(c.remaining, e.remaining) > 0 THEN 'open' WHEN l.kind <> 'release' THEN 'captured'
-            WHEN l.note::json ->> 'reason' = 'void' THEN 'voided' ELSE 'expired' END)`},
-	{"reversals", `reversal WHERE wallet_id > $1 AND wallet_id <= $2`,
-		"transaction %d-%d: how much of it was reversed is not what its entries say", `
-SELECT coalesce(u.wallet_id, r.wallet_id), coalesce(u.seq, r.seq)
-FROM (SELECT wallet_id, of_seq AS seq, sum(abs(amount)) AS undone, min(remaining) AS remaining FROM entry
-      WHERE of_seq IS NOT NULL AND held_change IS NULL AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) u
-JOIN entry e ON e.wallet_id = u.wallet_id AND e.seq = u.seq
-FULL JOIN (SELECT * FROM reversal WHERE wallet_id > $1 AND wallet_id <= $2) r
-       ON r.wallet_id = u.wallet_id AND r.seq = u.seq
-WHERE u.seq IS NULL OR u.undone + u.remaining <> abs(e.amount)
-   OR e.kind <> 'transfer_in' AND (r.amount, r.reversed) IS DISTINCT FROM (abs(e.amount), u.undone)`},
-	{"references", `reference WHERE wallet_id > $1 AND wallet_id <= $2`,
-		"transaction %d-%d: it is not found by its reference", `
-SELECT coalesce(e.wallet_id, f.wallet_id), coalesce(e.seq, f.seq)
-FROM (SELECT wallet_id, seq, note::json ->> 'reference' AS reference FROM entry
-      WHERE note LIKE '%"reference":%' AND kind <> 'transfer_in' AND wallet_id > $1 AND wallet_id <= $2
-        AND note::json ->> 'reference' IS NOT NULL) e
-FULL JOIN (SELECT * FROM reference WHERE wallet_id > $1 AND wallet_id <= $2) f
-       ON f.wallet_id = e.wallet_id AND f.seq = e.seq AND f.reference = e.reference
-WHERE e.seq IS NULL OR f.seq IS NULL`},
-}
-
-// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
-// above.
-const (
-	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
-
-// writtenSince adds a condition and its argument; from 0 on, everything was written.
-func writtenSince(xid int64, condition string, args ...any) (string, []any) {
-	if xid == 0 {
-		return "", args
-	}
-	return condition, append(args, strconv.FormatInt(xid, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
-	seqs map[int64]int64, hi int64, err error) {
-	where, args := writtenSince(xid, walletSince, lo, n, 0)
-	rows, _ := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
-	seqs = make(map[int64]int64)
-	var seq int64
-	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
-	if err != nil {
-		return nil, 0, fmt.Errorf("read wallets: %w", err)
-	}
-	return seqs, hi, nil
-}
-
-// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
-// wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*entry) error) error {
-	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
-	// to an entry that was written earlier.
-	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
-	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
-}
-
-const queryEntries = `
-SELECT ` + entryColumns + `, w.currency
-FROM wallet w JOIN entry e ON e.wallet_id = w.id
-`
-
-// querier is a pool, a connection or a transaction.
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-}
-
-// readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any, visit func(*entry) error) error {
-	rows, _ := db.Query(ctx, queryEntries+where, args...)
-	var e entry
-	s := entryScan{e: &e}
-	_, err := pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
-		if err := s.finish(); err != nil {
-			return err
-		}
-		return visit(&e)
-	})
-	if err != nil {
-		return fmt.Errorf("read entries: %w", err)
-	}
-	return nil
-}
-
-// A movement is read as its initiating entry e, the wallet's currency, the payee's head, what the entry is
-// of.
-const selectPosted = `
-SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
-       coalesce((
-           SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
-       ), 0)::text,
-       (SELECT p.held FROM entry p
-        WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq)::text,
-       (SELECT CASE o.kind WHEN 'transfer_in' THEN o.counterparty_id || '-' || o.counterparty_seq
-                           ELSE o.wallet_id || '-' || o.seq END
-        FROM entry o WHERE o.wallet_id = e.wallet_id AND o.seq = e.of_seq)`
-
-// scanPosted reads what selectPosted selects, and what stands behind it.
-func scanPosted(row pgx.Row, m *posted, more ...any) error {
-	s := entryScan{e: &m.entry}
-	var toHeld, of *string
-	columns := append(s.columns(), &m.Currency, &m.toBalance, &toHeld, &of)
-	if err := row.Scan(append(columns, more...)...); err != nil {
-		return err
-	}
-	if of != nil {
-		m.of = *of
-	}
-	if toHeld != nil {
-		var err error
-		if m.toHeld, err = decimal.NewFromString(*toHeld); err != nil {
-			return err
-		}
-	}
-	return s.finish()
-}
-
-// holdsEvent says whether there is such an entry, and its event is this one, byte for byte.
-func holdsEvent(ctx context.Context, db querier, walletID, seq int64, payload []byte) (held bool, err error) {
-	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
-	err = readEntries(ctx, db, where, []any{walletID, seq}, func(e *entry) error {
-		held = bytes.Equal(appendEvent(nil, e), payload)
-		return nil
-	})
-	return held, err
 }

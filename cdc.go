@@ -67,6 +67,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wallet/internal/audit"
+	"wallet/internal/book"
 	"wallet/internal/kafka"
 	"wallet/internal/metric"
 	"wallet/internal/parts"
@@ -370,11 +371,11 @@ func (r *relay) checkTail(ctx context.Context, k *kafka.Client) error {
 			}
 		}
 		if err != nil {
-			return fmt.Errorf("look for event %s in the ledger: %w", entryID(walletID, seq), err)
+			return fmt.Errorf("look for event %s in the ledger: %w", book.EntryID(walletID, seq), err)
 		}
 		if !held {
 			return refusef("topic %s holds event %s, and this ledger has no such entry: its data are those "+
-				"of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, entryID(walletID, seq))
+				"of an earlier day. "+wayOutOfThePast, r.cfg.kafkaTopic, book.EntryID(walletID, seq))
 		}
 	}
 	return nil
@@ -1167,14 +1168,14 @@ func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
 			}
 		}
 		var buf []byte
-		err = readChains(ctx, p.past.Conn, lo, hi, xid, func(e *entry) error {
+		err = readChains(ctx, p.past.Conn, lo, hi, xid, func(e *book.Entry) error {
 			if e.Seq < next[e.WalletID] {
 				return nil
 			}
 			if h != nil && e.CreatedAt.Before(h.At.Add(-horizonDoubt)) {
-				return fmt.Errorf("%w: entry %s is too old", errNoHorizon, entryID(e.WalletID, e.Seq))
+				return fmt.Errorf("%w: entry %s is too old", errNoHorizon, book.EntryID(e.WalletID, e.Seq))
 			}
-			buf = appendEvent(buf[:0], e)
+			buf = book.AppendEvent(buf[:0], e)
 			b.events = append(b.events,
 				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: p.past.at})
 			published++

@@ -961,8 +961,9 @@ func TestChaosPutBack(t *testing.T) {
 	conn := connect(t, c.env["DATABASE_URL"])
 	inLedger := func(id int64) (head string) {
 		t.Helper()
-		if err := conn.QueryRow(context.Background(), `SELECT format('seq %s, balance %s', seq, trim_scale(balance))
-			FROM wallet WHERE id = $1`, id).Scan(&head); err != nil {
+		if err := conn.QueryRow(context.Background(), `
+SELECT format('seq %s, balance %s', seq, trim_scale(balance)) FROM wallet WHERE id = $1`, id).Scan(
+			&head); err != nil {
 			t.Fatal(err)
 		}
 		return head

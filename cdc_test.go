@@ -29,6 +29,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"wallet/internal/book"
+	"wallet/internal/jsontext"
 	"wallet/internal/kafka"
 	"wallet/internal/logs"
 	"wallet/internal/metric"
@@ -966,7 +968,7 @@ func TestRefusedRecordsAreAnError(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	payload := appendEvent(nil, &entry{WalletID: 1, Seq: 1, Kind: kindDeposit, Currency: "USD",
+	payload := book.AppendEvent(nil, &book.Entry{WalletID: 1, Seq: 1, Kind: book.KindDeposit, Currency: "USD",
 		Amount: dec("1"), Balance: dec("1"), Key: "a", CreatedAt: time.Now()})
 	// The broker hears of the setting a moment later.
 	eventually(t, 10*time.Second, "refused for its size", func() bool {
@@ -1195,33 +1197,34 @@ func TestLogsShowLSNsAsPostgresDoes(t *testing.T) {
 // -----------------------------------------------------------------------------------------------------------
 
 func TestEventShape(t *testing.T) {
-	e := &entry{
-		WalletID: 1, Seq: 2, CounterpartyID: 7, CounterpartySeq: 1, Kind: kindTransferOut, Currency: "USD",
-		Amount: dec("-10.50"), Balance: dec("9.5"),
+	e := &book.Entry{
+		WalletID: 1, Seq: 2, CounterpartyID: 7, CounterpartySeq: 1, Kind: book.KindTransferOut,
+		Currency: "USD",
+		Amount:   dec("-10.50"), Balance: dec("9.5"),
 		Key: `k"\<1>`, CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 123456000, time.UTC),
 	}
 	want := `{"wallet_id":1,"seq":2,"transaction_id":"1-2","kind":"transfer_out","currency":"USD",` +
 		`"amount":"-10.5","balance_before":"20","balance_after":"9.5",` +
 		`"counterparty":{"wallet_id":7,"seq":1},"idempotency_key":"k\"\\<1>",` +
 		`"created_at":"2026-01-02T03:04:05.123456Z"}`
-	got := appendEvent(nil, e)
+	got := book.AppendEvent(nil, e)
 	if string(got) != want {
 		t.Errorf("\n%s, want\n%s", got, want)
 	}
 	if !json.Valid(got) {
 		t.Error("not JSON")
 	}
-	if at, err := eventTime(got); err != nil || string(at) != "2026-01-02T03:04:05.123456Z" {
+	if at, err := book.EventTime(got); err != nil || string(at) != "2026-01-02T03:04:05.123456Z" {
 		t.Errorf("time %s, %v", at, err)
 	}
-	if balance := eventText(got, "balance_after"); balance != "9.5" {
+	if balance := book.EventText(got, "balance_after"); balance != "9.5" {
 		t.Errorf("balance %s", balance)
 	}
-	e.Kind, e.Amount, e.Balance = kindTransferIn, dec("10.50"), dec("20")
-	if got := appendEvent(nil, e); string(got[:45]) != `{"wallet_id":1,"seq":2,"transaction_id":"7-1"` {
+	e.Kind, e.Amount, e.Balance = book.KindTransferIn, dec("10.50"), dec("20")
+	if got := book.AppendEvent(nil, e); string(got[:45]) != `{"wallet_id":1,"seq":2,"transaction_id":"7-1"` {
 		t.Errorf("a transfer_in names its payer's transaction: %s", got)
 	}
-	if _, err := eventTime([]byte(`{"x":1}`)); err == nil {
+	if _, err := book.EventTime([]byte(`{"x":1}`)); err == nil {
 		t.Error("no error for a payload of another shape")
 	}
 
@@ -1232,7 +1235,8 @@ func TestEventShape(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := "2026-01-02T03:04:05.123456Z"
-	if string(record.Key) != "1" || string(record.Value) != want || record.At.Format(timeFormat) != at {
+	if string(record.Key) != "1" || string(record.Value) != want ||
+		record.At.Format(jsontext.TimeFormat) != at {
 		t.Errorf("record %s at %v: %s", record.Key, record.At, record.Value)
 	}
 	if lsn := appendLSN(nil, math.MaxUint64); string(lsn) != pglogrepl.LSN(math.MaxUint64).String() {
@@ -1275,10 +1279,10 @@ func TestEventEqualsEntry(t *testing.T) {
 					WHERE aggregate_id = $1 AND seq = $2`,
 				wallet, entries[i].Seq).Scan(&payload, &kind, &eventOf, &trace)
 			if err != nil || kind != eventType || eventOf != "wallet" ||
-				(trace != nil) != (entryID(wallet, entries[i].Seq) == "1-1") {
+				(trace != nil) != (book.EntryID(wallet, entries[i].Seq) == "1-1") {
 				t.Errorf("%s %s %v %v", kind, eventOf, trace, err)
 			}
-			if again := string(appendEvent(nil, entries[i])); again != payload {
+			if again := string(book.AppendEvent(nil, entries[i])); again != payload {
 				t.Errorf("\n%s from the entry,\n%s in the outbox", again, payload)
 			}
 		}

@@ -16,7 +16,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	_ "embed"
 	"errors"
 	"flag"
@@ -24,7 +23,6 @@ import (
 	"io"
 	"log/slog"
 	"math"
-	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -41,6 +39,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wallet/internal/api"
+	"wallet/internal/book"
 	"wallet/internal/env"
 	"wallet/internal/export"
 	"wallet/internal/gate"
@@ -48,7 +47,6 @@ import (
 	"wallet/internal/logs"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
-	"wallet/internal/money"
 	"wallet/internal/parts"
 	"wallet/internal/pg"
 )
@@ -408,8 +406,8 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	s := &server{ledger: l, relay: r, Server: api.New(api.Config{
 		Problems:    problems,
 		Overloaded:  errOverloaded,
-		Starting:    refuse("starting", "The service is waiting for its database."),
-		Unavailable: refuse("unavailable", "The ledger could not be read in time. Try again."),
+		Starting:    book.Refuse("starting", "The service is waiting for its database."),
+		Unavailable: book.Refuse("unavailable", "The ledger could not be read in time. Try again."),
 		Unreachable: pg.Unreachable,
 		Keys:        keys, Proxies: cfg.trustedProxies,
 		Timeout: cfg.requestTimeout, RequestsMax: int64(cfg.requestsMax),
@@ -426,7 +424,7 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 
 func (s *server) routes() []api.Route {
 	routes := []api.Route{
-		{Method: "POST", Path: "/v1/wallets", Scope: gate.Write, Handle: s.createWallet, Status: 201,
+		{Method: "POST", Path: "/v1/wallets", Scope: gate.Write, Handle: s.ledger.createWallet, Status: 201,
 			Doc: api.Doc{Summary: "Create a wallet", Body: creationBody, Answer: "Wallet",
 				Refusals: "wallet_id_malformed currency_malformed currency_unknown idempotency_key_missing " +
 					"idempotency_key_reused wallet_exists"}},
@@ -477,142 +475,9 @@ func (s *server) routes() []api.Route {
 	for i := range movements {
 		m := &movements[i]
 		routes = append(routes, api.Route{Method: "POST", Path: m.path, Scope: m.scope, Status: m.status,
-			Handle: func(r *http.Request) (*api.Reply, error) { return s.move(m, r) }, Doc: m.doc()})
+			Handle: func(r *http.Request) (*api.Reply, error) { return s.ledger.move(m, r) }, Doc: m.doc()})
 	}
 	return routes
-}
-
-// movementKind is a kind of operation on money: its route, what its body may say, and who decides
-// (wallet.go).
-type movementKind struct {
-	path     string
-	scope    gate.Scope
-	status   int
-	summary  string
-	of       subject
-	kind     string // of the entry that it makes, as far as the route tells
-	decide   func(*posting, *operation) error
-	body     *api.Shape
-	required string // fields of the body
-	all      bool   // "amount" may be "all"
-	answer   string
-	refusals string // besides those of its fields
-}
-
-// subject is what a movement's path names.
-type subject struct {
-	id       string // schema
-	refusals string
-	read     func(ctx context.Context, l *ledger, op *operation, text string) error
-}
-
-// movements is what money may do.
-var movements = []movementKind{
-	{path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
-		of: ofWallet, kind: kindDeposit, decide: decideDeposit,
-		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
-		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
-	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
-		kind: kindWithdrawal, decide: decideWithdrawal, body: bodyOf("amount currency reference metadata"),
-		required: "amount", all: true, answer: "Receipt",
-		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
-			"wallet_closed"},
-	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
-		summary: "Transfer to another wallet; creates it if need be", of: ofWallet, kind: kindTransferOut,
-		decide: decideTransfer, body: bodyOf("to_id amount currency reference metadata"),
-		required: "to_id amount", all: true, answer: "TransferReceipt",
-		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds balance_limit " +
-			"wallet_frozen wallet_closed"},
-	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
-		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
-		of:      ofWallet, kind: kindHold, decide: decideHold,
-		body: bodyOf("amount to_id expires_in currency reference metadata"), required: "amount",
-		answer: "HoldReceipt",
-		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
-			"wallet_closed"},
-	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
-		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
-		of:      ofHold, kind: kindWithdrawal, decide: decideCapture,
-		body: bodyOf("amount to_id final reference metadata"), answer: "Capture",
-		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
-			"balance_limit wallet_frozen wallet_closed"},
-	{path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
-		of: ofHold, kind: kindRelease, decide: decideVoid, body: bodyOf("reference metadata"),
-		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
-	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
-		summary: "Reverse a transaction, or a part of it: post the opposite movement",
-		of:      ofTransaction, decide: decideReversal, body: bodyOf("amount reference metadata"),
-		answer: "Reversal",
-		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
-			"wallet_frozen wallet_closed"},
-	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
-		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: ofWallet,
-		kind: kindState, decide: decideState, body: bodyOf("state note"), required: "state", answer: "State",
-		refusals: "wallet_not_found wallet_closed wallet_not_empty"},
-}
-
-var (
-	ofWallet = subject{"WalletID", "wallet_id_malformed",
-		func(_ context.Context, _ *ledger, op *operation, text string) (err error) {
-			op.walletID, err = parseWalletID(text)
-			return err
-		}}
-
-	ofHold = subject{"TransactionID", "hold_id_malformed",
-		func(ctx context.Context, l *ledger, op *operation, text string) (err error) {
-			if op.walletID, op.ofSeq, err = parseEntryID(text, errHoldID); err != nil {
-				return err
-			}
-			if op.kind != kindWithdrawal { // a void, or a capture that names its payee: the batch will see
-				return nil
-			}
-			h, err := l.hold(ctx, op.walletID, op.ofSeq)
-			if err == nil && h.ToID != 0 {
-				op.toID, op.kind = h.ToID, kindTransferOut
-			}
-			return err
-		}}
-
-	ofTransaction = subject{"TransactionID", "transaction_id_malformed",
-		func(ctx context.Context, l *ledger, op *operation, text string) error {
-			walletID, seq, err := parseEntryID(text, errTransactionID)
-			if err != nil {
-				return err
-			}
-			m, err := l.transaction(ctx, walletID, seq)
-			if err != nil {
-				return err
-			}
-			return op.undo(m)
-		}}
-)
-
-// bodyOf is a body with these fields, and an idempotency key.
-func bodyOf(fields string) *api.Shape {
-	return &api.Shape{BytesMax: bodyBytesMax, Fields: append(strings.Fields(fields), "idempotency_key"),
-		Flags: []string{"final"}, Objects: []string{"metadata"}}
-}
-
-// doc is what the OpenAPI document says of the movement.
-func (m *movementKind) doc() api.Doc {
-	refusals := m.of.refusals + " idempotency_key_missing idempotency_key_reused " + m.refusals
-	for _, field := range m.body.Fields {
-		refusals += " " + fieldRefusals[field]
-	}
-	if m.required != "" {
-		refusals += " field_missing"
-	}
-	as := map[bool]map[string]string{true: {"amount": "amount_or_all"}}[m.all]
-	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body, Required: strings.Fields(m.required),
-		As: as, Answer: m.answer, Refusals: refusals}
-}
-
-// fieldRefusals are the codes that each field may be refused with, by itself.
-var fieldRefusals = map[string]string{
-	"amount": "amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale",
-	"to_id":  "wallet_id_malformed same_wallet", "currency": "currency_malformed",
-	"expires_in": "expires_in_malformed", "reference": "reference_malformed",
-	"metadata": "metadata_malformed", "state": "state_malformed", "note": "note_malformed",
 }
 
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
@@ -624,12 +489,8 @@ func (s *server) operatorRoutes() []api.Route {
 	}
 }
 
-const bodyBytesMax = 8 << 10
-
-// The parameters of each query, and the one body that is no movement's: anything else is refused.
+// The parameters of each query: anything else is refused.
 var (
-	creationBody = &api.Shape{BytesMax: bodyBytesMax,
-		Fields: []string{"id", "currency", "idempotency_key"}}
 	balanceQuery     = []string{"min_seq", "at", "seq"}
 	historyQuery     = []string{"limit", "since", "until", "order", "cursor"}
 	statementQuery   = []string{"since", "until"}
@@ -680,151 +541,8 @@ var problems = map[string]api.Problem{
 	"idempotency_key_reused":   {Status: 422, Title: "The key was used for another operation"},
 }
 
-func (s *server) createWallet(r *http.Request) (*api.Reply, error) {
-	body, err := api.ReadFields(r, creationBody)
-	if err != nil {
-		return nil, err
-	}
-	op := &operation{kind: kindCreation}
-	if op.currency, err = currencyOf(body); err != nil {
-		return nil, err
-	}
-	if id, given := body["id"]; given {
-		if op.walletID, err = parseWalletID(id.Text); err != nil {
-			return nil, err
-		}
-	} else {
-		op.walletID, op.idChosen = 1+mathrand.Int64N(walletIDAutoMax), true
-	}
-	switch op.key, err = api.Key(r, body, parseKey); {
-	case err != nil:
-		return nil, err
-	case op.key == "" && op.idChosen:
-		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
-			"\"idempotency_key\", so that a retry does not create a second wallet; or choose the id "+
-			"yourself.")
-	case op.key == "":
-		// Without a key a repeat is wallet_exists; but our own rerun of a batch must recognise its wallet.
-		op.key = "\x01" + rand.Text() // which no client can send
-	}
-	if err := s.ledger.do(r.Context(), op); err != nil {
-		return nil, err
-	}
-	location := map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", op.created.ID)}
-	return &api.Reply{Body: appendWallet(nil, &op.created), Replayed: op.replayed, Header: location}, nil
-}
-
-// move is every movement of money: it reads the operation, has it posted and shows it as the ledger has it.
-func (s *server) move(m *movementKind, r *http.Request) (*api.Reply, error) {
-	op := &operation{kind: m.kind, decide: m.decide, traceparent: api.Traceparent(r.Header)}
-	id := r.PathValue("id")
-	if id == "" {
-		id = r.PathValue("hold_id")
-	}
-	if m.of.id == "WalletID" { // the others' are looked up, which what is malformed is not worth
-		if err := m.of.read(r.Context(), s.ledger, op, id); err != nil {
-			return nil, err
-		}
-	}
-	body, err := api.ReadFields(r, m.body)
-	if err != nil {
-		return nil, err
-	}
-	if op.key, err = api.Key(r, body, parseKey); err != nil {
-		return nil, err
-	}
-	if op.key == "" {
-		return nil, refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
-			"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
-	}
-	if err := m.read(body, op, s.ledger.holdTTL); err != nil {
-		return nil, err
-	}
-	if m.of.id != "WalletID" {
-		if err := m.of.read(r.Context(), s.ledger, op, id); err != nil {
-			return nil, err
-		}
-	}
-	if op.toID == op.walletID || op.note.ToID == op.walletID {
-		return nil, refuse("same_wallet",
-			"A transfer goes to another wallet; this one names wallet %d twice.", op.walletID)
-	}
-	op.note.Client = api.Client(r.Context())
-	if err := s.ledger.do(r.Context(), op); err != nil {
-		return nil, err
-	}
-	answer := &api.Reply{Body: append(appendReceipt(nil, &op.posted), '}'), Replayed: op.replayed}
-	if op.kind == kindHold {
-		answer.Header = map[string]string{"Location": "/v1/holds/" + entryID(op.posted.WalletID,
-			op.posted.Seq)}
-	}
-	return answer, nil
-}
-
-// read reads what the body says.
-func (m *movementKind) read(body api.Fields, op *operation, holdTTL time.Duration) (err error) {
-	for field := range strings.SplitSeq(m.required, " ") {
-		if _, given := body[field]; !given && field != "to_id" && field != "" {
-			return missing(field)
-		}
-	}
-	if amount, given := body["amount"]; !given {
-		op.note.All = m.kind == kindWithdrawal || m.of.id == "TransactionID" && m.kind != kindRelease
-	} else if m.all && amount == (api.Field{Text: "all", Quoted: true}) {
-		op.note.All = true
-	} else if op.amount, err = money.Parse(amount.Text); err != nil {
-		return err
-	}
-	if op.currency, err = currencyOf(body); err != nil {
-		return err
-	}
-	if to, given := body["to_id"]; given {
-		toID, err := parseWalletID(to.Text)
-		if err != nil {
-			return err
-		}
-		switch m.kind {
-		case kindHold: // which touches the payer alone
-			op.note.ToID = toID
-		default:
-			op.toID, op.kind = toID, kindTransferOut
-		}
-	} else if m.kind == kindTransferOut {
-		return missing("to_id")
-	}
-	if m.kind == kindHold {
-		op.expiresIn, op.anyExpiry = holdTTL, true
-		if in, given := body["expires_in"]; given {
-			op.anyExpiry = false
-			var ok bool
-			if op.expiresIn, ok = api.Span(in.Text, holdTTLMax); !ok || !in.Quoted {
-				return refuse("expires_in_malformed",
-					"\"expires_in\" is a whole number of s, m, h or d, such "+
-						"as \"15m\", from 1s to 365d.")
-			}
-		}
-	}
-	op.note.Partial = body["final"].Text == "false"
-	if m.kind == kindRelease {
-		op.note.Reason = reasonVoid
-	}
-	return readNote(body, &op.note)
-}
-
-func missing(field string) error {
-	switch field {
-	case "amount":
-		return refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
-	case "to_id":
-		return refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
-	}
-	return refuse("field_missing", "Send the %q.", field)
-}
-
-const holdTTLMax = 365 * 24 * time.Hour // no hold is for ever
-
 func (s *server) getWallet(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -832,11 +550,11 @@ func (s *server) getWallet(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: appendWallet(nil, w)}, nil
+	return &api.Reply{Body: book.AppendWallet(nil, w)}, nil
 }
 
 func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -875,7 +593,7 @@ func (s *server) getBalance(r *http.Request) (*api.Reply, error) {
 // balanceAsItWas is that at a time, what happened at that very time included, or after an entry.
 func (s *server) balanceAsItWas(ctx context.Context, id int64, query api.Query) (*api.Reply, error) {
 	if len(query) > 1 {
-		return nil, refuse("parameter_malformed", "Send one of at, seq and min_seq.")
+		return nil, book.Refuse("parameter_malformed", "Send one of at, seq and min_seq.")
 	}
 	at, err := query.Time("at", time.Time{})
 	if err != nil {
@@ -906,7 +624,7 @@ func (s *server) balanceAsItWas(ctx context.Context, id int64, query api.Query) 
 // getStatement answers with a wallet's entries of a span, what was there before and after, and sums by kind.
 // It is as long as it is: entries go out a page at a time.
 func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -924,8 +642,8 @@ func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
 	}
 	format, ok := export.Negotiate(strings.Join(r.Header.Values("Accept"), ","))
 	if !ok {
-		return nil, refuse("not_acceptable", "A statement comes as %s, %s or %s.", export.JSON, export.Lines,
-			export.CSV)
+		return nil, book.Refuse("not_acceptable", "A statement comes as %s, %s or %s.",
+			export.JSON, export.Lines, export.CSV)
 	}
 	end, err := s.ledger.momentBefore(r.Context(), id, until, since)
 	if err != nil {
@@ -945,7 +663,7 @@ func (s *server) getStatement(r *http.Request) (*api.Reply, error) {
 }
 
 func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -973,12 +691,12 @@ func (s *server) getHistory(r *http.Request) (*api.Reply, error) {
 		}
 		answer.Header = api.Next(fmt.Sprintf("/v1/wallets/%d/history?", id), limit, p.cursor())
 	}
-	answer.Body = api.AppendList(nil, entries, appendEvent)
+	answer.Body = api.AppendList(nil, entries, book.AppendEvent)
 	return answer, nil
 }
 
 func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
-	walletID, seq, err := parseEntryID(r.PathValue("id"), errTransactionID)
+	walletID, seq, err := book.ParseEntryID(r.PathValue("id"), book.ErrTransactionID)
 	if err != nil {
 		return nil, err
 	}
@@ -986,12 +704,12 @@ func (s *server) getTransaction(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: appendTransaction(nil, m)}, nil
+	return &api.Reply{Body: book.AppendTransaction(nil, m)}, nil
 }
 
 // getByKey answers "did my write land?".
 func (s *server) getByKey(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -999,17 +717,17 @@ func (s *server) getByKey(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := parseKey(query["idempotency_key"])
+	key, err := book.ParseKey(query["idempotency_key"])
 	if err != nil {
-		return nil, refuse("parameter_malformed",
+		return nil, book.Refuse("parameter_malformed",
 			"Send the idempotency_key: 1 to %d printable ASCII characters.",
-			keyLenMax)
+			book.KeyLenMax)
 	}
 	found, err := s.ledger.transactions(r.Context(), transactionByKey, id, key)
 	if err != nil {
 		return nil, err
 	}
-	return api.List("", found, len(found), appendTransaction, nil), nil
+	return api.List("", found, len(found), book.AppendTransaction, nil), nil
 }
 
 func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
@@ -1019,8 +737,8 @@ func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
 	}
 	reference := query["reference"]
 	if reference == "" || len(reference) > noteBytesMax || !api.Printable(reference) {
-		return nil, refuse("parameter_malformed", "Send the reference: 1 to %d bytes of printable UTF-8.",
-			noteBytesMax)
+		return nil, book.Refuse("parameter_malformed",
+			"Send the reference: 1 to %d bytes of printable UTF-8.", noteBytesMax)
 	}
 	limit, after, err := query.Page("r")
 	if err != nil {
@@ -1032,7 +750,7 @@ func (s *server) getByReference(r *http.Request) (*api.Reply, error) {
 		return nil, err
 	}
 	path := "/v1/transactions?reference=" + url.QueryEscape(reference) + "&"
-	return api.List(path, found, limit, appendTransaction, func(m *posted) string {
+	return api.List(path, found, limit, book.AppendTransaction, func(m *book.Posted) string {
 		return api.Cursor("r", m.WalletID, m.Seq)
 	}), nil
 }
@@ -1050,13 +768,13 @@ func (s *server) getWallets(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return api.List("/v1/wallets?", found, limit, appendWallet, func(w *wallet) string {
+	return api.List("/v1/wallets?", found, limit, book.AppendWallet, func(w *book.Wallet) string {
 		return api.Cursor("w", w.ID, 1)
 	}), nil
 }
 
 func (s *server) getHold(r *http.Request) (*api.Reply, error) {
-	walletID, seq, err := parseEntryID(r.PathValue("hold_id"), errHoldID)
+	walletID, seq, err := book.ParseEntryID(r.PathValue("hold_id"), book.ErrHoldID)
 	if err != nil {
 		return nil, err
 	}
@@ -1064,11 +782,11 @@ func (s *server) getHold(r *http.Request) (*api.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &api.Reply{Body: appendHold(nil, h)}, nil
+	return &api.Reply{Body: book.AppendHold(nil, h)}, nil
 }
 
 func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
-	id, err := parseWalletID(r.PathValue("id"))
+	id, err := book.ParseWalletID(r.PathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -1077,8 +795,9 @@ func (s *server) getHolds(r *http.Request) (*api.Reply, error) {
 		return nil, err
 	}
 	status := query["status"]
-	if status != "" && !slices.Contains(holdStatuses, status) {
-		return nil, refuse("parameter_malformed", "status is one of %s.", strings.Join(holdStatuses, ", "))
+	if status != "" && !slices.Contains(book.HoldStatuses, status) {
+		return nil, book.Refuse("parameter_malformed", "status is one of %s.",
+			strings.Join(book.HoldStatuses, ", "))
 	}
 	limit, after, err := query.Page("h")
 	if err != nil {
@@ -1107,14 +826,14 @@ var alive = api.Static([]byte(`{"status":"alive"}`))
 // readyz: Postgres is reachable and its schema at least ours, and we are not on our way out.
 func (s *server) readyz(r *http.Request) (*api.Reply, error) {
 	if s.Draining.Load() || !s.Started.Load() {
-		return nil, refuse("starting", "The service is starting or stopping.")
+		return nil, book.Refuse("starting", "The service is starting or stopping.")
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 	defer cancel()
-	version, err := schema.Has(ctx, s.ledger.reads)
+	version, err := schema.Has(ctx, s.ledger.db)
 	if err != nil || version < schema.Version {
 		slog.WarnContext(ctx, "not ready", "schema", version, "error", err)
-		return nil, refuse("unavailable",
+		return nil, book.Refuse("unavailable",
 			"Postgres cannot be reached, or its schema is older than this program.")
 	}
 	return &api.Reply{Body: []byte(`{"status":"ready"}`)}, nil
@@ -1136,29 +855,6 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	}
 	kind := map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 	return &api.Reply{Body: out.Bytes(), Header: kind}, nil
-}
-
-// -----------------------------------------------------------------------------------------------------------
-// Answers
-// -----------------------------------------------------------------------------------------------------------
-
-// -----------------------------------------------------------------------------------------------------------
-// Requests
-// -----------------------------------------------------------------------------------------------------------
-
-// currencyOf is the request's currency code, or empty where it names none.
-func currencyOf(body api.Fields) (string, error) {
-	code, given := body["currency"]
-	if !given {
-		return "", nil
-	}
-	wellFormed := code.Quoted && len(code.Text) >= 3 && len(code.Text) <= 10 &&
-		strings.Trim(code.Text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") == ""
-	if !wellFormed {
-		return "", refuse("currency_malformed",
-			"A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
-	}
-	return code.Text, nil
 }
 
 // -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import (
 	"unicode"
 
 	"wallet/internal/api"
+	"wallet/internal/jsontext"
 )
 
 // TestWalkthrough is the predecessor's walkthrough: its eight cases, with its routes and fields.
@@ -40,7 +41,7 @@ func TestWalkthrough(t *testing.T) {
 			t.Errorf("deposit: %s is %v, want %s", name, got[name], want)
 		}
 	}
-	if _, err := time.Parse(timeFormat, fmt.Sprint(got["created_at"])); err != nil {
+	if _, err := time.Parse(jsontext.TimeFormat, fmt.Sprint(got["created_at"])); err != nil {
 		t.Error(err)
 	}
 	// 2. The same key again: the same answer, and the money moved once.
@@ -813,7 +814,9 @@ func runBlocks(t *testing.T, blocks [][]string) {
 	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
 	operators := httptest.NewServer(w.api.operator)
 	defer operators.Close()
-	eventually(t, 30*time.Second, "the relay leads", func() bool { return (&replica{operate: operators.URL}).leads() })
+	eventually(t, 30*time.Second, "the relay leads", func() bool {
+		return (&replica{operate: operators.URL}).leads()
+	})
 	dev, err := devBinary()
 	if err != nil {
 		t.Fatal(err)

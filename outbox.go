@@ -1,27 +1,20 @@
-// The outbox: what an entry is and says, what its event is (its id, JSON and Kafka headers), what an answer
-// shows of it, and the rows that a batch adds in its one commit, those of the outbox among them, as written
-// and as the replication stream shows them.
+// The outbox and the rows: what a batch adds in its one commit, the outbox's rows among them; how rows are
+// read back; an outbox row as the replication stream shows it, and the Kafka record that it becomes; the
+// ledger read whole, for recovery and audit.
 //
 // Touches: rows of entries, holds, reversals, references and the outbox, only ever added or moved on inside
-// the caller's database transaction; outbox partitions. Promises: an event is a pure function of its entry
-// (and of the request's traceparent), so it can be rebuilt from the ledger, and two builds of one entry's
-// event are equal byte for byte. So is a receipt. The JSON names are a contract: history's items carry the
-// same.
+// the caller's database transaction; outbox partitions. Promises: an event is there if and only if its
+// entry is, and what is read whole is of one snapshot. What an event says is decided in internal/book.
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"maps"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -33,9 +26,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
-	"wallet/internal/api"
-	"wallet/internal/export"
-	"wallet/internal/jsontext"
+	"wallet/internal/audit"
+	"wallet/internal/book"
 	"wallet/internal/kafka"
 	"wallet/internal/money"
 )
@@ -43,97 +35,7 @@ import (
 const (
 	eventType   = "wallet.entry.v1"
 	eventSource = "/v1/wallets" // ce_source; together with ce_subject it is the wallet's path
-	timeFormat  = jsontext.TimeFormat
 )
-
-// entry is one signed leg of a movement of money: entry number Seq of wallet WalletID.
-type entry struct {
-	WalletID, Seq                   int64
-	CounterpartyID, CounterpartySeq int64 // the other leg of a transfer; else 0
-	Kind                            string
-	Currency                        string
-	Amount                          decimal.Decimal // negative leaves the wallet
-	Balance                         decimal.Decimal // after this entry
-	Key                             string          // idempotency key
-	CreatedAt                       time.Time       // whole microseconds; never decreases with Seq
-	more                            *details        // nil where it says nothing more
-
-	traceparent string // of the request, for the event; not stored in the ledger
-}
-
-// details are what an entry says besides. A capture is a withdrawal or transfer_out that gives back some of
-// what is held, a reversal the opposite movement; each leg names the entry of its own wallet that it is of.
-type details struct {
-	OfSeq      int64           // the same wallet's entry that this one captures, releases or undoes; else 0
-	HeldChange decimal.Decimal // positive: reserved; negative: given back
-	Held       decimal.Decimal // after this entry
-	Remaining  decimal.Decimal // of the hold, or to undo; where OfSeq is not 0, and of a hold
-	Note       note
-	noteText   string // Note as its entry has it
-}
-
-var nothingMore details
-
-// says is what the entry says besides.
-func (e *entry) says() *details {
-	if e.more == nil {
-		return &nothingMore
-	}
-	return e.more
-}
-
-// captures tells a capture of a hold.
-func (e *entry) captures() bool { return e.Kind != kindRelease && e.says().HeldChange.IsNegative() }
-
-// reverses tells a leg that undoes another movement.
-func (e *entry) reverses() bool { return e.says().OfSeq != 0 && e.says().HeldChange.IsZero() }
-
-// appendTransactionID appends the public id of the transaction that the entry belongs to: its initiating
-// entry's.
-func (e *entry) appendTransactionID(dst []byte) []byte {
-	if e.Kind == kindTransferIn {
-		return appendEntryID(dst, e.CounterpartyID, e.CounterpartySeq)
-	}
-	return appendEntryID(dst, e.WalletID, e.Seq)
-}
-
-// posted is a movement as it stands in the ledger: its initiating entry and, of a transfer, the payee's head
-// after it.
-type posted struct {
-	entry
-	toBalance, toHeld decimal.Decimal
-	of                string          // the transaction whose entry says.OfSeq is, or empty
-	reversed          decimal.Decimal // of this transaction, by now; read by transactions only
-}
-
-var (
-	errTransactionID = refuse("transaction_id_malformed",
-		"A transaction id is <wallet_id>-<seq>, such as 1-1.")
-	errHoldID = refuse("hold_id_malformed", "A hold id is <wallet_id>-<seq>, such as 1-1.")
-)
-
-// parseEntryID reads the id of a transaction or a hold; malformed is what to say where it is none.
-func parseEntryID(s string, malformed *refusal) (walletID, seq int64, err error) {
-	wallet, number, _ := strings.Cut(s, "-")
-	walletID, err = parseWalletID(wallet)
-	seq, seqErr := parseWalletID(number) // the same form
-	if err != nil || seqErr != nil {
-		return 0, 0, malformed
-	}
-	return walletID, seq, nil
-}
-
-// entryID is an entry's public id, "<wallet_id>-<seq>": the event's id, and for an initiating entry the
-// transaction's.
-func entryID(walletID, seq int64) string {
-	return string(appendEntryID(nil, walletID, seq))
-}
-
-func appendEntryID(dst []byte, walletID, seq int64) []byte {
-	dst = strconv.AppendInt(dst, walletID, 10)
-	dst = append(dst, '-')
-	return strconv.AppendInt(dst, seq, 10)
-}
 
 // entryColumns is an entry as it is read, wherever it is.
 const entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0),
@@ -142,7 +44,7 @@ const entryColumns = `e.wallet_id, e.seq, coalesce(e.counterparty_id, 0), coales
 
 // entryScan is where entryColumns are scanned to.
 type entryScan struct {
-	e                           *entry
+	e                           *book.Entry
 	ofSeq                       *int64
 	heldChange, held, remaining *string
 	note                        *string
@@ -156,12 +58,12 @@ func (s *entryScan) columns() []any {
 
 // finish makes the entry's details of what was scanned.
 func (s *entryScan) finish() error {
-	s.e.more = nil
+	s.e.More = nil
 	if s.ofSeq == nil && s.heldChange == nil && s.held == nil && s.note == nil {
 		return nil
 	}
-	d := new(details)
-	s.e.more = d
+	d := new(book.Details)
+	s.e.More = d
 	if s.ofSeq != nil {
 		d.OfSeq = *s.ofSeq
 	}
@@ -176,220 +78,10 @@ func (s *entryScan) finish() error {
 	d.Held, errs[1] = number(s.held)
 	d.Remaining, errs[2] = number(s.remaining)
 	if s.note != nil {
-		d.noteText = *s.note
-		d.Note, errs[3] = parseNote(*s.note)
+		d.NoteText = *s.note
+		d.Note, errs[3] = book.ParseNote(*s.note)
 	}
 	return errors.Join(errs[:]...)
-}
-
-// appendEvent appends the event's JSON: one object, no white space, names in this order. Amounts are
-// decimal strings without trailing zeros, amount signed (negative leaves the wallet); times have
-// timeFormat. What an entry does not say has no member: a plain deposit, withdrawal or transfer has those of
-// version 2 only.
-func appendEvent(dst []byte, e *entry) []byte {
-	dst = append(dst, `{"wallet_id":`...)
-	dst = strconv.AppendInt(dst, e.WalletID, 10)
-	dst = append(dst, `,"seq":`...)
-	dst = strconv.AppendInt(dst, e.Seq, 10)
-	dst = append(dst, `,"transaction_id":"`...)
-	dst = e.appendTransactionID(dst)
-	dst = append(dst, `","kind":"`...)
-	dst = append(dst, e.Kind...)
-	dst = append(dst, `","currency":"`...)
-	dst = append(dst, e.Currency...)
-	dst = append(dst, `","amount":"`...)
-	dst = money.Append(dst, e.Amount)
-	dst = append(dst, `","balance_before":"`...)
-	dst = money.Append(dst, e.Balance.Sub(e.Amount))
-	dst = append(dst, `","balance_after":"`...)
-	dst = money.Append(dst, e.Balance)
-	dst = append(dst, '"')
-	if d := e.more; d != nil {
-		if !d.Held.IsZero() || !d.HeldChange.IsZero() {
-			dst = append(dst, `,"held_before":"`...)
-			dst = money.Append(dst, d.Held.Sub(d.HeldChange))
-			dst = append(dst, `","held_after":"`...)
-			dst = append(money.Append(dst, d.Held), '"')
-		}
-		if d.OfSeq != 0 {
-			dst = append(dst, `,"of_seq":`...)
-			dst = strconv.AppendInt(dst, d.OfSeq, 10)
-		}
-		if d.OfSeq != 0 || e.Kind == kindHold {
-			dst = append(dst, `,"remaining":"`...)
-			dst = append(money.Append(dst, d.Remaining), '"')
-		}
-	}
-	if e.CounterpartyID != 0 {
-		dst = append(dst, `,"counterparty":{"wallet_id":`...)
-		dst = strconv.AppendInt(dst, e.CounterpartyID, 10)
-		dst = append(dst, `,"seq":`...)
-		dst = strconv.AppendInt(dst, e.CounterpartySeq, 10)
-		dst = append(dst, '}')
-	}
-	dst = append(dst, `,"idempotency_key":`...)
-	dst = jsontext.AppendText(dst, e.Key)
-	if e.more != nil && e.more.noteText != "" {
-		inner := e.more.noteText[1 : len(e.more.noteText)-1]
-		dst = append(append(dst, ','), inner...)
-	}
-	dst = append(dst, `,"created_at":"`...)
-	dst = e.CreatedAt.UTC().AppendFormat(dst, timeFormat)
-	return append(dst, `"}`...)
-}
-
-// note is what an entry says in words. The ledger stores its JSON object as text, and the event has the same
-// members, byte for byte, after its idempotency key. Each is there only where it says something.
-type note struct {
-	ToID      int64     // of a hold: who will be paid
-	ExpiresAt time.Time // of a hold
-	Reason    string    // of a release: void or expiry
-	State     string    // that a wallet takes on
-	Text      string    // why it does
-	All       bool      // all that there was: the request named no amount
-	Partial   bool      // of a capture: the hold stays open for what remains
-	Reference string
-	Metadata  string // a JSON object of strings, its members in order
-	Client    string // the API key's name; in a transaction's initiating entry only
-}
-
-// json is the note as an object, or empty where it says nothing.
-func (n *note) json() string {
-	if *n == (note{}) {
-		return ""
-	}
-	dst := make([]byte, 0, 128)
-	member := func(name string) { dst = append(append(append(dst, `,"`...), name...), `":`...) }
-	text := func(name, value string) {
-		if value != "" {
-			member(name)
-			dst = jsontext.AppendText(dst, value)
-		}
-	}
-	flag := func(name string, is bool) {
-		if is {
-			member(name)
-			dst = append(dst, "true"...)
-		}
-	}
-	if n.ToID != 0 {
-		member("to_id")
-		dst = strconv.AppendInt(dst, n.ToID, 10)
-	}
-	if !n.ExpiresAt.IsZero() {
-		text("expires_at", n.ExpiresAt.UTC().Format(timeFormat))
-	}
-	text("reason", n.Reason)
-	text("state", n.State)
-	text("note", n.Text)
-	flag("all", n.All)
-	flag("partial", n.Partial)
-	text("reference", n.Reference)
-	if n.Metadata != "" {
-		member("metadata")
-		dst = append(dst, n.Metadata...)
-	}
-	text("client", n.Client)
-	dst[0] = '{'
-	return string(append(dst, '}'))
-}
-
-// parseNote reads what json wrote.
-func parseNote(text string) (n note, err error) {
-	if text == "" {
-		return n, nil
-	}
-	var members struct {
-		ToID      int64           `json:"to_id"`
-		ExpiresAt time.Time       `json:"expires_at"`
-		Reason    string          `json:"reason"`
-		State     string          `json:"state"`
-		Text      string          `json:"note"`
-		All       bool            `json:"all"`
-		Partial   bool            `json:"partial"`
-		Reference string          `json:"reference"`
-		Metadata  json.RawMessage `json:"metadata"`
-		Client    string          `json:"client"`
-	}
-	if err := json.Unmarshal([]byte(text), &members); err != nil {
-		return n, fmt.Errorf("note of an entry: %w", err)
-	}
-	m := &members
-	return note{m.ToID, m.ExpiresAt, m.Reason, m.State, m.Text, m.All, m.Partial, m.Reference,
-		string(m.Metadata), m.Client}, nil
-}
-
-var (
-	errReference = refuse("reference_malformed",
-		"The \"reference\" is a string of 1 to %d bytes of printable UTF-8.", noteBytesMax)
-	errNote = refuse("note_malformed", "The \"note\" is a string of 1 to %d bytes of printable UTF-8.",
-		noteBytesMax)
-)
-
-// readNote reads what a movement says in words.
-func readNote(body api.Fields, n *note) error {
-	text := func(name string, malformed *refusal) (string, error) {
-		f, given := body[name]
-		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !api.Printable(f.Text)) {
-			return "", malformed
-		}
-		return f.Text, nil
-	}
-	var err error
-	if n.Reference, err = text("reference", errReference); err != nil {
-		return err
-	}
-	if n.Text, err = text("note", errNote); err != nil {
-		return err
-	}
-	if state, given := body["state"]; given {
-		if n.State = state.Text; !state.Quoted || !slices.Contains(walletStates, n.State) {
-			return refuse("state_malformed", "The \"state\" is one of %s.", strings.Join(walletStates, ", "))
-		}
-	}
-	if metadata, given := body["metadata"]; given {
-		var ok bool
-		if n.Metadata, ok = api.Canonical(metadata.Text, metadataMembersMax); !ok {
-			return refuse("metadata_malformed", "The \"metadata\" is an object of at most %d members, each "+
-				"with a name of its own and a string of valid UTF-8.", metadataMembersMax)
-		}
-		if len(n.Metadata) > metadataBytesMax {
-			return refuse("metadata_malformed", "The \"metadata\" may have %d bytes in all; these are %d.",
-				metadataBytesMax, len(n.Metadata))
-		}
-	}
-	return nil
-}
-
-// Bounds of what a movement says in words.
-const (
-	noteBytesMax       = 255
-	metadataMembersMax = 16
-	metadataBytesMax   = 2 << 10
-)
-
-var walletStates = []string{stateOpen, stateNoOut, stateFrozen, stateClosed}
-
-// eventTime is the entry's time out of an event's JSON, as text in timeFormat. It reads what appendEvent
-// wrote: the last member.
-func eventTime(payload []byte) ([]byte, error) {
-	tail := len(payload) - len(`"}`)
-	if tail < len(timeFormat) || !bytes.HasSuffix(payload[:tail-len(timeFormat)], []byte(`,"created_at":"`)) {
-		return nil, fmt.Errorf("outbox payload does not end in created_at: %.300q", payload)
-	}
-	return payload[tail-len(timeFormat) : tail], nil
-}
-
-// eventText is a text member out of an event's JSON, by its name, or empty where it has none. It looks at
-// those before the idempotency key, the first free text: no text there can look like a member.
-func eventText(payload []byte, name string) string {
-	head, _, _ := bytes.Cut(payload, []byte(`,"idempotency_key":`))
-	_, rest, _ := bytes.Cut(head, []byte(`,"`+name+`":"`))
-	text, _, closed := bytes.Cut(rest, []byte{'"'})
-	if !closed {
-		return ""
-	}
-	return string(text)
 }
 
 // Headers that all events have alike, and the names of the others.
@@ -426,17 +118,17 @@ type eventRecord struct {
 // (https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md), the
 // commit LSN of the entry's transaction as an extension, and traceparent where the request had one.
 func (r *eventRecord) set(e *event) error {
-	at, err := eventTime(e.payload)
+	at, err := book.EventTime(e.payload)
 	if err != nil {
 		return err
 	}
-	// timeFormat is a case of RFC3339Nano, for which Go has a fast path.
+	// jsontext.TimeFormat is a case of RFC3339Nano, for which Go has a fast path.
 	if r.At, err = time.Parse(time.RFC3339Nano, string(at)); err != nil {
 		return fmt.Errorf("outbox payload: %w", err)
 	}
 	text := strconv.AppendInt(r.text[:0], e.walletID, 10)
 	key := text[:len(text):len(text)]
-	id := appendEntryID(text[:0], e.walletID, e.seq) // begins with the key
+	id := book.AppendEntryID(text[:0], e.walletID, e.seq) // begins with the key
 	lsn := appendLSN(id[len(id):], e.commitLSN)
 	r.own = [5]kafka.Header{{Key: nameID, Value: id}, {Key: nameTime, Value: at},
 		{Key: nameSubject, Value: key}, {Key: nameCommitLSN, Value: lsn}}
@@ -469,26 +161,6 @@ func (r *eventRecords) of(events []event) ([]*kafka.Message, error) {
 		r.messages[i] = &r.records[i].Message
 	}
 	return r.messages, nil
-}
-
-// newestBalances are the balances of the events' wallets after the last event of each.
-func newestBalances(events []event) map[int64]cachedBalance {
-	newest := make(map[int64]*event)
-	for i := range events {
-		newest[events[i].walletID] = &events[i]
-	}
-	balances := make(map[int64]cachedBalance, len(newest))
-	for id, e := range newest {
-		b := cachedBalance{walletID: id, seq: e.seq, currency: eventText(e.payload, "currency"),
-			balance: eventText(e.payload, "balance_after"),
-			held:    cmp.Or(eventText(e.payload, "held_after"), "0")}
-		if b.currency == "" || b.balance == "" {
-			slog.Warn("balance not cached, since the event tells none", "event", entryID(id, e.seq))
-			continue
-		}
-		balances[id] = b
-	}
-	return balances
 }
 
 // eventIDOf reads a record's event id, which must fit its key.
@@ -582,7 +254,7 @@ type walletArrays struct {
 	entryAts                                          []*time.Time
 }
 
-func columnsOf(wallets []*wallet) walletArrays {
+func columnsOf(wallets []*book.Wallet) walletArrays {
 	var c walletArrays
 	for _, w := range wallets {
 		var entryAt *time.Time
@@ -590,7 +262,7 @@ func columnsOf(wallets []*wallet) walletArrays {
 			entryAt = &w.EntryAt
 		}
 		c.ids, c.seqs = append(c.ids, w.ID), append(c.seqs, w.Seq)
-		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.creationKey)
+		c.currencies, c.creationKeys = append(c.currencies, w.Currency), append(c.creationKeys, w.CreationKey)
 		c.balances = append(c.balances, money.Text(w.Balance))
 		c.createdAts, c.entryAts = append(c.createdAts, w.CreatedAt), append(c.entryAts, entryAt)
 		c.helds = append(c.helds, money.Text(w.Held))
@@ -599,18 +271,18 @@ func columnsOf(wallets []*wallet) walletArrays {
 	return c
 }
 
-func (p *posting) queueEntries(b *pgx.Batch) {
-	n := len(p.entries)
+func queueEntries(b *pgx.Batch, entries []book.Entry) {
+	n := len(entries)
 	ids, seqs, toIDs, toSeqs := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
 	ats, kinds, keys := make([]time.Time, n), make([]string, n), make([]string, n)
 	amounts, balances := make([]string, n), make([]string, n)
 	more := false
-	for i := range p.entries {
-		e := &p.entries[i]
+	for i := range entries {
+		e := &entries[i]
 		ids[i], seqs[i], toIDs[i], toSeqs[i] = e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
 		ats[i], kinds[i], keys[i] = e.CreatedAt, e.Kind, e.Key
 		amounts[i], balances[i] = money.Text(e.Amount), money.Text(e.Balance)
-		more = more || e.more != nil
+		more = more || e.More != nil
 	}
 	args := []any{ids, seqs, toIDs, toSeqs, ats, kinds, amounts, balances, keys}
 	if !more {
@@ -621,20 +293,20 @@ func (p *posting) queueEntries(b *pgx.Batch) {
 	changes, helds, remainings := make([]string, n), make([]string, n), make([]string, n)
 	var references []string
 	var referring entryIDs
-	for i := range p.entries {
-		e := &p.entries[i]
-		d := e.says()
-		ofSeqs[i], notes[i] = d.OfSeq, d.noteText
+	for i := range entries {
+		e := &entries[i]
+		d := e.Says()
+		ofSeqs[i], notes[i] = d.OfSeq, d.NoteText
 		if !d.HeldChange.IsZero() {
 			changes[i] = money.Text(d.HeldChange)
 		}
 		if !d.Held.IsZero() {
 			helds[i] = money.Text(d.Held)
 		}
-		if d.OfSeq != 0 || e.Kind == kindHold {
+		if d.OfSeq != 0 || e.Kind == book.KindHold {
 			remainings[i] = money.Text(d.Remaining)
 		}
-		if d.Note.Reference != "" && e.Kind != kindTransferIn {
+		if d.Note.Reference != "" && e.Kind != book.KindTransferIn {
 			references = append(references, d.Note.Reference)
 			referring.add(e.WalletID, e.Seq)
 		}
@@ -645,21 +317,21 @@ func (p *posting) queueEntries(b *pgx.Batch) {
 	}
 }
 
-func (p *posting) queueHolds(b *pgx.Batch) {
+func queueHolds(b *pgx.Batch, holds map[book.EntryKey]*book.Hold) {
 	var placed, moved struct {
 		entryIDs
 		toIDs, lastSeqs                        []int64
 		amounts, captured, remaining, statuses []string
 		expiresAts                             []time.Time
 	}
-	for _, h := range p.holds {
+	for _, h := range holds {
 		c := &placed
-		if h.exists {
+		if h.Exists {
 			c = &moved
 		}
-		if h.changed {
+		if h.Changed {
 			c.add(h.WalletID, h.Seq)
-			c.toIDs, c.lastSeqs = append(c.toIDs, h.ToID), append(c.lastSeqs, h.lastSeq)
+			c.toIDs, c.lastSeqs = append(c.toIDs, h.ToID), append(c.lastSeqs, h.LastSeq)
 			c.amounts = append(c.amounts, money.Text(h.Amount))
 			c.captured = append(c.captured, money.Text(h.Captured))
 			c.remaining = append(c.remaining, money.Text(h.Remaining))
@@ -676,14 +348,14 @@ func (p *posting) queueHolds(b *pgx.Batch) {
 	}
 }
 
-func (p *posting) queueReversals(b *pgx.Batch) {
+func queueReversals(b *pgx.Batch, reversals map[book.EntryKey]*book.Reversal) {
 	var of entryIDs
 	var amounts, reversed []string
-	for k, r := range p.reversals {
-		if r.changed {
-			of.add(k.walletID, k.seq)
-			amounts, reversed = append(amounts, money.Text(r.amount)), append(reversed,
-				money.Text(r.reversed))
+	for k, r := range reversals {
+		if r.Changed {
+			of.add(k.WalletID, k.Seq)
+			amounts, reversed = append(amounts, money.Text(r.Amount)), append(reversed,
+				money.Text(r.Reversed))
 		}
 	}
 	if len(of.seqs) > 0 {
@@ -698,17 +370,174 @@ SELECT unnest($1::bigint[]), unnest($2::bigint[]), '` + eventType + `', unnest($
 
 // queueOutbox adds the entries' events to a batch that the caller sends within its transaction: an event
 // exists if and only if its entry does.
-func queueOutbox(b *pgx.Batch, entries []entry) *pgx.QueuedQuery {
+func queueOutbox(b *pgx.Batch, entries []book.Entry) *pgx.QueuedQuery {
 	n := len(entries)
 	ids, seqs := make([]int64, n), make([]int64, n)
 	payloads, traceparents := make([]string, n), make([]string, n)
 	var buf []byte
 	for i := range entries {
 		e := &entries[i]
-		buf = appendEvent(buf[:0], e)
-		ids[i], seqs[i], payloads[i], traceparents[i] = e.WalletID, e.Seq, string(buf), e.traceparent
+		buf = book.AppendEvent(buf[:0], e)
+		ids[i], seqs[i], payloads[i], traceparents[i] = e.WalletID, e.Seq, string(buf), e.Traceparent
 	}
 	return b.Queue(insertOutbox, ids, seqs, payloads, traceparents)
+}
+
+const (
+	walletColumns = `id, currency, balance::text, seq, entry_at, created_at, nullif(held, 0)::text, state,
+       state_seq`
+
+	holdColumns = `h.wallet_id, h.seq, coalesce(h.to_id, 0), h.amount, h.captured, h.remaining, h.status,
+       h.expires_at, h.last_seq`
+)
+
+// entryIDs are entries as two arrays.
+type entryIDs struct{ wallets, seqs []int64 }
+
+func (ids *entryIDs) add(walletID, seq int64) {
+	ids.wallets, ids.seqs = append(ids.wallets, walletID), append(ids.seqs, seq)
+}
+
+func scanWallets(rows pgx.Rows, found map[int64]*book.Wallet) error {
+	var w book.Wallet
+	var balance string
+	var entryAt *time.Time
+	var held, state *string
+	var stateSeq *int64
+	columns := []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt, &held, &state, &stateSeq}
+	_, err := pgx.ForEachRow(rows, columns, func() (err error) {
+		read := w
+		read.Exists = true
+		if entryAt != nil {
+			read.EntryAt = *entryAt
+		}
+		if state != nil && stateSeq != nil {
+			read.State, read.StateSeq = *state, *stateSeq
+		}
+		if read.Balance, err = decimal.NewFromString(balance); err == nil && held != nil {
+			read.Held, err = decimal.NewFromString(*held)
+		}
+		found[w.ID] = &read
+		return err
+	})
+	return err
+}
+
+// scanBusy marks the wallets that exist but were not locked.
+func scanBusy(rows pgx.Rows, wallets map[int64]*book.Wallet) error {
+	var id int64
+	_, err := pgx.ForEachRow(rows, []any{&id}, func() error {
+		w := wallets[id]
+		w.Busy = !w.Exists
+		return nil
+	})
+	return err
+}
+
+func scanKeys(rows pgx.Rows, byKey map[book.MovementKey]*book.Posted) error {
+	for rows.Next() {
+		var found book.Posted
+		if err := scanPosted(rows, &found); err != nil {
+			return err
+		}
+		byKey[book.MovementKey{WalletID: found.WalletID, Key: found.Key}] = &found
+	}
+	return rows.Err()
+}
+
+func scanHolds(rows pgx.Rows) ([]*book.Hold, error) {
+	var holds []*book.Hold
+	var h book.Hold
+	columns := []any{&h.WalletID, &h.Seq, &h.ToID, &h.Amount, &h.Captured, &h.Remaining, &h.Status,
+		&h.ExpiresAt, &h.LastSeq}
+	_, err := pgx.ForEachRow(rows, columns, func() error {
+		found := h
+		found.Exists = true
+		holds = append(holds, &found)
+		return nil
+	})
+	return holds, err
+}
+
+func scanCreations(rows pgx.Rows, creations map[string]*book.Wallet) error {
+	var w book.Wallet
+	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &w.CreatedAt, &w.CreationKey}, func() error {
+		found := w
+		creations[w.CreationKey] = &found
+		return nil
+	})
+	return err
+}
+
+const queryEntries = `
+SELECT ` + entryColumns + `, w.currency
+FROM wallet w JOIN entry e ON e.wallet_id = w.id
+`
+
+// querier is a pool, a connection or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+// readEntries streams entries. visit's entry is used again.
+func readEntries(ctx context.Context, db querier, where string, args []any,
+	visit func(*book.Entry) error) error {
+	rows, _ := db.Query(ctx, queryEntries+where, args...)
+	var e book.Entry
+	s := entryScan{e: &e}
+	_, err := pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
+		if err := s.finish(); err != nil {
+			return err
+		}
+		return visit(&e)
+	})
+	if err != nil {
+		return fmt.Errorf("read entries: %w", err)
+	}
+	return nil
+}
+
+// A movement is read as its initiating entry e, the wallet's currency, the payee's head, what the entry is
+// of.
+const selectPosted = `
+SELECT ` + entryColumns + `, (SELECT w.currency FROM wallet w WHERE w.id = e.wallet_id),
+       coalesce((
+           SELECT p.balance FROM entry p WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq
+       ), 0)::text,
+       (SELECT p.held FROM entry p
+        WHERE p.wallet_id = e.counterparty_id AND p.seq = e.counterparty_seq)::text,
+       (SELECT CASE o.kind WHEN 'transfer_in' THEN o.counterparty_id || '-' || o.counterparty_seq
+                           ELSE o.wallet_id || '-' || o.seq END
+        FROM entry o WHERE o.wallet_id = e.wallet_id AND o.seq = e.of_seq)`
+
+// scanPosted reads what selectPosted selects, and what stands behind it.
+func scanPosted(row pgx.Row, m *book.Posted, more ...any) error {
+	s := entryScan{e: &m.Entry}
+	var toHeld, of *string
+	columns := append(s.columns(), &m.Currency, &m.ToBalance, &toHeld, &of)
+	if err := row.Scan(append(columns, more...)...); err != nil {
+		return err
+	}
+	if of != nil {
+		m.Of = *of
+	}
+	if toHeld != nil {
+		var err error
+		if m.ToHeld, err = decimal.NewFromString(*toHeld); err != nil {
+			return err
+		}
+	}
+	return s.finish()
+}
+
+// holdsEvent says whether there is such an entry, and its event is this one, byte for byte.
+func holdsEvent(ctx context.Context, db querier, walletID, seq int64, payload []byte) (held bool, err error) {
+	where := `WHERE e.wallet_id = $1 AND e.seq = $2`
+	err = readEntries(ctx, db, where, []any{walletID, seq}, func(e *book.Entry) error {
+		held = bytes.Equal(book.AppendEvent(nil, e), payload)
+		return nil
+	})
+	return held, err
 }
 
 // outboxRelations are the tables that a replication stream has described, by their OID; nil if it is not the
@@ -894,309 +723,224 @@ SELECT count(*)::float8, coalesce(sum(bytes), 0)::float8 FROM outbox_partition`)
 	return partitions, bytes, err
 }
 
-// -----------------------------------------------------------------------------------------------------------
-// Answers: what the API shows of a movement, a wallet, a hold, a statement
-// -----------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
+// Audit and recovery: the ledger, read whole
+// ---------------------------------------------------------------------------------------------------------
 
-// appendReceipt appends a movement as a JSON object that still lacks its closing brace. It is a pure function
-// of the ledger, so that a replay is equal byte for byte. Each kind of entry is shown by one function.
-func appendReceipt(dst []byte, m *posted) []byte {
-	o := jsontext.Open(slices.Grow(dst, 320))
-	shows[m.Kind](&o, m)
-	d := m.says()
-	if m.captures() {
-		o.Text("hold_id", m.of)
-		o.Number("remaining", d.Remaining)
-		o.Number("held", d.Held)
-	} else if m.reverses() {
-		o.Text("reverses", m.of)
-		o.Number("reversible", d.Remaining)
-	}
-	appendWords(&o, &d.Note)
-	return o.Dst
+// auditedLedger is the ledger as an audit reads it. While it reads, it checks the ledger's own invariants.
+type auditedLedger struct {
+	past   *pgx.Conn // a snapshot
+	now    *pgxpool.Pool
+	report *audit.Report
+
+	seqs    map[int64]int64 // of the wallets that heads gave last
+	entries int64
 }
 
-// words are what a movement says in words, where it does.
-func appendWords(o *jsontext.Object, n *note) {
-	if n.Reference != "" {
-		o.Text("reference", n.Reference)
-	}
-	if n.Metadata != "" {
-		o.Name("metadata")
-		o.Dst = append(o.Dst, n.Metadata...)
-	}
+// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
+func (a *auditedLedger) legs(ctx context.Context) error {
+	rows, _ := a.past.Query(ctx, `
+SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
+LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
+LEFT JOIN wallet v ON v.id = o.wallet_id
+WHERE e.counterparty_id IS NOT NULL
+  AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
+  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
+			book.EntryID(id, seq))
+		return nil
+	})
+	return err
 }
 
-var shows = map[string]func(*jsontext.Object, *posted){
-	kindDeposit: showOne, kindWithdrawal: showOne, kindTransferOut: showTransfer, kindHold: showHold,
-	kindRelease: showRelease, kindState: showState,
+func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
+	var last int64
+	var err error
+	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
+	return a.seqs, last, err
 }
 
-func appendTransactionID(o *jsontext.Object, m *posted) {
-	o.Text("transaction_id", entryID(m.WalletID, m.Seq))
+func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
+	rows, _ := a.now.Query(ctx, `
+SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		visit(id, seq)
+		return nil
+	})
+	return err
 }
 
-// showOne is a movement of one wallet.
-func showOne(o *jsontext.Object, m *posted) {
-	appendTransactionID(o, m)
-	o.Integer("wallet_id", m.WalletID)
-	o.Text("currency", m.Currency)
-	o.Number("amount", m.Amount.Abs())
-	o.Number("balance", m.Balance)
-	o.Integer("seq", m.Seq)
-	o.Time("created_at", m.CreatedAt)
-}
-
-func showTransfer(o *jsontext.Object, m *posted) {
-	appendTransactionID(o, m)
-	o.Integer("from_id", m.WalletID)
-	o.Integer("to_id", m.CounterpartyID)
-	o.Text("currency", m.Currency)
-	o.Number("amount", m.Amount.Abs())
-	o.Number("from_balance", m.Balance)
-	o.Number("to_balance", m.toBalance)
-	o.Integer("from_seq", m.Seq)
-	o.Integer("to_seq", m.CounterpartySeq)
-	o.Time("created_at", m.CreatedAt)
-}
-
-// head is the wallet's, after the entry.
-func appendHead(o *jsontext.Object, m *posted) {
-	held := m.says().Held
-	o.Number("balance", m.Balance)
-	o.Number("held", held)
-	o.Number("available", m.Balance.Sub(held))
-	o.Integer("seq", m.Seq)
-	o.Time("created_at", m.CreatedAt)
-}
-
-func showHold(o *jsontext.Object, m *posted) {
-	d := m.says()
-	o.Text("hold_id", entryID(m.WalletID, m.Seq))
-	o.Integer("wallet_id", m.WalletID)
-	o.Text("currency", m.Currency)
-	o.Number("amount", d.HeldChange)
-	o.Number("remaining", d.Remaining)
-	o.Text("status", holdOpen)
-	o.Time("expires_at", d.Note.ExpiresAt)
-	if d.Note.ToID != 0 {
-		o.Integer("to_id", d.Note.ToID)
-	}
-	appendHead(o, m)
-}
-
-func showRelease(o *jsontext.Object, m *posted) {
-	d := m.says()
-	status := holdVoided
-	if d.Note.Reason == reasonExpiry {
-		status = holdExpired
-	}
-	o.Text("hold_id", m.of)
-	o.Integer("wallet_id", m.WalletID)
-	o.Text("currency", m.Currency)
-	o.Number("released", d.HeldChange.Neg())
-	o.Number("remaining", d.Remaining)
-	o.Text("status", status)
-	appendHead(o, m)
-}
-
-func showState(o *jsontext.Object, m *posted) {
-	d := m.says()
-	appendTransactionID(o, m)
-	o.Integer("wallet_id", m.WalletID)
-	o.Text("currency", m.Currency)
-	o.Text("state", d.Note.State)
-	if d.Note.Text != "" {
-		o.Text("note", d.Note.Text)
-	}
-	appendHead(o, m)
-}
-
-// appendTransaction appends a movement as who asks for it later sees it.
-func appendTransaction(dst []byte, m *posted) []byte {
-	o := jsontext.Object{Dst: appendReceipt(dst, m)}
-	o.Text("kind", strings.TrimSuffix(m.Kind, "_out")) // the transaction is a transfer
-	o.Text("idempotency_key", m.Key)
-	if !m.reversed.IsZero() {
-		o.Number("reversed", m.reversed)
-	}
-	return append(o.Dst, '}')
-}
-
-// appendHold appends a hold as it stands now.
-func appendHold(dst []byte, h *shownHold) []byte {
-	o := jsontext.Open(dst)
-	o.Text("hold_id", entryID(h.WalletID, h.Seq))
-	o.Integer("wallet_id", h.WalletID)
-	o.Text("currency", h.currency)
-	o.Number("amount", h.Amount)
-	o.Number("captured", h.Captured)
-	o.Number("remaining", h.Remaining)
-	o.Text("status", h.Status)
-	o.Time("expires_at", h.ExpiresAt)
-	if h.ToID != 0 {
-		o.Integer("to_id", h.ToID)
-	}
-	o.Time("created_at", h.createdAt)
-	appendWords(&o, &h.note)
-	return append(o.Dst, '}')
-}
-
-// appendHolds is a wallet's head and some of its holds.
-func appendHolds(w *wallet, holds []*shownHold) []byte {
-	o := jsontext.Open(nil)
-	o.Integer("wallet_id", w.ID)
-	o.Text("currency", w.Currency)
-	o.Number("balance", w.Balance)
-	o.Number("held", w.Held)
-	o.Number("available", w.available())
-	o.Integer("seq", w.Seq)
-	o.Name("holds")
-	o.Dst = api.AppendList(o.Dst, holds, appendHold)
-	return o.Close()
-}
-
-func appendWallet(dst []byte, w *wallet) []byte {
-	o := jsontext.Open(dst)
-	o.Integer("wallet_id", w.ID)
-	o.Text("currency", w.Currency)
-	o.Number("balance", w.Balance)
-	if !w.Held.IsZero() {
-		o.Number("held", w.Held)
-		o.Number("available", w.available())
-	}
-	o.Integer("seq", w.Seq)
-	if w.State != "" {
-		o.Text("state", w.State)
-	}
-	o.Time("created_at", w.CreatedAt)
-	return append(o.Dst, '}')
-}
-
-// appendMoment begins what is told of a wallet as it was.
-func appendMoment(walletID int64, m *moment) jsontext.Object {
-	o := jsontext.Open(nil)
-	o.Integer("wallet_id", walletID)
-	o.Text("currency", m.currency)
-	o.Number("balance", m.balance)
-	o.Number("held", m.held)
-	o.Number("available", m.balance.Sub(m.held))
-	o.Integer("seq", m.seq)
-	return o
-}
-
-// appendEdge appends one end of a statement.
-func appendEdge(o *jsontext.Object, name string, m *moment) {
-	o.Name(name)
-	inner := jsontext.Open(o.Dst)
-	inner.Number("balance", m.balance)
-	inner.Number("held", m.held)
-	o.Dst = inner.Close()
-}
-
-// statementColumns are those of a statement as CSV.
-var statementColumns = []string{"seq", "created_at", "transaction_id", "kind", "credit", "debit", "balance",
-	"held",
-	"counterparty", "reference", "metadata", "idempotency_key"}
-
-// statement is one on its way to a client.
-type statement struct {
-	ledger     *ledger
-	walletID   int64
-	head       []byte // of the JSON object, without its closing brace
-	begin, end *moment
-}
-
-// statement begins a wallet's statement from since until end, which is until; query tells which were asked
-// for.
-func (l *ledger) statement(ctx context.Context, id int64, query api.Query, since, until time.Time,
-	end *moment,
-) (*statement, error) {
-	first := min(end.low, end.seq+1) // an empty span may end before it begins
-	begin, err := l.momentAfter(ctx, id, first-1)
-	if err != nil {
-		return nil, err
-	}
-	head := jsontext.Open(nil)
-	head.Integer("wallet_id", id)
-	head.Text("currency", end.currency)
-	if query["since"] != "" {
-		head.Time("since", since)
-	}
-	if query["until"] != "" {
-		head.Time("until", until)
-	}
-	head.Flag("final", end.final)
-	appendEdge(&head, "opening", begin)
-	appendEdge(&head, "closing", end)
-	if first <= end.seq {
-		head.Integer("first_seq", first)
-		head.Integer("last_seq", end.seq)
-	}
-	return &statement{ledger: l, walletID: id, head: head.Dst, begin: begin, end: end}, nil
-}
-
-func (st *statement) write(ctx context.Context, w io.Writer, format string) error {
-	out, err := export.NewWriter(w, format, st.head, statementColumns)
-	if err != nil {
-		return err
-	}
-	edge := func(kind string, m *moment) error {
-		return out.Row([]string{strconv.FormatInt(m.seq, 10), "", "", kind, "", "", money.Text(m.balance),
-			money.Text(m.held), "", "", "", ""})
-	}
-	if err := edge("opening", st.begin); err != nil {
-		return err
-	}
-	type total struct {
-		count int64
-		sum   decimal.Decimal
-	}
-	totals := make(map[string]total)
+// events makes the events of the entries again, and checks each wallet's chain of entries.
+func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
+	var c book.Chain
 	var buf []byte
-	err = st.ledger.entriesBetween(ctx, st.walletID, st.begin.seq+1, st.end.seq, func(e *entry) error {
-		sum := totals[e.Kind]
-		totals[e.Kind] = total{sum.count + 1, sum.sum.Add(e.Amount)}
-		buf = appendEvent(buf[:0], e)
-		return out.Item(buf, func() []string { return statementRow(e) })
+	saw := make(map[string]bool) // what the entries say that a rule is about
+	finish := func() {
+		id, seq := c.Last.WalletID, c.Last.Seq
+		if a.seqs[id] != seq {
+			a.report.Find("wallet %d has seq %d, but its last entry is number %d", id, a.seqs[id], seq)
+		}
+		var open decimal.Decimal
+		for _, remaining := range c.Open {
+			open = open.Add(remaining)
+		}
+		if held := c.Last.Says().Held; !held.Equal(open) {
+			a.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
+		}
+	}
+	err := readChains(ctx, a.past, after, last, 0, func(e *book.Entry) error {
+		a.entries++
+		if a.entries%50_000 == 0 {
+			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
+		}
+		if e.WalletID != c.Last.WalletID {
+			finish()
+			c = book.Chain{Last: book.Entry{WalletID: e.WalletID}}
+		}
+		switch {
+		case e.More == nil:
+		case e.Kind == book.KindState:
+			saw["states"] = true
+		case !e.More.HeldChange.IsZero():
+			saw["holds"] = true
+		case e.More.OfSeq != 0:
+			saw["reversals"] = true
+		}
+		if e.Says().Note.Reference != "" {
+			saw["references"] = true
+		}
+		if wrong := c.Follow(e); wrong != "" {
+			a.report.Find("entry %s: %s", book.EntryID(e.WalletID, e.Seq), wrong)
+		}
+		buf = book.AppendEvent(buf[:0], e)
+		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
 	})
 	if err != nil {
 		return err
 	}
-	if err := edge("closing", st.end); err != nil {
-		return err
+	finish()
+	for _, rule := range sideRules {
+		if rule.rows != "" && !saw[rule.about] { // nothing to compare them with: are there any?
+			var any bool
+			err := a.past.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+rule.rows+`)`, after, last).Scan(&any)
+			if err != nil {
+				return err
+			}
+			if !any {
+				continue
+			}
+		}
+		rows, _ := a.past.Query(ctx, rule.query, after, last)
+		var id, seq int64
+		_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+			a.report.Find(rule.finding, id, seq)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
-	o := jsontext.Open(nil)
-	o.Name("totals")
-	o.Dst = append(o.Dst, '{')
-	for _, kind := range slices.Sorted(maps.Keys(totals)) {
-		o.Name(kind)
-		inner := jsontext.Open(o.Dst)
-		inner.Integer("count", totals[kind].count)
-		inner.Number("sum", totals[kind].sum)
-		o.Dst = append(inner.Dst, '}')
-	}
-	o.Dst = append(o.Dst, '}')
-	o.Text("sha256", out.Sum())
-	if w, ok := w.(http.ResponseWriter); ok {
-		w.Header().Set("Statement-Sha256", out.Sum())
-	}
-	return out.Close("statement", st.head, o.Dst[1:])
+	return nil
 }
 
-func statementRow(e *entry) []string {
-	credit, debit, counterparty := "", "", ""
-	switch {
-	case e.Amount.IsPositive():
-		credit = money.Text(e.Amount)
-	case e.Amount.IsNegative():
-		debit = money.Text(e.Amount.Neg())
+// sideRules are what the tables beside the entries must say of the wallets after $1 and up to $2. A rule is
+// left out where no entry says what it is about and no row is there.
+var sideRules = []struct{ about, rows, finding, query string }{
+	{"", "", "wallet %[1]d: its balance, time or held is not its last entry's", `
+SELECT w.id, w.seq FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+WHERE w.id > $1 AND w.id <= $2
+  AND (w.balance, w.entry_at, w.held) IS DISTINCT FROM
+      (coalesce(e.balance, 0), e.created_at, coalesce(e.held, 0))`},
+	{"states", `wallet WHERE state IS NOT NULL AND id > $1 AND id <= $2`,
+		"wallet %[1]d: its state is not what its last entry of that kind says", `
+SELECT w.id, w.seq FROM wallet w
+LEFT JOIN (SELECT wallet_id, max(seq) AS seq FROM entry
+           WHERE kind = 'state' AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1) t ON t.wallet_id = w.id
+LEFT JOIN entry s ON s.wallet_id = w.id AND s.seq = t.seq
+WHERE w.id > $1 AND w.id <= $2
+  AND (w.state_seq, w.state) IS DISTINCT FROM (s.seq, s.note::json ->> 'state')`},
+	{"holds", `hold WHERE wallet_id > $1 AND wallet_id <= $2`,
+		"hold %d-%d: its row is not what its entries say", `
+SELECT coalesce(h.wallet_id, e.wallet_id), coalesce(h.seq, e.seq)
+FROM (SELECT * FROM hold WHERE wallet_id > $1 AND wallet_id <= $2) h
+FULL JOIN (SELECT * FROM entry WHERE kind = 'hold' AND wallet_id > $1 AND wallet_id <= $2) e
+       ON e.wallet_id = h.wallet_id AND e.seq = h.seq
+LEFT JOIN (SELECT wallet_id, of_seq, sum(-amount) AS captured, max(seq) AS last, min(remaining) AS remaining
+           FROM entry WHERE held_change < 0 AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) c
+       ON c.wallet_id = e.wallet_id AND c.of_seq = e.seq
+LEFT JOIN entry l ON l.wallet_id = e.wallet_id AND l.seq = c.last
+WHERE (h.amount, h.captured, h.remaining, h.last_seq, h.to_id, h.expires_at, h.status) IS DISTINCT FROM
+      (e.held_change, coalesce(c.captured, 0), coalesce(c.remaining, e.remaining), coalesce(c.last, e.seq),
+       (e.note::json ->> 'to_id')::bigint, (e.note::json ->> 'expires_at')::timestamptz,
+       CASE WHEN coalesce(c.remaining, e.remaining) > 0 THEN 'open' WHEN l.kind <> 'release' THEN 'captured'
+            WHEN l.note::json ->> 'reason' = 'void' THEN 'voided' ELSE 'expired' END)`},
+	{"reversals", `reversal WHERE wallet_id > $1 AND wallet_id <= $2`,
+		"transaction %d-%d: how much of it was reversed is not what its entries say", `
+SELECT coalesce(u.wallet_id, r.wallet_id), coalesce(u.seq, r.seq)
+FROM (SELECT wallet_id, of_seq AS seq, sum(abs(amount)) AS undone, min(remaining) AS remaining FROM entry
+      WHERE of_seq IS NOT NULL AND held_change IS NULL AND wallet_id > $1 AND wallet_id <= $2 GROUP BY 1, 2) u
+JOIN entry e ON e.wallet_id = u.wallet_id AND e.seq = u.seq
+FULL JOIN (SELECT * FROM reversal WHERE wallet_id > $1 AND wallet_id <= $2) r
+       ON r.wallet_id = u.wallet_id AND r.seq = u.seq
+WHERE u.seq IS NULL OR u.undone + u.remaining <> abs(e.amount)
+   OR e.kind <> 'transfer_in' AND (r.amount, r.reversed) IS DISTINCT FROM (abs(e.amount), u.undone)`},
+	{"references", `reference WHERE wallet_id > $1 AND wallet_id <= $2`,
+		"transaction %d-%d: it is not found by its reference", `
+SELECT coalesce(e.wallet_id, f.wallet_id), coalesce(e.seq, f.seq)
+FROM (SELECT wallet_id, seq, note::json ->> 'reference' AS reference FROM entry
+      WHERE note LIKE '%"reference":%' AND kind <> 'transfer_in' AND wallet_id > $1 AND wallet_id <= $2
+        AND note::json ->> 'reference' IS NOT NULL) e
+FULL JOIN (SELECT * FROM reference WHERE wallet_id > $1 AND wallet_id <= $2) f
+       ON f.wallet_id = e.wallet_id AND f.seq = e.seq AND f.reference = e.reference
+WHERE e.seq IS NULL OR f.seq IS NULL`},
+}
+
+// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
+// above.
+const (
+	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
+)
+
+// writtenSince adds a condition and its argument; from 0 on, everything was written.
+func writtenSince(xid int64, condition string, args ...any) (string, []any) {
+	if xid == 0 {
+		return "", args
 	}
-	if e.CounterpartyID != 0 {
-		counterparty = strconv.FormatInt(e.CounterpartyID, 10)
+	return condition, append(args, strconv.FormatInt(xid, 10))
+}
+
+// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
+// seq of each one's last entry; hi is the last one's id.
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
+	seqs map[int64]int64, hi int64, err error) {
+	where, args := writtenSince(xid, walletSince, lo, n, 0)
+	rows, _ := db.Query(ctx, `
+SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
+	seqs = make(map[int64]int64)
+	var seq int64
+	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
+	if err != nil {
+		return nil, 0, fmt.Errorf("read wallets: %w", err)
 	}
-	d := e.says()
-	return []string{strconv.FormatInt(e.Seq, 10), e.CreatedAt.UTC().Format(timeFormat),
-		string(e.appendTransactionID(nil)), e.Kind, credit, debit, money.Text(e.Balance), money.Text(d.Held),
-		counterparty, d.Note.Reference, d.Note.Metadata, e.Key}
+	return seqs, hi, nil
+}
+
+// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
+// wallet, in order. visit's entry is used again.
+func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*book.Entry) error) error {
+	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
+	// to an entry that was written earlier.
+	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
+    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
+    WHERE 1::bigint << k < w.seq AND EXISTS (
+        SELECT FROM entry e
+        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
+    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
+	return readEntries(ctx, db, `
+WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
+ORDER BY e.wallet_id, e.seq`, args, visit)
 }

@@ -40,6 +40,7 @@ import (
 	"github.com/shopspring/decimal"
 
 	"wallet/internal/api"
+	"wallet/internal/book"
 	"wallet/internal/export"
 	"wallet/internal/gate"
 )
@@ -1002,7 +1003,7 @@ func (h *contractCheck) holds(t *testing.T) {
 			t.Error(a)
 		}
 	}
-	for _, status := range append(holdStatuses, "") {
+	for _, status := range append(book.HoldStatuses, "") {
 		h.get(t, "/v1/wallets/10/holds?status="+status)
 	}
 	h.get(t, "/v1/wallets/10/history")
@@ -1553,14 +1554,15 @@ func FuzzRequest(f *testing.F) {
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
 	go func() { // what reaches the ledger is well-formed, and refused
 		for op := range l.queue.Queue {
-			named := op.note.All || op.kind == kindState || op.kind == kindRelease || op.amount.IsPositive()
-			if op.walletID < 1 || op.kind != kindCreation &&
-				(!named || op.key == "" || len(op.key) > keyLenMax) || op.toID < 0 ||
-				op.toID == op.walletID || len(op.note.Reference) > noteBytesMax ||
-				len(op.note.Metadata) > metadataBytesMax {
+			named := op.Note.All || op.Kind == book.KindState || op.Kind == book.KindRelease ||
+				op.Amount.IsPositive()
+			if op.WalletID < 1 || op.Kind != book.KindCreation &&
+				(!named || op.Key == "" || len(op.Key) > book.KeyLenMax) || op.ToID < 0 ||
+				op.ToID == op.WalletID || len(op.Note.Reference) > noteBytesMax ||
+				len(op.Note.Metadata) > metadataBytesMax {
 				panic(fmt.Sprintf("in the queue: %+v", op))
 			}
-			op.err = refuse("balance_limit", "refused by the test")
+			op.Err = book.Refuse("balance_limit", "refused by the test")
 			close(op.done)
 		}
 	}()

@@ -45,6 +45,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/book"
 	"wallet/internal/kafka"
 	"wallet/internal/proctest"
 )
@@ -1101,9 +1102,9 @@ func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := entry{WalletID: walletID, Kind: kindDeposit, Currency: "USD", Amount: decimal.New(1, 0),
+	e := book.Entry{WalletID: walletID, Kind: book.KindDeposit, Currency: "USD", Amount: decimal.New(1, 0),
 		CreatedAt: at}
-	next := func() *entry {
+	next := func() *book.Entry {
 		e.Seq++
 		e.Balance, e.Key = decimal.New(e.Seq, 0), "h"+strconv.FormatInt(e.Seq, 10)
 		return &e
@@ -1121,7 +1122,7 @@ func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
 	columns = []string{"aggregate_id", "seq", "event_type", "payload"}
 	rows = pgx.CopyFromSlice(n, func(int) ([]any, error) {
 		e := next()
-		return []any{e.WalletID, e.Seq, eventType, string(appendEvent(nil, e))}, nil
+		return []any{e.WalletID, e.Seq, eventType, string(book.AppendEvent(nil, e))}, nil
 	})
 	_, err = tx.CopyFrom(ctx, pgx.Identifier{"outbox"}, columns, rows)
 	if err != nil {

@@ -1,4 +1,5 @@
-// The ledger: what money may do, and the batches that do it. Nothing else writes wallets and entries.
+// The movements of money: from a request to an operation, through a batch, to an answer. What money may do
+// is decided in internal/book. Nothing else writes wallets and entries.
 //
 // Touches: Postgres: wallets, and by outbox.go's statements entries, holds, reversals, references and the
 // outbox, all in the same commit.
@@ -15,14 +16,14 @@ package main
 import (
 	"cmp"
 	"context"
+	cryptorand "crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"math"
 	"math/rand/v2"
+	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -32,6 +33,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/shopspring/decimal"
 
+	"wallet/internal/api"
+	"wallet/internal/book"
+	"wallet/internal/gate"
 	"wallet/internal/gather"
 	"wallet/internal/metric"
 	"wallet/internal/money"
@@ -39,174 +43,364 @@ import (
 	"wallet/internal/pg"
 )
 
-// Kinds of entries, as entry_kind in schema.sql spells them. A transfer's operation has kindTransferOut and
-// writes both.
-const (
-	kindDeposit     = "deposit"
-	kindWithdrawal  = "withdrawal"
-	kindTransferOut = "transfer_out"
-	kindTransferIn  = "transfer_in"
-	kindHold        = "hold"     // reserves; moves nothing
-	kindRelease     = "release"  // of what remains of a hold
-	kindState       = "state"    // of the wallet
-	kindCreation    = "creation" // of a wallet: an operation, never an entry
+var (
+	errOverloaded = book.Refuse("overloaded",
+		"Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
+	// errUnavailable does not say that nothing happened: the commit's outcome may be unknown.
+	errUnavailable = book.Refuse("unavailable", "The ledger did not confirm in time. Send the same request "+
+		"with the same key again: if it had been applied, it is not applied twice.")
 )
 
-// wallet is the head of a wallet's chain of entries.
-type wallet struct {
-	ID        int64
-	Currency  string
-	Balance   decimal.Decimal
-	Held      decimal.Decimal // of the balance, by open holds
-	State     string          // one of those below; empty before it is set for the first time
-	StateSeq  int64           // the entry that set it
-	Seq       int64           // of the last entry; 0 before the first
-	EntryAt   time.Time       // the last entry's; zero before the first
-	CreatedAt time.Time
+// -----------------------------------------------------------------------------------------------------------
+// The movements: from a request to an operation, and from its outcome to an answer
+// -----------------------------------------------------------------------------------------------------------
 
-	creationKey string
-	exists      bool // in the database
-	busy        bool // it exists, but somebody else holds its lock
-	changed     bool // by this batch
-	headChanged bool // by this batch: held or state
+// movementKind is a kind of operation on money: its route, what its body may say, and who decides
+// (wallet.go).
+type movementKind struct {
+	path     string
+	scope    gate.Scope
+	status   int
+	summary  string
+	of       subject
+	kind     string // of the entry that it makes, as far as the route tells
+	decide   func(*book.Posting, *book.Operation) error
+	body     *api.Shape
+	required string // fields of the body
+	all      bool   // "amount" may be "all"
+	answer   string
+	refusals string // besides those of its fields
 }
 
-// States of a wallet.
-const (
-	stateOpen   = "open"
-	stateNoOut  = "no_out" // nothing more is spent or held; what is held can be captured
-	stateFrozen = "frozen" // nothing but releases
-	stateClosed = "closed" // empty, for ever
-)
-
-// available is what may be spent or held.
-func (w *wallet) available() decimal.Decimal {
-	if w.Held.IsZero() {
-		return w.Balance
-	}
-	return w.Balance.Sub(w.Held)
+// subject is what a movement's path names.
+type subject struct {
+	id       string // schema
+	refusals string
+	read     func(ctx context.Context, l *ledger, op *book.Operation, text string) error
 }
 
-// hold is where a hold stands: entry number Seq of wallet WalletID placed it.
-type hold struct {
-	WalletID, Seq, ToID         int64 // ToID: who will be paid; 0 where that was not said
-	Amount, Captured, Remaining decimal.Decimal
-	Status                      string // one of those below
-	ExpiresAt                   time.Time
-
-	lastSeq int64 // of the last entry about it
-	exists  bool  // in the database
-	changed bool  // by this batch
-}
-
-// Statuses of a hold.
-const (
-	holdOpen     = "open"
-	holdCaptured = "captured"
-	holdVoided   = "voided"
-	holdExpired  = "expired"
-)
-
-var holdStatuses = []string{holdOpen, holdCaptured, holdVoided, holdExpired}
-
-// reversal is how much of a transaction has been undone.
-type reversal struct {
-	amount, reversed decimal.Decimal
-	changed          bool // by this batch
-}
-
-// entryKey names an entry.
-type entryKey struct{ walletID, seq int64 }
-
-// operation is what a request wants done, and then what came of it.
-type operation struct {
-	kind        string // of the entry that it will make
-	decide      func(*posting, *operation) error
-	walletID    int64 // the initiating wallet; of a creation, the id given or chosen
-	toID        int64 // of a transfer
-	idChosen    bool  // by us, of a creation
-	amount      money.Amount
-	currency    string // as named by the request; may be empty
-	key         string
-	traceparent string
-	ofSeq       int64         // the entry of walletID that it captures, releases or undoes
-	undoes      *posted       // of a reversal: the transaction
-	expiresIn   time.Duration // of a hold
-	anyExpiry   bool          // of a hold: the request named none
-	note        note          // what its entry will say, as far as the request does
-
-	wallets []int64         // that it touches
-	room    [2]int64        // for them, mostly
-	ctx     context.Context // the request's: if it ends before a batch forms, the operation is dropped
-	done    chan struct{}   // closed after the fields below are final
-
-	posted   posted // of a movement
-	created  wallet // of a creation
-	replayed bool   // the key had been posted before: what is answered is what was answered then
-	err      error  // a *refusal, errUnavailable or an unknown fault
-}
-
-// Keys are the operation's wallets.
-func (op *operation) Keys() []int64 { return op.wallets }
-
-// Gone says that the client has left.
-func (op *operation) Gone() bool { return op.ctx.Err() != nil }
-
-// refusal is an operation's or a request's clear no: a stable code, and a sentence that says what to do.
-// The codes and their HTTP statuses stand in one table in main.go.
-type refusal struct{ code, detail string }
-
-func (r *refusal) Error() string { return r.code + ": " + r.detail }
-
-// Refusal makes the ledger's refusals answers of the API.
-func (r *refusal) Refusal() (code, detail string) { return r.code, r.detail }
-
-func refuse(code, format string, args ...any) *refusal {
-	return &refusal{code, fmt.Sprintf(format, args...)}
+// movements is what money may do.
+var movements = []movementKind{
+	{path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
+		of: ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
+		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
+		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
+		kind: book.KindWithdrawal, decide: book.DecideWithdrawal,
+		body: bodyOf("amount currency reference metadata"), required: "amount", all: true, answer: "Receipt",
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
+			"wallet_closed"},
+	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
+		summary: "Transfer to another wallet; creates it if need be", of: ofWallet,
+		kind: book.KindTransferOut, decide: book.DecideTransfer,
+		body: bodyOf("to_id amount currency reference metadata"), required: "to_id amount", all: true,
+		answer: "TransferReceipt",
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds balance_limit " +
+			"wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
+		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
+		of:      ofWallet, kind: book.KindHold, decide: book.DecideHold,
+		body: bodyOf("amount to_id expires_in currency reference metadata"), required: "amount",
+		answer: "HoldReceipt",
+		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
+			"wallet_closed"},
+	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
+		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
+		of:      ofHold, kind: book.KindWithdrawal, decide: book.DecideCapture,
+		body: bodyOf("amount to_id final reference metadata"), answer: "Capture",
+		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
+			"balance_limit wallet_frozen wallet_closed"},
+	{path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
+		of: ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
+		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
+	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
+		summary: "Reverse a transaction, or a part of it: post the opposite movement",
+		of:      ofTransaction, decide: book.DecideReversal, body: bodyOf("amount reference metadata"),
+		answer: "Reversal",
+		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
+			"wallet_frozen wallet_closed"},
+	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
+		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: ofWallet,
+		kind: book.KindState, decide: book.DecideState, body: bodyOf("state note"), required: "state",
+		answer: "State", refusals: "wallet_not_found wallet_closed wallet_not_empty"},
 }
 
 var (
-	errOverloaded = refuse("overloaded",
-		"Too many operations are waiting. Nothing was done; try again after the time in Retry-After.")
-	// errLocked puts an operation off: one of its wallets is locked by another session or a stalled writer.
-	// The operation is queued again.
-	errLocked = errors.New("the wallet is locked by somebody else")
-	// errUnavailable does not say that nothing happened: the commit's outcome may be unknown.
-	errUnavailable = refuse("unavailable", "The ledger did not confirm in time. Send the same request with "+
-		"the same key again: if it had been applied, it is not applied twice.")
+	ofWallet = subject{"WalletID", "wallet_id_malformed",
+		func(_ context.Context, _ *ledger, op *book.Operation, text string) (err error) {
+			op.WalletID, err = book.ParseWalletID(text)
+			return err
+		}}
+
+	ofHold = subject{"TransactionID", "hold_id_malformed",
+		func(ctx context.Context, l *ledger, op *book.Operation, text string) (err error) {
+			if op.WalletID, op.OfSeq, err = book.ParseEntryID(text, book.ErrHoldID); err != nil {
+				return err
+			}
+			if op.Kind != book.KindWithdrawal { // a void, or a capture that names its payee
+				return nil // the batch will see
+			}
+			h, err := l.hold(ctx, op.WalletID, op.OfSeq)
+			if err == nil && h.ToID != 0 {
+				op.ToID, op.Kind = h.ToID, book.KindTransferOut
+			}
+			return err
+		}}
+
+	ofTransaction = subject{"TransactionID", "transaction_id_malformed",
+		func(ctx context.Context, l *ledger, op *book.Operation, text string) error {
+			walletID, seq, err := book.ParseEntryID(text, book.ErrTransactionID)
+			if err != nil {
+				return err
+			}
+			m, err := l.transaction(ctx, walletID, seq)
+			if err != nil {
+				return err
+			}
+			return op.Undo(m)
+		}}
 )
 
-// -----------------------------------------------------------------------------------------------------------
-// Keys and ids
-// -----------------------------------------------------------------------------------------------------------
-
-const (
-	keyLenMax       = 255
-	walletIDAutoMax = 1<<53 - 1 // of ids chosen by us: exact in a JavaScript number
-)
-
-// parseKey checks an idempotency key: 1-255 printable ASCII characters.
-func parseKey(s string) (string, error) {
-	if len(s) == 0 || len(s) > keyLenMax {
-		return "", refuse("idempotency_key_malformed", "An idempotency key has 1 to %d characters.",
-			keyLenMax)
-	}
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] > '~' {
-			return "", refuse("idempotency_key_malformed",
-				"An idempotency key has printable ASCII characters only.")
-		}
-	}
-	return s, nil
+// bodyOf is a body with these fields, and an idempotency key.
+func bodyOf(fields string) *api.Shape {
+	return &api.Shape{BytesMax: bodyBytesMax, Fields: append(strings.Fields(fields), "idempotency_key"),
+		Flags: []string{"final"}, Objects: []string{"metadata"}}
 }
 
-// parseWalletID reads 1..2^63-1 in its one decimal form.
-func parseWalletID(s string) (int64, error) {
-	id, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || id < 1 || strconv.FormatInt(id, 10) != s {
-		return 0, refuse("wallet_id_malformed", "A wallet id is a whole number from 1 to %d.", math.MaxInt64)
+// doc is what the OpenAPI document says of the movement.
+func (m *movementKind) doc() api.Doc {
+	refusals := m.of.refusals + " idempotency_key_missing idempotency_key_reused " + m.refusals
+	for _, field := range m.body.Fields {
+		refusals += " " + fieldRefusals[field]
 	}
-	return id, nil
+	if m.required != "" {
+		refusals += " field_missing"
+	}
+	as := map[bool]map[string]string{true: {"amount": "amount_or_all"}}[m.all]
+	return api.Doc{Summary: m.summary, ID: m.of.id, Body: m.body, Required: strings.Fields(m.required),
+		As: as, Answer: m.answer, Refusals: refusals}
+}
+
+// fieldRefusals are the codes that each field may be refused with, by itself.
+var fieldRefusals = map[string]string{
+	"amount": "amount_malformed amount_exponent amount_not_positive amount_too_large amount_scale",
+	"to_id":  "wallet_id_malformed same_wallet", "currency": "currency_malformed",
+	"expires_in": "expires_in_malformed", "reference": "reference_malformed",
+	"metadata": "metadata_malformed", "state": "state_malformed", "note": "note_malformed",
+}
+
+const bodyBytesMax = 8 << 10
+
+var creationBody = &api.Shape{BytesMax: bodyBytesMax,
+	Fields: []string{"id", "currency", "idempotency_key"}}
+
+func (l *ledger) createWallet(r *http.Request) (*api.Reply, error) {
+	body, err := api.ReadFields(r, creationBody)
+	if err != nil {
+		return nil, err
+	}
+	op := &book.Operation{Kind: book.KindCreation}
+	if op.Currency, err = currencyOf(body); err != nil {
+		return nil, err
+	}
+	if id, given := body["id"]; given {
+		if op.WalletID, err = book.ParseWalletID(id.Text); err != nil {
+			return nil, err
+		}
+	} else {
+		op.WalletID, op.IDChosen = 1+rand.Int64N(book.WalletIDAutoMax), true
+	}
+	switch op.Key, err = api.Key(r, body, book.ParseKey); {
+	case err != nil:
+		return nil, err
+	case op.Key == "" && op.IDChosen:
+		return nil, book.Refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
+			"\"idempotency_key\", so that a retry does not create a second wallet; or choose the id "+
+			"yourself.")
+	case op.Key == "":
+		// Without a key a repeat is wallet_exists; but our own rerun of a batch must recognise its wallet.
+		op.Key = "\x01" + cryptorand.Text() // which no client can send
+	}
+	if err := l.do(r.Context(), op); err != nil {
+		return nil, err
+	}
+	location := map[string]string{"Location": fmt.Sprintf("/v1/wallets/%d", op.Created.ID)}
+	return &api.Reply{Body: book.AppendWallet(nil, &op.Created), Replayed: op.Replayed, Header: location}, nil
+}
+
+// move is every movement of money: it reads the operation, has it posted and shows it as the ledger has it.
+func (l *ledger) move(m *movementKind, r *http.Request) (*api.Reply, error) {
+	op := &book.Operation{Kind: m.kind, Decide: m.decide, Traceparent: api.Traceparent(r.Header)}
+	id := r.PathValue("id")
+	if id == "" {
+		id = r.PathValue("hold_id")
+	}
+	if m.of.id == "WalletID" { // the others' are looked up, which what is malformed is not worth
+		if err := m.of.read(r.Context(), l, op, id); err != nil {
+			return nil, err
+		}
+	}
+	body, err := api.ReadFields(r, m.body)
+	if err != nil {
+		return nil, err
+	}
+	if op.Key, err = api.Key(r, body, book.ParseKey); err != nil {
+		return nil, err
+	}
+	if op.Key == "" {
+		return nil, book.Refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
+			"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
+	}
+	if err := m.read(body, op, l.holdTTL); err != nil {
+		return nil, err
+	}
+	if m.of.id != "WalletID" {
+		if err := m.of.read(r.Context(), l, op, id); err != nil {
+			return nil, err
+		}
+	}
+	if op.ToID == op.WalletID || op.Note.ToID == op.WalletID {
+		return nil, book.Refuse("same_wallet",
+			"A transfer goes to another wallet; this one names wallet %d twice.", op.WalletID)
+	}
+	op.Note.Client = api.Client(r.Context())
+	if err := l.do(r.Context(), op); err != nil {
+		return nil, err
+	}
+	answer := &api.Reply{Body: append(book.AppendReceipt(nil, &op.Posted), '}'), Replayed: op.Replayed}
+	if op.Kind == book.KindHold {
+		answer.Header = map[string]string{"Location": "/v1/holds/" + book.EntryID(op.Posted.WalletID,
+			op.Posted.Seq)}
+	}
+	return answer, nil
+}
+
+// read reads what the body says.
+func (m *movementKind) read(body api.Fields, op *book.Operation, holdTTL time.Duration) (err error) {
+	for field := range strings.SplitSeq(m.required, " ") {
+		if _, given := body[field]; !given && field != "to_id" && field != "" {
+			return missing(field)
+		}
+	}
+	if amount, given := body["amount"]; !given {
+		op.Note.All = m.kind == book.KindWithdrawal ||
+			m.of.id == "TransactionID" && m.kind != book.KindRelease
+	} else if m.all && amount == (api.Field{Text: "all", Quoted: true}) {
+		op.Note.All = true
+	} else if op.Amount, err = money.Parse(amount.Text); err != nil {
+		return err
+	}
+	if op.Currency, err = currencyOf(body); err != nil {
+		return err
+	}
+	if to, given := body["to_id"]; given {
+		toID, err := book.ParseWalletID(to.Text)
+		if err != nil {
+			return err
+		}
+		switch m.kind {
+		case book.KindHold: // which touches the payer alone
+			op.Note.ToID = toID
+		default:
+			op.ToID, op.Kind = toID, book.KindTransferOut
+		}
+	} else if m.kind == book.KindTransferOut {
+		return missing("to_id")
+	}
+	if m.kind == book.KindHold {
+		op.ExpiresIn, op.AnyExpiry = holdTTL, true
+		if in, given := body["expires_in"]; given {
+			op.AnyExpiry = false
+			var ok bool
+			if op.ExpiresIn, ok = api.Span(in.Text, holdTTLMax); !ok || !in.Quoted {
+				return book.Refuse("expires_in_malformed",
+					"\"expires_in\" is a whole number of s, m, h or d, such "+
+						"as \"15m\", from 1s to 365d.")
+			}
+		}
+	}
+	op.Note.Partial = body["final"].Text == "false"
+	if m.kind == book.KindRelease {
+		op.Note.Reason = book.ReasonVoid
+	}
+	return readNote(body, &op.Note)
+}
+
+func missing(field string) error {
+	switch field {
+	case "amount":
+		return book.Refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
+	case "to_id":
+		return book.Refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
+	}
+	return book.Refuse("field_missing", "Send the %q.", field)
+}
+
+const holdTTLMax = 365 * 24 * time.Hour // no hold is for ever
+
+// currencyOf is the request's currency code, or empty where it names none.
+func currencyOf(body api.Fields) (string, error) {
+	code, given := body["currency"]
+	if !given {
+		return "", nil
+	}
+	wellFormed := code.Quoted && len(code.Text) >= 3 && len(code.Text) <= 10 &&
+		strings.Trim(code.Text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") == ""
+	if !wellFormed {
+		return "", book.Refuse("currency_malformed",
+			"A currency is a string of 3 to 10 capital letters or digits, such as \"USD\".")
+	}
+	return code.Text, nil
+}
+
+// Bounds of what a movement says in words.
+const (
+	noteBytesMax       = 255
+	metadataMembersMax = 16
+	metadataBytesMax   = 2 << 10
+)
+
+var (
+	errReference = book.Refuse("reference_malformed",
+		"The \"reference\" is a string of 1 to %d bytes of printable UTF-8.", noteBytesMax)
+	errNote = book.Refuse("note_malformed", "The \"note\" is a string of 1 to %d bytes of printable UTF-8.",
+		noteBytesMax)
+)
+
+// readNote reads what a movement says in words.
+func readNote(body api.Fields, n *book.Note) error {
+	text := func(name string, malformed *book.Refusal) (string, error) {
+		f, given := body[name]
+		if given && (!f.Quoted || len(f.Text) == 0 || len(f.Text) > noteBytesMax || !api.Printable(f.Text)) {
+			return "", malformed
+		}
+		return f.Text, nil
+	}
+	var err error
+	if n.Reference, err = text("reference", errReference); err != nil {
+		return err
+	}
+	if n.Text, err = text("note", errNote); err != nil {
+		return err
+	}
+	if state, given := body["state"]; given {
+		if n.State = state.Text; !state.Quoted || !slices.Contains(book.WalletStates, n.State) {
+			return book.Refuse("state_malformed", "The \"state\" is one of %s.",
+				strings.Join(book.WalletStates, ", "))
+		}
+	}
+	if metadata, given := body["metadata"]; given {
+		var ok bool
+		if n.Metadata, ok = api.Canonical(metadata.Text, metadataMembersMax); !ok {
+			return book.Refuse("metadata_malformed", "The \"metadata\" is an object of at most %d members, "+
+				"each with a name of its own and a string of valid UTF-8.", metadataMembersMax)
+		}
+		if len(n.Metadata) > metadataBytesMax {
+			return book.Refuse("metadata_malformed",
+				"The \"metadata\" may have %d bytes in all; these are %d.", metadataBytesMax, len(n.Metadata))
+		}
+	}
+	return nil
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -214,14 +408,13 @@ func parseWalletID(s string) (int64, error) {
 // -----------------------------------------------------------------------------------------------------------
 
 type ledger struct {
-	reads           *pgxpool.Pool
+	*reader
 	writes          *pgxpool.Pool // one connection a writer
-	cache           *cache        // nil without Redis
 	rerunBudget     time.Duration // how long a batch is run again after faults before its clients are told
 	defaultCurrency string
 	holdTTL         time.Duration // how long a hold stands whose request does not say
 
-	queue  *gather.Gatherer[*operation]
+	queue  *gather.Gatherer[*task]
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
 	batches, operations, reruns, splits, expiries atomic.Int64
@@ -241,9 +434,8 @@ type ledgerConfig struct {
 
 func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *ledger {
 	l := &ledger{
-		reads:           reads,
+		reader:          &reader{db: reads, cache: cache, timeout: cfg.requestTimeout},
 		writes:          writes,
-		cache:           cache,
 		rerunBudget:     cfg.requestTimeout,
 		defaultCurrency: cfg.defaultCurrency,
 		holdTTL:         cfg.holdTTL,
@@ -254,22 +446,42 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 	return l
 }
 
+// task is an operation on its way through a batch.
+type task struct {
+	*book.Operation
+	wallets []int64         // that it touches
+	room    [2]int64        // for them, mostly
+	ctx     context.Context // the request's: if it ends before a batch forms, the operation is dropped
+	done    chan struct{}   // closed after the operation's outcome is final
+}
+
+func newTask(ctx context.Context, op *book.Operation) *task {
+	t := &task{Operation: op, ctx: ctx, done: make(chan struct{})}
+	t.wallets = append(t.room[:0], op.WalletID)
+	if op.ToID != 0 {
+		t.wallets = append(t.wallets, op.ToID)
+	}
+	return t
+}
+
+// Keys are the operation's wallets.
+func (t *task) Keys() []int64 { return t.wallets }
+
+// Gone says that the client has left.
+func (t *task) Gone() bool { return t.ctx.Err() != nil }
+
 // do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the
 // caller, and the operation may still be applied.
-func (l *ledger) do(ctx context.Context, op *operation) error {
-	op.ctx, op.done = ctx, make(chan struct{})
-	op.wallets = append(op.room[:0], op.walletID)
-	if op.toID != 0 {
-		op.wallets = append(op.wallets, op.toID)
-	}
+func (l *ledger) do(ctx context.Context, op *book.Operation) error {
+	t := newTask(ctx, op)
 	select {
-	case l.queue.Queue <- op:
+	case l.queue.Queue <- t:
 	default:
 		return errOverloaded
 	}
 	select {
-	case <-op.done:
-		return op.err
+	case <-t.done:
+		return op.Err
 	case <-ctx.Done():
 		return errUnavailable
 	}
@@ -279,7 +491,7 @@ func (l *ledger) do(ctx context.Context, op *operation) error {
 func (l *ledger) run(ctx context.Context) error { return l.queue.Run(ctx) }
 
 // work posts a batch and tells of it. Its wallets are free for the next batch once it is in the ledger.
-func (l *ledger) work(batch []*operation, release func()) {
+func (l *ledger) work(batch []*task, release func()) {
 	t, heads := l.cache.ticket(), make(map[int64]cachedBalance, len(batch))
 	t.moves = true
 	l.post(batch, heads)
@@ -288,15 +500,15 @@ func (l *ledger) work(batch []*operation, release func()) {
 }
 
 // drop ends an operation whose client left before a batch took it: nothing was done.
-func (l *ledger) drop(op *operation) {
-	op.err = errUnavailable
+func (l *ledger) drop(op *task) {
+	op.Err = errUnavailable
 	close(op.done)
 }
 
 // post brings a batch into the ledger, or settles each operation's error. Running a batch again is always
 // safe, also when its commit's outcome is unknown: the idempotency keys find what was written. heads takes
 // what the answers are about to tell of each wallet, for the cache.
-func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
+func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 	started := time.Now()
 	lock := lockWallets
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
@@ -325,7 +537,7 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 				lock = lockFreeWallets
 				continue
 			case "23514": // no partition of the outbox for this hour: remedy lets no other through
-				if err := makeOutboxPartitions(context.Background(), l.reads); err != nil {
+				if err := makeOutboxPartitions(context.Background(), l.db); err != nil {
 					slog.Error("the outbox lacks this hour's partition", "error", err)
 				}
 			}
@@ -333,9 +545,9 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 		default:
 			slog.Error("batch failed", "operations", len(batch), "error", err)
 			for _, op := range batch {
-				op.err = err
+				op.Err = err
 				if rerun {
-					op.err = errUnavailable
+					op.Err = errUnavailable
 				}
 			}
 			return
@@ -347,7 +559,7 @@ func (l *ledger) post(batch []*operation, heads map[int64]cachedBalance) {
 func remedy(err error) (rerun, split bool) {
 	var pgErr *pgconn.PgError
 	switch {
-	case errors.Is(err, errBroken):
+	case errors.Is(err, book.ErrBroken):
 		return false, true
 	case !errors.As(err, &pgErr):
 		return true, false
@@ -362,7 +574,7 @@ func remedy(err error) (rerun, split bool) {
 }
 
 // putOff queues an operation again after a pause, unless its client gives up before.
-func (l *ledger) putOff(op *operation) {
+func (l *ledger) putOff(op *task) {
 	select {
 	case <-time.After(100 * time.Millisecond):
 		l.queue.Queue <- op
@@ -372,10 +584,10 @@ func (l *ledger) putOff(op *operation) {
 
 // announce tells the cache and then the clients. The cache comes first, so that a read sent after the
 // answer is not served anything older from there.
-func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBalance) {
+func (l *ledger) announce(batch []*task, t ticket, heads map[int64]cachedBalance) {
 	l.cache.put(t, heads)
 	for _, op := range batch {
-		if op.err == errLocked {
+		if op.Err == book.ErrLocked {
 			go l.putOff(op)
 			continue
 		}
@@ -396,9 +608,6 @@ func (l *ledger) announce(batch []*operation, t ticket, heads map[int64]cachedBa
 // Rows arrive as arrays, one a column, unnested in the select list, side by side: in FROM each array is
 // first copied into a store of its own, row by row, which costs Postgres a twentieth of the batch.
 const (
-	walletColumns = `id, currency, balance::text, seq, entry_at, created_at, nullif(held, 0)::text, state,
-       state_seq`
-
 	lockWallets = `
 SELECT ` + walletColumns + ` FROM wallet
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
@@ -456,7 +665,7 @@ WHERE wallet.id = ANY (ARRAY[n.id])`
 
 // tryPost runs the batch once. Its error means that nothing, or in the case of a lost connection something
 // unknown, happened. lock is lockWallets or lockFreeWallets.
-func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cachedBalance) error {
+func (l *ledger) tryPost(batch []*task, lock string, heads map[int64]cachedBalance) error {
 	// The server's own timeouts (openPool) are shorter: this one is for a network that swallows everything.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -471,78 +680,52 @@ func (l *ledger) tryPost(batch []*operation, lock string, heads map[int64]cached
 		return err
 	}
 	for _, op := range batch {
-		former := outcome{op.posted, op.created}
-		op.posted, op.created = posted{}, wallet{} // of a former try
-		p.settle(op, former)
+		p.Settle(op.Operation, op.Forget())
 	}
-	if err := p.releaseDue(ctx, conn, batch); err != nil {
+	if err := releaseDue(ctx, conn, p, batch); err != nil {
 		return err
 	}
-	if err := p.check(); err != nil {
+	if err := p.Check(); err != nil {
 		return err
 	}
-	if err := p.commit(ctx, conn); err != nil {
+	if err := commit(ctx, conn, p); err != nil {
 		return err
 	}
 	// What was accepted is durable.
-	l.expiries.Add(p.expired)
+	l.expiries.Add(p.Expired)
 	if l.cache != nil {
-		p.collectHeads(batch, heads)
+		collectHeads(p, batch, heads)
 	}
 	return nil
 }
 
-// settle decides an operation. former is what the try before came to.
-func (p *posting) settle(op *operation, former outcome) {
-	op.err, op.replayed = nil, false
-	op.err = p.decide(op)
-	if op.replayed && former.is(op) {
-		op.replayed = false // it was our own try that posted it, whose answer was lost
-	}
-}
-
-// outcome is what a try of a batch came to for one operation.
-type outcome struct {
-	posted  posted
-	created wallet
-}
-
-// is says whether the ledger holds just what this try wanted to write: nobody else's has the same time as
-// well.
-func (o *outcome) is(op *operation) bool {
-	if op.kind == kindCreation {
-		return o.created.ID == op.created.ID && o.created.CreatedAt.Equal(op.created.CreatedAt)
-	}
-	return o.posted.Seq == op.posted.Seq && o.posted.CreatedAt.Equal(op.posted.CreatedAt)
-}
-
 // releaseDue releases the holds that are due on wallets which lacked funds, and decides again what was
 // refused for that. So nobody waits for the sweep, and nobody but who was refused pays for the look.
-func (p *posting) releaseDue(ctx context.Context, conn *pgxpool.Conn, batch []*operation) error {
-	short := slices.Collect(maps.Keys(p.short))
-	due := p.now // or later, where a wallet's entries are: the clock may have been set back
+func releaseDue(ctx context.Context, conn *pgxpool.Conn, p *book.Posting, batch []*task) error {
+	short := slices.Collect(maps.Keys(p.Short))
+	due := p.Now // or later, where a wallet's entries are: the clock may have been set back
 	for _, id := range short {
-		due = latest(due, p.wallets[id].EntryAt)
+		due = book.Latest(due, p.Wallets[id].EntryAt)
 	}
-	for seen := 0; len(p.short) > 0; seen += dueMax {
+	for seen := 0; len(p.Short) > 0; seen += dueMax {
 		rows, _ := conn.Query(ctx, findDueHolds, short, due, dueMax, seen)
 		holds, err := scanHolds(rows)
 		if err != nil || len(holds) == 0 {
 			return err
 		}
 		for _, h := range holds {
-			if k := (entryKey{h.WalletID, h.Seq}); p.holds[k] == nil {
-				p.holds[k] = h // else one of the batch has changed it
+			if k := (book.EntryKey{WalletID: h.WalletID, Seq: h.Seq}); p.Holds[k] == nil {
+				p.Holds[k] = h // else one of the batch has changed it
 			}
-			if err := p.decide(expiryOf(h.WalletID, h.Seq)); err != nil && err != errNotDue {
+			if err := p.Decide(book.ExpiryOf(h.WalletID, h.Seq)); err != nil && err != book.ErrNotDue {
 				return err
 			}
 		}
-		clear(p.short)
+		clear(p.Short)
 		for _, op := range batch {
-			var no *refusal
-			if errors.As(op.err, &no) && no.code == "insufficient_funds" {
-				p.settle(op, outcome{})
+			var no *book.Refusal
+			if errors.As(op.Err, &no) && no.Code == "insufficient_funds" {
+				p.Settle(op.Operation, book.Outcome{})
 			}
 		}
 	}
@@ -551,109 +734,82 @@ func (p *posting) releaseDue(ctx context.Context, conn *pgxpool.Conn, batch []*o
 
 // collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
 // tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
-func (p *posting) collectHeads(batch []*operation, heads map[int64]cachedBalance) {
-	for _, w := range p.wallets {
-		tell(heads, w.cached())
+func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance) {
+	for _, w := range p.Wallets {
+		tell(heads, cachedOf(w))
 	}
 	for _, op := range batch {
-		if op.replayed && op.kind != kindCreation {
-			op.posted.tell(heads)
+		if op.Replayed && op.Kind != book.KindCreation {
+			tellPosted(heads, &op.Posted)
 		}
 	}
-}
-
-// posting is one batch on its way: the wallets under lock, what the keys stand for, and the new entries.
-type posting struct {
-	now             time.Time // the database's
-	scales          map[string]int32
-	defaultCurrency string
-	wallets         map[int64]*wallet
-	byKey           map[movementKey]*posted
-	creations       map[string]*wallet
-	holds           map[entryKey]*hold
-	reversals       map[entryKey]*reversal
-	entries         []entry
-
-	short   map[int64]bool // wallets that lacked funds while some of theirs were held
-	expired int64          // holds
-}
-
-type movementKey struct {
-	walletID int64
-	key      string
 }
 
 // read is the first round trip: lock, then look up the keys.
-func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operation, lock string,
-) (*posting, error) {
-	p := &posting{
-		scales:          *l.scales.Load(),
-		defaultCurrency: l.defaultCurrency,
-		wallets:         make(map[int64]*wallet, 2*len(batch)),
-		byKey:           make(map[movementKey]*posted, len(batch)),
-		creations:       make(map[string]*wallet),
-		holds:           make(map[entryKey]*hold),
-		reversals:       make(map[entryKey]*reversal),
-		entries:         make([]entry, 0, 2*len(batch)),
-		short:           make(map[int64]bool),
-	}
+func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*task, lock string,
+) (*book.Posting, error) {
+	p := book.NewPosting(*l.scales.Load(), l.defaultCurrency, len(batch))
 	var ids, keyWallets []int64
 	var keys, creationKeys []string
 	var held, undone entryIDs
-	asked := make(map[movementKey]bool, len(batch))
+	asked := make(map[book.MovementKey]bool, len(batch))
 	for _, op := range batch {
 		ids = append(ids, op.wallets...)
-		if op.kind == kindCreation {
-			creationKeys = append(creationKeys, op.key)
+		if op.Kind == book.KindCreation {
+			creationKeys = append(creationKeys, op.Key)
 			continue
 		}
-		if k := (movementKey{op.walletID, op.key}); !asked[k] {
+		if k := (book.MovementKey{WalletID: op.WalletID, Key: op.Key}); !asked[k] {
 			asked[k] = true
-			keyWallets, keys = append(keyWallets, op.walletID), append(keys, op.key)
+			keyWallets, keys = append(keyWallets, op.WalletID), append(keys, op.Key)
 		}
 		switch {
-		case op.undoes != nil:
-			undone.add(op.undoes.WalletID, op.undoes.Seq)
-			p.reversals[entryKey{op.undoes.WalletID,
-				op.undoes.Seq}] = &reversal{amount: op.undoes.Amount.Abs()}
-		case op.ofSeq != 0:
-			held.add(op.walletID, op.ofSeq)
+		case op.Undoes != nil:
+			undone.add(op.Undoes.WalletID, op.Undoes.Seq)
+			p.Reversals[book.EntryKey{WalletID: op.Undoes.WalletID,
+				Seq: op.Undoes.Seq}] = &book.Reversal{Amount: op.Undoes.Amount.Abs()}
+		case op.OfSeq != 0:
+			held.add(op.WalletID, op.OfSeq)
 		}
 	}
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
 	for _, id := range ids {
-		p.wallets[id] = &wallet{ID: id}
+		p.Wallets[id] = &book.Wallet{ID: id}
 	}
 
 	var b pgx.Batch
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED`)
-	b.Queue(lock, ids).Query(p.scanWallets)
+	b.Queue(lock, ids).Query(func(rows pgx.Rows) error { return scanWallets(rows, p.Wallets) })
 	if lock == lockFreeWallets {
-		b.Queue(findWallets, ids).Query(p.scanBusy)
+		b.Queue(findWallets, ids).Query(func(rows pgx.Rows) error { return scanBusy(rows, p.Wallets) })
 	}
-	b.Queue(`SELECT clock_timestamp()`).QueryRow(func(row pgx.Row) error { return row.Scan(&p.now) })
+	b.Queue(`SELECT clock_timestamp()`).QueryRow(func(row pgx.Row) error { return row.Scan(&p.Now) })
 	if len(keys) > 0 {
-		b.Queue(findKeys, keyWallets, keys).Query(p.scanKeys)
+		b.Queue(findKeys, keyWallets, keys).Query(func(rows pgx.Rows) error {
+			return scanKeys(rows, p.ByKey)
+		})
 	}
 	if len(creationKeys) > 0 {
-		b.Queue(findCreations, creationKeys).Query(p.scanCreations)
+		b.Queue(findCreations, creationKeys).Query(func(rows pgx.Rows) error {
+			return scanCreations(rows, p.Creations)
+		})
 	}
 	if len(held.seqs) > 0 {
 		b.Queue(findHolds, held.wallets, held.seqs).Query(func(rows pgx.Rows) error {
 			holds, err := scanHolds(rows)
 			for _, h := range holds {
-				p.holds[entryKey{h.WalletID, h.Seq}] = h
+				p.Holds[book.EntryKey{WalletID: h.WalletID, Seq: h.Seq}] = h
 			}
 			return err
 		})
 	}
 	if len(undone.seqs) > 0 {
 		b.Queue(findReversals, undone.wallets, undone.seqs).Query(func(rows pgx.Rows) error {
-			var k entryKey
+			var k book.EntryKey
 			var reversed decimal.Decimal
-			_, err := pgx.ForEachRow(rows, []any{&k.walletID, &k.seq, &reversed}, func() error {
-				p.reversals[k].reversed = reversed
+			_, err := pgx.ForEachRow(rows, []any{&k.WalletID, &k.Seq, &reversed}, func() error {
+				p.Reversals[k].Reversed = reversed
 				return nil
 			})
 			return err
@@ -662,605 +818,24 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*operatio
 	return p, conn.SendBatch(ctx, &b).Close()
 }
 
-// entryIDs are entries as two arrays.
-type entryIDs struct{ wallets, seqs []int64 }
-
-func (ids *entryIDs) add(walletID, seq int64) {
-	ids.wallets, ids.seqs = append(ids.wallets, walletID), append(ids.seqs, seq)
-}
-
-func (p *posting) scanWallets(rows pgx.Rows) error {
-	var w wallet
-	var balance string
-	var entryAt *time.Time
-	var held, state *string
-	var stateSeq *int64
-	columns := []any{&w.ID, &w.Currency, &balance, &w.Seq, &entryAt, &w.CreatedAt, &held, &state, &stateSeq}
-	_, err := pgx.ForEachRow(rows, columns, func() (err error) {
-		found := w
-		found.exists = true
-		if entryAt != nil {
-			found.EntryAt = *entryAt
-		}
-		if state != nil && stateSeq != nil {
-			found.State, found.StateSeq = *state, *stateSeq
-		}
-		if found.Balance, err = decimal.NewFromString(balance); err == nil && held != nil {
-			found.Held, err = decimal.NewFromString(*held)
-		}
-		p.wallets[w.ID] = &found
-		return err
-	})
-	return err
-}
-
-// scanBusy marks the wallets that exist but were not locked.
-func (p *posting) scanBusy(rows pgx.Rows) error {
-	var id int64
-	_, err := pgx.ForEachRow(rows, []any{&id}, func() error {
-		w := p.wallets[id]
-		w.busy = !w.exists
-		return nil
-	})
-	return err
-}
-
-func (p *posting) scanKeys(rows pgx.Rows) error {
-	for rows.Next() {
-		var found posted
-		if err := scanPosted(rows, &found); err != nil {
-			return err
-		}
-		p.byKey[movementKey{found.WalletID, found.Key}] = &found
-	}
-	return rows.Err()
-}
-
-func scanHolds(rows pgx.Rows) ([]*hold, error) {
-	var holds []*hold
-	var h hold
-	columns := []any{&h.WalletID, &h.Seq, &h.ToID, &h.Amount, &h.Captured, &h.Remaining, &h.Status,
-		&h.ExpiresAt, &h.lastSeq}
-	_, err := pgx.ForEachRow(rows, columns, func() error {
-		found := h
-		found.exists = true
-		holds = append(holds, &found)
-		return nil
-	})
-	return holds, err
-}
-
-func (p *posting) scanCreations(rows pgx.Rows) error {
-	var w wallet
-	_, err := pgx.ForEachRow(rows, []any{&w.ID, &w.Currency, &w.CreatedAt, &w.creationKey}, func() error {
-		found := w
-		p.creations[w.creationKey] = &found
-		return nil
-	})
-	return err
-}
-
-// decide accepts or refuses one operation against the running balances, in arrival order. The key comes
-// first: what was accepted once stays accepted, whatever the balance is now.
-func (p *posting) decide(op *operation) error {
-	if op.kind == kindCreation {
-		return p.create(op)
-	}
-	if before, ok := p.byKey[movementKey{op.walletID, op.key}]; ok {
-		if !before.answers(op) {
-			return refuse("idempotency_key_reused",
-				"This key was used on wallet %d for another operation (transaction %s). Use a new key "+
-					"for a new operation.",
-				op.walletID, entryID(before.WalletID, before.Seq))
-		}
-		op.posted, op.replayed = *before, true
-		return nil
-	}
-	for _, id := range op.wallets {
-		if p.wallets[id].busy {
-			return errLocked
-		}
-	}
-	if err := op.decide(p, op); err != nil {
-		return err
-	}
-	accepted := op.posted
-	p.byKey[movementKey{op.walletID, op.key}] = &accepted
-	return nil
-}
-
-// answers says whether a movement is what an operation with its key asks for.
-func (m *posted) answers(op *operation) bool {
-	d, amount := m.says(), m.Amount.Abs()
-	asked := op.note
-	asked.Client, asked.ExpiresAt = d.Note.Client, d.Note.ExpiresAt
-	if m.Kind == kindHold {
-		amount = d.HeldChange
-		if !op.anyExpiry && !m.CreatedAt.Add(op.expiresIn).Equal(d.Note.ExpiresAt) {
-			return false
-		}
-	}
-	return m.Kind == op.kind && m.CounterpartyID == op.toID && d.OfSeq == op.ofSeq && asked == d.Note &&
-		(asked.All || amount.Equal(op.amount.Decimal)) &&
-		(op.currency == "" || op.currency == m.Currency)
-}
-
-// -----------------------------------------------------------------------------------------------------------
-// What money may do: each kind of operation is decided by one function
-// -----------------------------------------------------------------------------------------------------------
-
-// currency is the operation's, which its wallet must have. opens says that it may make the wallet.
-func (p *posting) currency(op *operation, w *wallet, opens bool) (string, error) {
-	if w.Currency == "" && !opens {
-		return "", errNoWallet(w.ID)
-	}
-	currency := cmp.Or(op.currency, w.Currency, p.defaultCurrency)
-	scale, known := p.scales[currency]
-	switch {
-	case !known:
-		return "", refuse("currency_unknown",
-			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
-	case w.Currency != "" && w.Currency != currency:
-		return "", refuse("currency_mismatch",
-			"Wallet %d is in %s, the request in %s. Use a wallet in the request's "+
-				"currency.", w.ID, w.Currency, currency)
-	case op.amount.Decimals > scale:
-		return "", refuse("amount_scale",
-			"The amount has %d decimals, %s has %d. Nothing is ever rounded: send the exact "+
-				"amount.", op.amount.Decimals, currency, scale)
-	}
-	return currency, nil
-}
-
-// lets refuses what the wallet's state does not let in or out.
-func (w *wallet) lets(in bool) error {
-	switch {
-	case w.State == stateClosed:
-		return refuse("wallet_closed", "Wallet %d is closed. Use another one.", w.ID)
-	case w.State == stateFrozen:
-		return refuse("wallet_frozen",
-			"Wallet %d is frozen: nothing goes in or out until an operator sets its "+
-				"state to open.", w.ID)
-	case w.State == stateNoOut && !in:
-		return refuse("wallet_frozen",
-			"Wallet %d takes money in but lets none out until an operator sets its "+
-				"state to open.", w.ID)
-	}
-	return nil
-}
-
-// spendable is the amount that the operation takes from what its wallet has available: all of it where it
-// says so.
-func (p *posting) spendable(op *operation, w *wallet) (decimal.Decimal, error) {
-	if err := w.lets(false); err != nil {
-		return decimal.Decimal{}, err
-	}
-	amount, available := op.amount.Decimal, w.available()
-	if op.note.All && op.undoes == nil {
-		amount = available
-	}
-	if available.LessThan(amount) || amount.IsZero() {
-		if !w.Held.IsZero() {
-			p.short[w.ID] = true
-		}
-		return amount, refuse("insufficient_funds",
-			"Wallet %d has %s available, less than the amount. Deposit first; the same key may then be used "+
-				"again.", w.ID, money.Text(available))
-	}
-	return amount, nil
-}
-
-// takes refuses what a payee may not get.
-func (w *wallet) takes(amount decimal.Decimal, currency string, from *wallet) error {
-	if w.Currency != "" && w.Currency != currency {
-		return refuse("currency_mismatch",
-			"Wallet %d is in %s, wallet %d in %s. A transfer stays in one "+
-				"currency.", from.ID, from.Currency, w.ID, w.Currency)
-	}
-	if err := w.lets(true); err != nil {
-		return err
-	}
-	if w.Balance.Add(amount).GreaterThanOrEqual(money.Limit) {
-		return refuse("balance_limit",
-			"The balance of wallet %d would have more than %d digits before the "+
-				"point.", w.ID, money.WholeDigitsMax)
-	}
-	return nil
-}
-
-// details of the operation's initiating entry, or nil where it says nothing.
-func (op *operation) details(d details) *details {
-	d.Note = op.note
-	d.noteText = d.Note.json()
-	if d == nothingMore {
-		return nil
-	}
-	return &d
-}
-
-// post makes the operation's initiating entry the next one of w.
-func (p *posting) post(op *operation, w *wallet, currency string, amount decimal.Decimal, d details) {
-	e := entry{WalletID: w.ID, Kind: op.kind, Currency: currency, Amount: amount, Key: op.key,
-		more: op.details(d), traceparent: op.traceparent}
-	p.append(w, &e, latest(p.now, w.EntryAt))
-	op.posted.entry = e
-}
-
-// transfer makes both entries of a movement from one wallet to another; to is what the payee's says.
-func (p *posting) transfer(op *operation, from, to *wallet, currency string, amount decimal.Decimal,
-	d details, payee *details) {
-	at := latest(latest(p.now, from.EntryAt), to.EntryAt)
-	first := entry{WalletID: from.ID, CounterpartyID: to.ID, CounterpartySeq: to.Seq + 1, Kind: op.kind,
-		Currency: currency, Amount: amount.Neg(), Key: op.key, more: op.details(d),
-		traceparent: op.traceparent}
-	second := entry{WalletID: to.ID, CounterpartyID: from.ID, CounterpartySeq: from.Seq + 1,
-		Kind: kindTransferIn, Currency: currency, Amount: amount, Key: op.key, traceparent: op.traceparent}
-	if payee != nil || op.note.Reference != "" || op.note.Metadata != "" {
-		second.more = cmp.Or(payee, new(details))
-		second.more.Note = note{Reference: op.note.Reference, Metadata: op.note.Metadata}
-		second.more.noteText = second.more.Note.json()
-	}
-	p.append(from, &first, at)
-	p.append(to, &second, at)
-	op.posted.entry, op.posted.toBalance, op.posted.toHeld = first, second.Balance, to.Held
-}
-
-func decideDeposit(p *posting, op *operation) error {
-	w := p.wallets[op.walletID]
-	currency, err := p.currency(op, w, true)
-	if err == nil {
-		err = w.takes(op.amount.Decimal, currency, w)
-	}
-	if err != nil {
-		return err
-	}
-	p.post(op, w, currency, op.amount.Decimal, details{})
-	return nil
-}
-
-// spends is what an operation takes from its wallet, which exists, has the currency, and has that available.
-func (p *posting) spends(op *operation) (w *wallet, currency string, amount decimal.Decimal, err error) {
-	w = p.wallets[op.walletID]
-	if currency, err = p.currency(op, w, false); err == nil {
-		amount, err = p.spendable(op, w)
-	}
-	return w, currency, amount, err
-}
-
-func decideWithdrawal(p *posting, op *operation) error {
-	w, currency, amount, err := p.spends(op)
-	if err != nil {
-		return err
-	}
-	p.post(op, w, currency, amount.Neg(), details{})
-	return nil
-}
-
-func decideTransfer(p *posting, op *operation) error {
-	to := p.wallets[op.toID]
-	from, currency, amount, err := p.spends(op)
-	if err == nil {
-		err = to.takes(amount, currency, from)
-	}
-	if err != nil {
-		return err
-	}
-	p.transfer(op, from, to, currency, amount, details{}, nil)
-	return nil
-}
-
-func decideHold(p *posting, op *operation) error {
-	w, currency, amount, err := p.spends(op)
-	if err != nil {
-		return err
-	}
-	op.note.ExpiresAt = latest(p.now, w.EntryAt).Add(op.expiresIn)
-	p.post(op, w, currency, decimal.Decimal{}, details{HeldChange: amount, Remaining: amount})
-	p.holds[entryKey{w.ID, w.Seq}] = &hold{WalletID: w.ID, Seq: w.Seq, ToID: op.note.ToID, Amount: amount,
-		Remaining: amount, Status: holdOpen, ExpiresAt: op.note.ExpiresAt, lastSeq: w.Seq, changed: true}
-	return nil
-}
-
-// open finds the operation's hold, which must be open at that time.
-func (p *posting) open(op *operation, at time.Time) (*hold, error) {
-	h := p.holds[entryKey{op.walletID, op.ofSeq}]
-	switch {
-	case h == nil:
-		return nil, errNoHold(op.walletID, op.ofSeq)
-	case h.Status == holdExpired || h.Status == holdOpen && !at.Before(h.ExpiresAt):
-		return h, refuse("hold_expired", "Hold %s expired at %s. Place a new one.",
-			entryID(h.WalletID, h.Seq), h.ExpiresAt.UTC().Format(timeFormat))
-	case h.Status != holdOpen:
-		return h, refuse("hold_closed", "Hold %s was %s. Place a new one.",
-			entryID(h.WalletID, h.Seq), h.Status)
-	}
-	return h, nil
-}
-
-func errNoHold(walletID, seq int64) *refusal {
-	return refuse("hold_not_found", "There is no hold %s.", entryID(walletID, seq))
-}
-
-// decideCapture never lacks funds: what is held is there. It takes what the hold's state, or the payee, lets.
-func decideCapture(p *posting, op *operation) error {
-	from := p.wallets[op.walletID]
-	at := latest(p.now, from.EntryAt)
-	to := p.wallets[op.toID] // nil: the money leaves the ledger
-	if to != nil {
-		at = latest(at, to.EntryAt)
-	}
-	h, err := p.open(op, at)
-	if err != nil {
-		return err
-	}
-	if h.ToID != 0 && h.ToID != op.toID {
-		return refuse("payee_mismatch", "Hold %s is for wallet %d. Leave \"to_id\" out, or name that wallet.",
-			entryID(h.WalletID, h.Seq), h.ToID)
-	}
-	currency, err := p.currency(op, from, false)
-	if err != nil {
-		return err
-	}
-	amount := op.amount.Decimal
-	if op.note.All {
-		amount = h.Remaining
-	}
-	if amount.GreaterThan(h.Remaining) {
-		return refuse("hold_exceeded", "Of hold %s there remains %s. Capture no more than that.",
-			entryID(h.WalletID, h.Seq), money.Text(h.Remaining))
-	}
-	if from.State != stateNoOut { // which lets go what was held before
-		err = from.lets(false)
-	}
-	if err == nil && to != nil {
-		err = to.takes(amount, currency, from)
-	}
-	if err != nil {
-		return err
-	}
-	d := details{OfSeq: h.Seq, HeldChange: h.Remaining.Neg()}
-	if op.note.Partial {
-		d.HeldChange, d.Remaining = amount.Neg(), h.Remaining.Sub(amount)
-	}
-	if to != nil {
-		p.transfer(op, from, to, currency, amount, d, nil)
-	} else {
-		p.post(op, from, currency, amount.Neg(), d)
-	}
-	op.posted.of = entryID(h.WalletID, h.Seq)
-	h.Captured, h.Remaining, h.lastSeq, h.changed = h.Captured.Add(amount), d.Remaining, from.Seq, true
-	if h.Remaining.IsZero() {
-		h.Status = holdCaptured
-	}
-	return nil
-}
-
-// Reasons of a release.
-const (
-	reasonVoid   = "void"
-	reasonExpiry = "expiry"
-)
-
-// errNotDue ends an expiry's operation that has nothing to do (any more, or yet).
-var errNotDue = errors.New("the hold is not due")
-
 // dueMax is how many due holds are looked up at a time.
 const dueMax = 1000
 
-// expiryOf is the operation that ends a hold when it is due. Its key is one that no client can send, since it
-// is not ASCII: whoever comes first, this happens once.
-func expiryOf(walletID, seq int64) *operation {
-	op := &operation{kind: kindRelease, decide: decideExpiry, walletID: walletID, ofSeq: seq,
-		key: "«expiry " + strconv.FormatInt(seq, 10) + "»", note: note{Reason: reasonExpiry}}
-	op.wallets = append(op.room[:0], walletID)
-	return op
-}
-
-func decideVoid(p *posting, op *operation) error {
-	h, err := p.open(op, latest(p.now, p.wallets[op.walletID].EntryAt))
-	if err != nil {
-		return err
-	}
-	p.release(op, h, holdVoided)
-	return nil
-}
-
-// decideExpiry is by the clock, whoever asks: due is what can no longer be captured.
-func decideExpiry(p *posting, op *operation) error {
-	h, err := p.open(op, latest(p.now, p.wallets[op.walletID].EntryAt))
-	if err == nil || h == nil || h.Status != holdOpen {
-		return errNotDue
-	}
-	p.release(op, h, holdExpired)
-	p.expired++
-	return nil
-}
-
-// release gives back what remains of a hold, which ends it.
-func (p *posting) release(op *operation, h *hold, status string) {
-	w := p.wallets[h.WalletID]
-	p.post(op, w, w.Currency, decimal.Decimal{}, details{OfSeq: h.Seq, HeldChange: h.Remaining.Neg()})
-	op.posted.of = entryID(h.WalletID, h.Seq)
-	h.Remaining, h.Status, h.lastSeq, h.changed = decimal.Decimal{}, status, w.Seq, true
-}
-
-// undo makes op the reversal of a transaction. Its wallet is the one that pays now.
-func (op *operation) undo(m *posted) error {
-	op.undoes, op.walletID, op.ofSeq = m, m.WalletID, m.Seq
-	switch {
-	case m.reverses():
-		return refuse("not_reversible", "Transaction %s is itself a reversal: post a new movement instead.",
-			entryID(m.WalletID, m.Seq))
-	case m.Kind == kindDeposit:
-		op.kind = kindWithdrawal
-	case m.Kind == kindWithdrawal:
-		op.kind = kindDeposit
-	case m.Kind == kindTransferOut:
-		op.kind, op.toID = kindTransferOut, m.WalletID
-		op.walletID, op.ofSeq = m.CounterpartyID, m.CounterpartySeq
-	default:
-		return refuse("not_reversible", "Transaction %s moved no money: a hold is voided, a state set again.",
-			entryID(m.WalletID, m.Seq))
-	}
-	return nil
-}
-
-// decideReversal posts the opposite movement of a transaction, or of a part of it.
-func decideReversal(p *posting, op *operation) error {
-	was := op.undoes
-	r := p.reversals[entryKey{was.WalletID, was.Seq}]
-	left := r.amount.Sub(r.reversed)
-	amount := op.amount.Decimal
-	if op.note.All {
-		amount = left
-	}
-	w := p.wallets[op.walletID]
-	currency, err := p.currency(op, w, false)
-	if err != nil {
-		return err
-	}
-	if amount.GreaterThan(left) || left.IsZero() {
-		return refuse("reversal_exceeds",
-			"Of transaction %s there is %s left to reverse. Reverse no more than "+
-				"that.", entryID(was.WalletID, was.Seq), money.Text(left))
-	}
-	d := details{OfSeq: op.ofSeq, Remaining: left.Sub(amount)}
-	pay := *op
-	pay.amount.Decimal = amount
-	switch op.kind {
-	case kindDeposit: // of a withdrawal: it comes back
-		if err := w.takes(amount, currency, w); err != nil {
-			return err
-		}
-		p.post(op, w, currency, amount, d)
-	case kindWithdrawal: // of a deposit
-		if _, err := p.spendable(&pay, w); err != nil {
-			return err
-		}
-		p.post(op, w, currency, amount.Neg(), d)
-	case kindTransferOut: // from who was paid to who paid
-		to := p.wallets[op.toID]
-		_, err := p.spendable(&pay, w)
-		if err == nil {
-			err = to.takes(amount, currency, w)
-		}
-		if err != nil {
-			return err
-		}
-		p.transfer(op, w, to, currency, amount, d, &details{OfSeq: was.Seq, Remaining: d.Remaining})
-	}
-	op.posted.of = entryID(was.WalletID, was.Seq)
-	r.reversed, r.changed = r.reversed.Add(amount), true
-	return nil
-}
-
-func decideState(p *posting, op *operation) error {
-	w := p.wallets[op.walletID]
-	switch {
-	case w.Currency == "":
-		return errNoWallet(w.ID)
-	case w.State == stateClosed:
-		return w.lets(false)
-	case op.note.State == stateClosed && !w.Balance.IsZero():
-		return refuse("wallet_not_empty", "Wallet %d has a balance of %s, %s of it held. Empty it first: "+
-			"\"amount\":\"all\" withdraws or transfers what is available.", w.ID, money.Text(w.Balance),
-			money.Text(w.Held))
-	}
-	p.post(op, w, w.Currency, decimal.Decimal{}, details{})
-	w.State, w.StateSeq, w.headChanged = op.note.State, w.Seq, true
-	return nil
-}
-
-// append makes e the wallet's next entry.
-func (p *posting) append(w *wallet, e *entry, at time.Time) {
-	if w.Currency == "" {
-		w.Currency, w.CreatedAt = e.Currency, at
-	}
-	w.Seq++
-	w.Balance = w.Balance.Add(e.Amount)
-	w.EntryAt = at
-	w.changed = true
-	if e.more != nil && !e.more.HeldChange.IsZero() {
-		w.Held, w.headChanged = w.Held.Add(e.more.HeldChange), true
-	}
-	if !w.Held.IsZero() {
-		if e.more == nil {
-			e.more = new(details)
-		}
-		e.more.Held = w.Held
-	}
-	e.Seq, e.Balance, e.CreatedAt = w.Seq, w.Balance, at
-	p.entries = append(p.entries, *e)
-}
-
-func (p *posting) create(op *operation) error {
-	currency := cmp.Or(op.currency, p.defaultCurrency)
-	if before, ok := p.creations[op.key]; ok {
-		if before.Currency != currency || !op.idChosen && op.walletID != before.ID {
-			return refuse("idempotency_key_reused",
-				"This key was used to create wallet %d in %s. Use a new key for a new "+
-					"wallet.", before.ID, before.Currency)
-		}
-		op.created, op.replayed = wallet{ID: before.ID, Currency: before.Currency,
-			CreatedAt: before.CreatedAt}, true
-		return nil
-	}
-	w := p.wallets[op.walletID]
-	if w.busy {
-		return errLocked
-	}
-	if _, known := p.scales[currency]; !known {
-		return refuse("currency_unknown",
-			"Currency %q is not in the currency table. Use an ISO 4217 code such as \"USD\".", currency)
-	}
-	if w.Currency != "" {
-		return refuse("wallet_exists", "Wallet %d exists already, in %s.", w.ID, w.Currency)
-	}
-	w.Currency, w.CreatedAt, w.creationKey, w.changed = currency, p.now, op.key, true
-	op.created = *w
-	p.creations[op.key] = &op.created
-	return nil
-}
-
-// errBroken is a mistake of ours, found before it reached the database.
-var errBroken = errors.New("assertion failed")
-
-// check catches our own mistakes before they reach the database: money of a batch's transfers sums to zero,
-// and each changed wallet stands where its last entry says. The operation at fault ends alone, in a 500 and
-// a log line, rather than the process.
-func (p *posting) check() error {
-	var transferred decimal.Decimal
-	for i := range p.entries {
-		e, w := &p.entries[i], p.wallets[p.entries[i].WalletID]
-		if e.CounterpartyID != 0 {
-			transferred = transferred.Add(e.Amount)
-		}
-		if e.Balance.IsNegative() || e.Seq > w.Seq || e.Seq == w.Seq && !e.Balance.Equal(w.Balance) ||
-			e.more != nil && (e.more.Held.IsNegative() || e.more.Held.GreaterThan(e.Balance)) {
-			return fmt.Errorf("%w: entry %s does not fit its wallet", errBroken, entryID(e.WalletID, e.Seq))
-		}
-	}
-	if !transferred.IsZero() {
-		return fmt.Errorf("%w: the transfers of a batch sum to %s", errBroken, transferred)
-	}
-	return nil
-}
-
 // commit is the second round trip: everything that the accepted operations changed, and COMMIT.
-func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
+func commit(ctx context.Context, conn *pgxpool.Conn, p *book.Posting) error {
 	var b pgx.Batch
-	var missing, changed []*wallet
+	var missing, changed []*book.Wallet
 	heads := false
-	for _, w := range p.wallets {
-		if w.changed && w.exists {
+	for _, w := range p.Wallets {
+		if w.Changed && w.Exists {
 			changed = append(changed, w)
-			heads = heads || w.headChanged
-		} else if w.changed {
+			heads = heads || w.HeadChanged
+		} else if w.Changed {
 			missing = append(missing, w)
 		}
 	}
 	if len(missing) > 0 {
-		slices.SortFunc(missing, func(a, b *wallet) int { return cmp.Compare(a.ID, b.ID) })
+		slices.SortFunc(missing, func(a, b *book.Wallet) int { return cmp.Compare(a.ID, b.ID) })
 		c := columnsOf(missing)
 		b.Queue(insertWallets, c.ids, c.currencies, c.balances, c.seqs, c.entryAts, c.createdAts,
 			c.creationKeys, c.helds, c.states, c.stateSeqs)
@@ -1278,12 +853,12 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 			return nil
 		})
 	}
-	if len(p.entries) > 0 {
-		p.queueEntries(&b)
-		queueOutbox(&b, p.entries)
+	if len(p.Entries) > 0 {
+		queueEntries(&b, p.Entries)
+		queueOutbox(&b, p.Entries)
 	}
-	p.queueHolds(&b)
-	p.queueReversals(&b)
+	queueHolds(&b, p.Holds)
+	queueReversals(&b, p.Reversals)
 	b.Queue(`COMMIT`)
 	if err := conn.SendBatch(ctx, &b).Close(); err != nil {
 		return err
@@ -1292,17 +867,6 @@ func (p *posting) commit(ctx context.Context, conn *pgxpool.Conn) error {
 		panic(fmt.Sprintf("updated %d wallets of %d that were locked", *updated, len(changed)))
 	}
 	return nil
-}
-
-func latest(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return b
-	}
-	return a
-}
-
-func errNoWallet(id int64) *refusal {
-	return refuse("wallet_not_found", "Wallet %d does not exist. A deposit creates it.", id)
 }
 
 func (l *ledger) writeMetrics(w *metric.Writer) {
@@ -1332,12 +896,54 @@ func (l *ledger) writeMetrics(w *metric.Writer) {
 	for _, pool := range []struct {
 		name string
 		*pgxpool.Pool
-	}{{"read", l.reads}, {"write", l.writes}} {
+	}{{"read", l.db}, {"write", l.writes}} {
 		stat := pool.Stat()
 		w.Gauges("wallet_postgres_"+pool.name+"_connections", "Connections to Postgres.",
 			metric.Sample{Labels: `state="busy"`, Value: float64(stat.AcquiredConns())},
 			metric.Sample{Labels: `state="idle"`, Value: float64(stat.IdleConns())})
 	}
+}
+
+// heldMoney is what open holds reserve in one currency.
+type heldMoney struct {
+	currency      string
+	holds, amount float64
+}
+
+// countHolds looks how much is held, for the metrics.
+func (l *ledger) countHolds(ctx context.Context) error {
+	rows, _ := l.db.Query(ctx, `
+SELECT w.currency, count(*)::float8, sum(h.remaining)::float8
+FROM hold h JOIN wallet w ON w.id = h.wallet_id WHERE h.status = 'open' GROUP BY 1 ORDER BY 1`)
+	var h heldMoney
+	held := []heldMoney{}
+	_, err := pgx.ForEachRow(rows, []any{&h.currency, &h.holds, &h.amount}, func() error {
+		held = append(held, h)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("count open holds: %w", err)
+	}
+	l.held.Store(&held)
+	return nil
+}
+
+// loadCurrencies reads the currency table: at start, and again every minute, so that a new row counts
+// without a restart.
+func (l *ledger) loadCurrencies(ctx context.Context) error {
+	rows, _ := l.db.Query(ctx, `SELECT code, scale FROM currency`)
+	scales := make(map[string]int32)
+	var code string
+	var scale int32
+	if _, err := pgx.ForEachRow(rows, []any{&code, &scale},
+		func() error { scales[code] = scale; return nil }); err != nil {
+		return fmt.Errorf("read currencies: %w", err)
+	}
+	if _, known := scales[l.defaultCurrency]; !known {
+		return fmt.Errorf("DEFAULT_CURRENCY %s is not in the table currency", l.defaultCurrency)
+	}
+	l.scales.Store(&scales)
+	return nil
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -1374,11 +980,11 @@ SELECT wallet_id, seq FROM hold WHERE status = 'open' AND expires_at <= now() OR
 func (l *ledger) releaseDue(ctx context.Context) (found int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, l.rerunBudget)
 	defer cancel()
-	rows, _ := l.reads.Query(ctx, dueHolds, dueMax)
-	var k entryKey
-	var due []*operation
-	_, err = pgx.ForEachRow(rows, []any{&k.walletID, &k.seq}, func() error {
-		due = append(due, expiryOf(k.walletID, k.seq))
+	rows, _ := l.db.Query(ctx, dueHolds, dueMax)
+	var k book.EntryKey
+	var due []*book.Operation
+	_, err = pgx.ForEachRow(rows, []any{&k.WalletID, &k.Seq}, func() error {
+		due = append(due, book.ExpiryOf(k.WalletID, k.Seq))
 		return nil
 	})
 	if err != nil {
@@ -1389,7 +995,7 @@ func (l *ledger) releaseDue(ctx context.Context) (found int, err error) {
 		go func() { outcomes <- l.do(ctx, op) }()
 	}
 	for range due {
-		if e := <-outcomes; e != nil && e != errNotDue {
+		if e := <-outcomes; e != nil && e != book.ErrNotDue {
 			err = e
 		}
 	}

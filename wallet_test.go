@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"wallet/internal/book"
+
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
@@ -405,9 +407,9 @@ func TestFullQueueIsRefused(t *testing.T) {
 	l := newLedger(ledgerConfig{queueOpsMax: 1, writers: 1, batchOpsMax: 1}, nil, nil, nil)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
-	go l.do(ctx, &operation{})
+	go l.do(ctx, &book.Operation{})
 	eventually(t, time.Second, "queued", func() bool { return len(l.queue.Queue) == 1 })
-	if err := l.do(ctx, &operation{}); !errors.Is(err, errOverloaded) {
+	if err := l.do(ctx, &book.Operation{}); !errors.Is(err, errOverloaded) {
 		t.Errorf("%v, want errOverloaded", err)
 	}
 }

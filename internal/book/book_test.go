@@ -1,0 +1,249 @@
+package book
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/shopspring/decimal"
+
+	"wallet/internal/money"
+)
+
+// ledger is a ledger in memory: what a database would hold between batches.
+type ledger struct {
+	wallets   map[int64]Wallet
+	byKey     map[MovementKey]Posted
+	creations map[string]Wallet
+	holds     map[EntryKey]Hold
+	reversed  map[EntryKey]decimal.Decimal
+	entries   map[int64][]Entry
+	now       time.Time
+	asked     []Operation
+}
+
+func newLedger() *ledger {
+	return &ledger{make(map[int64]Wallet), make(map[MovementKey]Posted), make(map[string]Wallet),
+		make(map[EntryKey]Hold), make(map[EntryKey]decimal.Decimal), make(map[int64][]Entry),
+		time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), nil}
+}
+
+// begin reads what a batch of these operations may touch.
+func (l *ledger) begin(ops []*Operation) *Posting {
+	p := NewPosting(map[string]int32{"USD": 2, "JPY": 0}, "USD", len(ops))
+	p.Now = l.now
+	for _, op := range ops {
+		for _, id := range []int64{op.WalletID, op.ToID} {
+			if w := l.wallets[id]; id != 0 && p.Wallets[id] == nil {
+				w.ID = id
+				w.Changed, w.HeadChanged = false, false
+				p.Wallets[id] = &w
+			}
+		}
+		if m, ok := l.byKey[MovementKey{op.WalletID, op.Key}]; ok {
+			p.ByKey[MovementKey{op.WalletID, op.Key}] = &m
+		}
+		if op.Undoes != nil {
+			k := EntryKey{op.Undoes.WalletID, op.Undoes.Seq}
+			p.Reversals[k] = &Reversal{Amount: op.Undoes.Amount.Abs(), Reversed: l.reversed[k]}
+		} else if h, ok := l.holds[EntryKey{op.WalletID, op.OfSeq}]; ok {
+			h.Changed = false
+			p.Holds[EntryKey{op.WalletID, op.OfSeq}] = &h
+		}
+	}
+	return p
+}
+
+// commit keeps what a batch came to.
+func (l *ledger) commit(p *Posting) {
+	for id, w := range p.Wallets {
+		if w.Changed {
+			w.Exists = true
+			l.wallets[id] = *w
+		}
+	}
+	for k, m := range p.ByKey {
+		l.byKey[k] = *m
+	}
+	for k, h := range p.Holds {
+		h.Exists = true
+		l.holds[k] = *h
+	}
+	for k, r := range p.Reversals {
+		l.reversed[k] = r.Reversed
+	}
+	for _, e := range p.Entries {
+		l.entries[e.WalletID] = append(l.entries[e.WalletID], e)
+	}
+}
+
+// anyOperation draws one of every kind, sensible or not.
+func (l *ledger) anyOperation(dice *rand.Rand, n int) *Operation {
+	const wallets = 6
+	text := fmt.Sprintf("%d.%02d", dice.IntN(60), dice.IntN(100))
+	op := &Operation{WalletID: 1 + dice.Int64N(wallets), Key: fmt.Sprint("k", n-dice.IntN(3))}
+	if amount, err := money.Parse(text); err == nil {
+		op.Amount = amount
+	} else {
+		op.Amount, _ = money.Parse("1")
+	}
+	other := 1 + (op.WalletID+dice.Int64N(wallets-1))%wallets
+	entries := l.entries[op.WalletID]
+	anyEntry := func() *Entry {
+		if len(entries) == 0 {
+			return &Entry{WalletID: op.WalletID, Seq: 1, Kind: KindHold}
+		}
+		return &entries[dice.IntN(len(entries))]
+	}
+	switch dice.IntN(9) {
+	case 0, 1:
+		op.Kind, op.Decide = KindDeposit, DecideDeposit
+	case 2:
+		op.Kind, op.Decide, op.Note.All = KindWithdrawal, DecideWithdrawal, dice.IntN(4) == 0
+	case 3:
+		op.Kind, op.Decide, op.ToID = KindTransferOut, DecideTransfer, other
+	case 4:
+		op.Kind, op.Decide, op.ExpiresIn = KindHold, DecideHold, time.Duration(1+dice.IntN(9))*time.Second
+	case 5:
+		op.Kind, op.Decide, op.OfSeq = KindWithdrawal, DecideCapture, anyEntry().Seq
+		op.Note.Partial, op.Note.All = dice.IntN(2) == 0, dice.IntN(2) == 0
+		if dice.IntN(2) == 0 {
+			op.Kind, op.ToID = KindTransferOut, other
+		}
+	case 6:
+		if dice.IntN(2) == 0 {
+			op = ExpiryOf(op.WalletID, anyEntry().Seq)
+		} else {
+			op.Kind, op.Decide, op.OfSeq, op.Note.Reason = KindRelease, DecideVoid, anyEntry().Seq, ReasonVoid
+		}
+	case 7:
+		e := anyEntry()
+		if e.Kind == KindTransferIn {
+			e = &l.entries[e.CounterpartyID][e.CounterpartySeq-1]
+		}
+		op.Decide, op.Note.All = DecideReversal, dice.IntN(2) == 0
+		if op.Undo(&Posted{Entry: *e}) != nil {
+			op = ExpiryOf(e.WalletID, e.Seq)
+		}
+	case 8:
+		op.Kind, op.Decide, op.Note.State = KindState, DecideState, StateOpen
+		if dice.IntN(4) == 0 {
+			op.Note.State = WalletStates[dice.IntN(len(WalletStates)-1)] // a closed one would stay so
+		}
+	}
+	return op
+}
+
+// TestAnyOperations: whatever is asked for, in batches of any size, each wallet's entries follow from each
+// other, money comes from deposits only and goes by withdrawals only, holds and heads are what the entries
+// say, a key posts once, and what is refused leaves nothing.
+func TestAnyOperations(t *testing.T) {
+	accepted, refused, replayed := make(map[string]int), make(map[string]int), 0
+	for seed := range uint64(20) {
+		dice, l := rand.New(rand.NewPCG(seed, 1)), newLedger()
+		for n := 0; n < 3000; {
+			ops := make([]*Operation, 1+dice.IntN(20))
+			for i := range ops {
+				if again := len(l.asked) - 1 - dice.IntN(100); again >= 0 && dice.IntN(20) == 0 {
+					retry := l.asked[again]
+					ops[i] = &retry
+				} else {
+					ops[i] = l.anyOperation(dice, n)
+					l.asked = append(l.asked, *ops[i])
+				}
+				n++
+			}
+			l.now = l.now.Add(time.Duration(dice.IntN(2000)-300) * time.Millisecond) // clocks go back, too
+			p := l.begin(ops)
+			for _, op := range ops {
+				before := len(p.Entries)
+				p.Settle(op, op.Forget())
+				var no *Refusal
+				switch {
+				case op.Replayed:
+					replayed++
+				case op.Err == nil:
+					accepted[op.Kind]++
+				case errors.As(op.Err, &no):
+					refused[no.Code]++
+				}
+				if (op.Err != nil || op.Replayed) != (len(p.Entries) == before) {
+					t.Fatalf("%+v: %v, replayed %v, %d entries", op, op.Err, op.Replayed,
+						len(p.Entries)-before)
+				}
+			}
+			if err := p.Check(); err != nil {
+				t.Fatal(err)
+			}
+			l.commit(p)
+		}
+		l.check(t)
+	}
+	if len(accepted) < 6 || len(refused) < 9 || replayed == 0 {
+		t.Errorf("too little is drawn: %v accepted, %v refused, %d replayed", accepted, refused, replayed)
+	}
+}
+
+// check compares everything with what the entries alone say.
+func (l *ledger) check(t *testing.T) {
+	t.Helper()
+	keys := make(map[MovementKey]int)
+	for id, entries := range l.entries {
+		chain := Chain{Last: Entry{WalletID: id}}
+		for i := range entries {
+			e := &entries[i]
+			if wrong := chain.Follow(e); wrong != "" {
+				t.Fatalf("entry %s: %s", EntryID(e.WalletID, e.Seq), wrong)
+			}
+			if e.Kind == KindTransferIn {
+				out := l.entries[e.CounterpartyID][e.CounterpartySeq-1]
+				if !out.Amount.Equal(e.Amount.Neg()) || out.CounterpartyID != id || out.CounterpartySeq != e.Seq {
+					t.Fatalf("entry %s is not mirrored", EntryID(e.WalletID, e.Seq))
+				}
+			} else if k := (MovementKey{id, e.Key}); keys[k] == 0 {
+				keys[k]++
+			} else {
+				t.Fatalf("key %v posted twice", k)
+			}
+		}
+		w, last := l.wallets[id], chain.Last
+		var held decimal.Decimal
+		for seq, remaining := range chain.Open {
+			held = held.Add(remaining)
+			if h := l.holds[EntryKey{id, seq}]; h.Status != HoldOpen || !h.Remaining.Equal(remaining) {
+				t.Fatalf("hold %d-%d: %+v, of which %s remains", id, seq, h, remaining)
+			}
+		}
+		if w.Seq != last.Seq || !w.Balance.Equal(last.Balance) || !w.Held.Equal(held) ||
+			w.State != chain.state || !w.EntryAt.Equal(last.CreatedAt) {
+			t.Fatalf("wallet %d: %+v, its entries say %+v and %s held", id, w, last, held)
+		}
+	}
+	for k, h := range l.holds {
+		taken := h.Captured.Add(h.Remaining)
+		if taken.GreaterThan(h.Amount) || h.Status == HoldOpen == h.Remaining.IsZero() {
+			t.Fatalf("hold %v: %+v", k, h)
+		}
+	}
+	for k, undone := range l.reversed {
+		if of := l.entries[k.WalletID][k.Seq-1]; undone.GreaterThan(of.Amount.Abs()) {
+			t.Fatalf("of %v, which moved %s, %s was undone", k, of.Amount, undone)
+		}
+	}
+	var sum, outside decimal.Decimal
+	for _, id := range slices.Sorted(maps.Keys(l.entries)) {
+		sum = sum.Add(l.wallets[id].Balance)
+		for _, e := range l.entries[id] {
+			if e.CounterpartyID == 0 {
+				outside = outside.Add(e.Amount)
+			}
+		}
+	}
+	if !sum.Equal(outside) {
+		t.Fatalf("wallets hold %s, but %s came in", sum, outside)
+	}
+}
