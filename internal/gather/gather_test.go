@@ -13,34 +13,46 @@ import (
 type op struct {
 	number int
 	keys   []int64
+	size   int
 	gone   bool
 }
 
 func (o *op) Keys() []int64 { return o.keys }
+func (o *op) Size() int     { return max(o.size, 1) }
 func (o *op) Gone() bool    { return o.gone }
 
 // TestGather: each operation goes to one worker or is dropped; no two batches at work share a key; on one key
-// the order of arrival is kept.
+// the order of arrival is kept among small operations, and among large ones.
 func TestGather(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const operations, workers, most = 5_000, 3, 7
+		const operations, workers, most, share = 5_000, 3, 7, 5
 		var mu sync.Mutex
-		held, last, seen := map[int64]int{}, map[int64]int{}, map[int]int{}
+		type place struct {
+			key   int64
+			large bool
+		}
+		held, last, seen := map[int64]int{}, map[place]int{}, map[int]int{}
 		var dropped atomic.Int64
 		work := func(batch []*op, release func()) {
 			mu.Lock()
-			if len(batch) == 0 || len(batch) > most {
-				t.Errorf("a batch of %d", len(batch))
-			}
 			ours := make(map[int64]bool)
+			size, large, larges := 0, 0, 0
 			for _, o := range batch {
 				seen[o.number]++
-				for _, key := range o.keys {
-					if last[key] > o.number {
-						t.Errorf("key %d: operation %d after %d", key, o.number, last[key])
-					}
-					last[key], ours[key] = o.number, true
+				if size += o.Size(); o.Size() > 1 {
+					large += o.Size()
+					larges++
 				}
+				for _, key := range o.keys {
+					p := place{key, o.Size() > 1}
+					if last[p] > o.number {
+						t.Errorf("key %d: operation %d after %d", key, o.number, last[p])
+					}
+					last[p], ours[key] = o.number, true
+				}
+			}
+			if size == 0 || larges < 2 && size-large > most || larges > 1 && (size > most || large > share) {
+				t.Errorf("a batch of %d, %d of it in %d large ones", size, large, larges)
 			}
 			for key := range ours {
 				if held[key]++; held[key] > 1 {
@@ -56,7 +68,7 @@ func TestGather(t *testing.T) {
 			mu.Unlock()
 			release()
 		}
-		g := New(100, workers, most, work, func(*op) { dropped.Add(1) })
+		g := New(Bounds{100, workers, most, share}, work, func(*op) { dropped.Add(1) })
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- g.Run(ctx) }()
@@ -69,7 +81,13 @@ func TestGather(t *testing.T) {
 			if o.gone {
 				gone++
 			}
-			g.Queue <- o
+			if rand.IntN(10) == 0 {
+				o.size = 2 + rand.IntN(10)
+			}
+			for !g.Reserve(o.Size()) {
+				time.Sleep(time.Millisecond)
+			}
+			g.Put(o)
 			if rand.IntN(20) == 0 {
 				time.Sleep(time.Millisecond)
 			}
@@ -101,7 +119,7 @@ func TestSmallBatchDoesNotWait(t *testing.T) {
 		began := time.Now()
 		var mu sync.Mutex
 		var starts []start
-		g := New(1000, 4, 1000, func(batch []*op, release func()) {
+		g := New(Bounds{1000, 4, 1000, 100}, func(batch []*op, release func()) {
 			mu.Lock()
 			starts = append(starts, start{time.Since(began), len(batch)})
 			mu.Unlock()
@@ -111,12 +129,12 @@ func TestSmallBatchDoesNotWait(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- g.Run(ctx) }()
-		g.Queue <- &op{keys: []int64{1}}
+		g.Put(&op{keys: []int64{1}})
 		synctest.Wait()
-		g.Queue <- &op{keys: []int64{2}}
+		g.Put(&op{keys: []int64{2}})
 		time.Sleep(furtherAfter + time.Millisecond)
 		for key := range int64(furtherMin) {
-			g.Queue <- &op{keys: []int64{10 + key}}
+			g.Put(&op{keys: []int64{10 + key}})
 		}
 		synctest.Wait()
 		cancel()
@@ -128,4 +146,72 @@ func TestSmallBatchDoesNotWait(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestSmallOnesPassLargeOnes: what is small waits for the batches at work only, however many large ones are
+// queued; and large ones on a key that small ones never let go get it.
+func TestSmallOnesPassLargeOnes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const each = 10 * time.Millisecond
+		var mu sync.Mutex
+		finished := make(map[*op]time.Duration)
+		began := time.Now()
+		g := New(Bounds{100_000, 2, 1000, 100}, func(batch []*op, release func()) {
+			time.Sleep(each)
+			mu.Lock()
+			for _, o := range batch {
+				finished[o] = time.Since(began)
+			}
+			mu.Unlock()
+			release()
+		}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- g.Run(ctx) }()
+		put := func(o *op) *op {
+			if !g.Reserve(o.Size()) {
+				t.Error("the queue is full")
+			}
+			g.Put(o)
+			return o
+		}
+		for key := range int64(200) {
+			put(&op{keys: []int64{1000 + key}, size: 60}) // two fit in no batch: 200 batches, two at a time
+		}
+		time.Sleep(time.Millisecond)
+		small := put(&op{keys: []int64{1}})
+		hot := put(&op{keys: []int64{5, 6}, size: 60}) // behind all of those
+		for range 300 {                                // one of both keys is always in hand
+			put(&op{keys: []int64{5}})
+			time.Sleep(each / 2)
+			put(&op{keys: []int64{6}})
+			time.Sleep(each / 2)
+		}
+		cancel()
+		<-done
+		if finished[small] > 3*each {
+			t.Errorf("a small one took %v beside large ones", finished[small])
+		}
+		if at := finished[hot]; at == 0 || at > 150*each {
+			t.Errorf("the large one on keys in demand was finished after %v", at)
+		}
+		if g.Waiting() != 0 || len(finished) != 802 {
+			t.Errorf("%d finished, %d wait", len(finished), g.Waiting())
+		}
+	})
+}
+
+// TestReserve: the queue's bound is by size, and one operation may be larger than it.
+func TestReserve(t *testing.T) {
+	g := New[*op](Bounds{10, 1, 10, 10}, nil, nil)
+	for _, step := range []struct {
+		size int
+		ok   bool
+	}{{25, true}, {1, false}, {-25, true}, {6, true}, {5, false}, {4, true}, {1, false}} {
+		if step.size < 0 {
+			g.Release(-step.size)
+		} else if ok := g.Reserve(step.size); ok != step.ok {
+			t.Errorf("%d beside %d: %v", step.size, g.Waiting(), ok)
+		}
+	}
 }
