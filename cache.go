@@ -483,7 +483,15 @@ const (
        coalesce((SELECT r.reversed FROM reversal r WHERE r.wallet_id = e.wallet_id AND r.seq = e.seq), 0)
 `
 	transactionByID = selectTransaction + `
-FROM entry e WHERE e.wallet_id = $1 AND e.seq = $2 AND e.kind <> 'transfer_in'`
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq) k
+CROSS JOIN LATERAL (
+    SELECT * FROM entry WHERE wallet_id = k.wallet_id AND seq = k.seq AND kind <> 'transfer_in' LIMIT 1
+) e`
+
+	selectPayees = `
+SELECT h.wallet_id, h.seq, coalesce(h.to_id, 0)
+FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq) k
+CROSS JOIN LATERAL (SELECT * FROM hold WHERE wallet_id = k.wallet_id AND seq = k.seq LIMIT 1) h`
 
 	transactionByKey = selectTransaction + `
 FROM entry e WHERE e.wallet_id = $1 AND e.idempotency_key = $2 AND e.kind <> 'transfer_in'`
@@ -581,16 +589,50 @@ func (r *reader) transactions(ctx context.Context, query string, args ...any) ([
 	return found, nil
 }
 
+// transactionsByID reads movements by their initiating entries. What is none is left out.
+func (r *reader) transactionsByID(ctx context.Context, keys []book.EntryKey) (
+	map[book.EntryKey]*book.Posted, error) {
+	found := make(map[book.EntryKey]*book.Posted, len(keys))
+	ids := idsOf(keys)
+	read, err := r.transactions(ctx, transactionByID, ids.wallets, ids.seqs)
+	for _, m := range read {
+		found[book.EntryKey{WalletID: m.WalletID, Seq: m.Seq}] = m
+	}
+	return found, err
+}
+
 // transaction reads a movement by its initiating entry.
 func (r *reader) transaction(ctx context.Context, walletID, seq int64) (*book.Posted, error) {
-	found, err := r.transactions(ctx, transactionByID, walletID, seq)
-	if err == nil && len(found) == 0 {
-		err = book.Refuse("transaction_not_found", "There is no transaction %s.", book.EntryID(walletID, seq))
+	k := book.EntryKey{WalletID: walletID, Seq: seq}
+	found, err := r.transactionsByID(ctx, []book.EntryKey{k})
+	if err == nil && found[k] == nil {
+		err = noTransaction(walletID, seq)
 	}
+	return found[k], err
+}
+
+func noTransaction(walletID, seq int64) *book.Refusal {
+	return book.Refuse("transaction_not_found", "There is no transaction %s.", book.EntryID(walletID, seq))
+}
+
+// payees reads who is to be paid by holds: 0 where nobody was named. What is no hold is left out.
+func (r *reader) payees(ctx context.Context, holds []book.EntryKey) (map[book.EntryKey]int64, error) {
+	found := make(map[book.EntryKey]int64, len(holds))
+	if len(holds) == 0 {
+		return found, nil
+	}
+	ids := idsOf(holds)
+	rows, _ := r.db.Query(ctx, selectPayees, ids.wallets, ids.seqs)
+	var k book.EntryKey
+	var payee int64
+	_, err := pgx.ForEachRow(rows, []any{&k.WalletID, &k.Seq, &payee}, func() error {
+		found[k] = payee
+		return nil
+	})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read payees: %w", err)
 	}
-	return found[0], nil
+	return found, nil
 }
 
 // walletsAfter reads wallets by their ids.

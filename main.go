@@ -472,6 +472,10 @@ func (s *server) routes() []api.Route {
 		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz,
 			Doc: api.Doc{Summary: "Can it serve?", Answer: "Status", Refusals: "starting unavailable"}},
 	}
+	many := api.Route{Method: "POST", Path: "/v1/batches", Scope: gate.Write, Handle: s.ledger.moveMany,
+		Doc: api.Doc{Summary: "Post up to 1,000 operations: all or none, or each by itself", Body: manyBody,
+			Required: []string{"operations"}, Answer: "BatchResults", Refusals: manyRefusals()}}
+	routes = append(routes, many)
 	for i := range movements {
 		m := &movements[i]
 		routes = append(routes, api.Route{Method: "POST", Path: m.path, Scope: m.scope, Status: m.status,
@@ -502,6 +506,7 @@ var (
 
 // problems is every refusal besides the API's own (internal/api): its stable code, its status and its title.
 var problems = map[string]api.Problem{
+	"operation_unknown":        {Status: 400, Title: "Not an operation of a batch"},
 	"field_missing":            {Status: 400, Title: "The body lacks a field"},
 	"wallet_id_malformed":      {Status: 400, Title: "Not a wallet id"},
 	"transaction_id_malformed": {Status: 400, Title: "Not a transaction id"},

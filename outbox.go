@@ -398,6 +398,13 @@ func (ids *entryIDs) add(walletID, seq int64) {
 	ids.wallets, ids.seqs = append(ids.wallets, walletID), append(ids.seqs, seq)
 }
 
+func idsOf(keys []book.EntryKey) (ids entryIDs) {
+	for _, k := range keys {
+		ids.add(k.WalletID, k.Seq)
+	}
+	return ids
+}
+
 func scanWallets(rows pgx.Rows, found map[int64]*book.Wallet) error {
 	var w book.Wallet
 	var balance string

@@ -24,6 +24,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -58,11 +59,12 @@ var (
 // movementKind is a kind of operation on money: its route, what its body may say, and who decides
 // (wallet.go).
 type movementKind struct {
+	op       string // its name in a batch; empty: it is in none
 	path     string
 	scope    gate.Scope
 	status   int
 	summary  string
-	of       subject
+	of       *subject
 	kind     string // of the entry that it makes, as far as the route tells
 	decide   func(*book.Posting, *book.Operation) error
 	body     *api.Shape
@@ -72,94 +74,123 @@ type movementKind struct {
 	refusals string // besides those of its fields
 }
 
-// subject is what a movement's path names.
+// subject is what a movement's path names; in a batch a field does.
 type subject struct {
-	id       string // schema
-	refusals string
-	read     func(ctx context.Context, l *ledger, op *book.Operation, text string) error
+	id, field string // of the schemas; of a batch's operation
+	refusals  string
+	read      func(op *book.Operation, text string) error
+	// find looks up what the operations' subjects say that the batch must know beforehand, and refuses those
+	// whose is not there. nil: nothing.
+	find func(ctx context.Context, l *ledger, ops []*book.Operation) error
 }
 
 // movements is what money may do.
 var movements = []movementKind{
-	{path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
-		of: ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
+	{op: "deposit", path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
+		of: &ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
 		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
-	{path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: ofWallet,
+	{op: "withdraw", path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: &ofWallet,
 		kind: book.KindWithdrawal, decide: book.DecideWithdrawal,
 		body: bodyOf("amount currency reference metadata"), required: "amount", all: true, answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
 			"wallet_closed"},
-	{path: "/v1/wallets/{id}/transfer", scope: gate.Write,
-		summary: "Transfer to another wallet; creates it if need be", of: ofWallet,
+	{op: "transfer", path: "/v1/wallets/{id}/transfer", scope: gate.Write,
+		summary: "Transfer to another wallet; creates it if need be", of: &ofWallet,
 		kind: book.KindTransferOut, decide: book.DecideTransfer,
 		body: bodyOf("to_id amount currency reference metadata"), required: "to_id amount", all: true,
 		answer: "TransferReceipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds balance_limit " +
 			"wallet_frozen wallet_closed"},
-	{path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
+	{op: "hold", path: "/v1/wallets/{id}/holds", scope: gate.Write, status: 201,
 		summary: "Hold: reserve a part of what is available, until it is captured, voided or expires",
-		of:      ofWallet, kind: book.KindHold, decide: book.DecideHold,
+		of:      &ofWallet, kind: book.KindHold, decide: book.DecideHold,
 		body: bodyOf("amount to_id expires_in currency reference metadata"), required: "amount",
 		answer: "HoldReceipt",
 		refusals: "currency_mismatch currency_unknown wallet_not_found insufficient_funds wallet_frozen " +
 			"wallet_closed"},
-	{path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
+	{op: "capture", path: "/v1/holds/{hold_id}/capture", scope: gate.Write,
 		summary: "Capture what is held, or a part of it: pay the payee, or withdraw where there is none",
-		of:      ofHold, kind: book.KindWithdrawal, decide: book.DecideCapture,
+		of:      &ofHold, kind: book.KindWithdrawal, decide: book.DecideCapture,
 		body: bodyOf("amount to_id final reference metadata"), answer: "Capture",
 		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
 			"balance_limit wallet_frozen wallet_closed"},
-	{path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
-		of: ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
+	{op: "void", path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
+		of: &ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
 		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
-	{path: "/v1/transactions/{id}/reverse", scope: gate.Write,
+	{op: "reverse", path: "/v1/transactions/{id}/reverse", scope: gate.Write,
 		summary: "Reverse a transaction, or a part of it: post the opposite movement",
-		of:      ofTransaction, decide: book.DecideReversal, body: bodyOf("amount reference metadata"),
+		of:      &ofTransaction, decide: book.DecideReversal, body: bodyOf("amount reference metadata"),
 		answer: "Reversal",
 		refusals: "transaction_not_found not_reversible reversal_exceeds insufficient_funds balance_limit " +
 			"wallet_frozen wallet_closed"},
 	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
-		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: ofWallet,
+		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: &ofWallet,
 		kind: book.KindState, decide: book.DecideState, body: bodyOf("state note"), required: "state",
 		answer: "State", refusals: "wallet_not_found wallet_closed wallet_not_empty"},
 }
 
 var (
-	ofWallet = subject{"WalletID", "wallet_id_malformed",
-		func(_ context.Context, _ *ledger, op *book.Operation, text string) (err error) {
+	ofWallet = subject{"WalletID", "wallet_id", "wallet_id_malformed",
+		func(op *book.Operation, text string) (err error) {
 			op.WalletID, err = book.ParseWalletID(text)
 			return err
-		}}
+		}, nil}
 
-	ofHold = subject{"TransactionID", "hold_id_malformed",
-		func(ctx context.Context, l *ledger, op *book.Operation, text string) (err error) {
-			if op.WalletID, op.OfSeq, err = book.ParseEntryID(text, book.ErrHoldID); err != nil {
-				return err
-			}
-			if op.Kind != book.KindWithdrawal { // a void, or a capture that names its payee
-				return nil // the batch will see
-			}
-			h, err := l.hold(ctx, op.WalletID, op.OfSeq)
-			if err == nil && h.ToID != 0 {
-				op.ToID, op.Kind = h.ToID, book.KindTransferOut
-			}
+	ofHold = subject{"TransactionID", "hold_id", "hold_id_malformed",
+		func(op *book.Operation, text string) (err error) {
+			op.WalletID, op.OfSeq, err = book.ParseEntryID(text, book.ErrHoldID)
 			return err
-		}}
+		}, findPayees}
 
-	ofTransaction = subject{"TransactionID", "transaction_id_malformed",
-		func(ctx context.Context, l *ledger, op *book.Operation, text string) error {
-			walletID, seq, err := book.ParseEntryID(text, book.ErrTransactionID)
-			if err != nil {
-				return err
-			}
-			m, err := l.transaction(ctx, walletID, seq)
-			if err != nil {
-				return err
-			}
-			return op.Undo(m)
-		}}
+	ofTransaction = subject{"TransactionID", "transaction_id", "transaction_id_malformed",
+		func(op *book.Operation, text string) (err error) {
+			op.WalletID, op.OfSeq, err = book.ParseEntryID(text, book.ErrTransactionID)
+			return err
+		}, findTransactions}
 )
+
+// findPayees finds who is paid by captures that do not say so.
+func findPayees(ctx context.Context, l *ledger, ops []*book.Operation) error {
+	ops = slices.DeleteFunc(ops, func(op *book.Operation) bool { return op.Kind != book.KindWithdrawal })
+	payees, err := l.payees(ctx, ofWhat(ops))
+	if err != nil {
+		return err
+	}
+	for _, op := range ops {
+		if payee, found := payees[book.EntryKey{WalletID: op.WalletID, Seq: op.OfSeq}]; !found {
+			op.Err = book.NoHold(op.WalletID, op.OfSeq)
+		} else if payee != 0 {
+			op.ToID, op.Kind = payee, book.KindTransferOut
+		}
+	}
+	return nil
+}
+
+// findTransactions finds what reversals undo.
+func findTransactions(ctx context.Context, l *ledger, ops []*book.Operation) error {
+	found, err := l.transactionsByID(ctx, ofWhat(ops))
+	if err != nil {
+		return err
+	}
+	for _, op := range ops {
+		if m := found[book.EntryKey{WalletID: op.WalletID, Seq: op.OfSeq}]; m == nil {
+			op.Err = noTransaction(op.WalletID, op.OfSeq)
+		} else {
+			op.Err = op.Undo(m)
+		}
+	}
+	return nil
+}
+
+// ofWhat are the entries that operations are of.
+func ofWhat(ops []*book.Operation) []book.EntryKey {
+	keys := make([]book.EntryKey, len(ops))
+	for i, op := range ops {
+		keys[i] = book.EntryKey{WalletID: op.WalletID, Seq: op.OfSeq}
+	}
+	return keys
+}
 
 // bodyOf is a body with these fields, and an idempotency key.
 func bodyOf(fields string) *api.Shape {
@@ -230,15 +261,13 @@ func (l *ledger) createWallet(r *http.Request) (*api.Reply, error) {
 
 // move is every movement of money: it reads the operation, has it posted and shows it as the ledger has it.
 func (l *ledger) move(m *movementKind, r *http.Request) (*api.Reply, error) {
-	op := &book.Operation{Kind: m.kind, Decide: m.decide, Traceparent: api.Traceparent(r.Header)}
 	id := r.PathValue("id")
 	if id == "" {
 		id = r.PathValue("hold_id")
 	}
-	if m.of.id == "WalletID" { // the others' are looked up, which what is malformed is not worth
-		if err := m.of.read(r.Context(), l, op, id); err != nil {
-			return nil, err
-		}
+	op := m.operation(r)
+	if err := m.of.read(op, id); err != nil {
+		return nil, err
 	}
 	body, err := api.ReadFields(r, m.body)
 	if err != nil {
@@ -248,24 +277,19 @@ func (l *ledger) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 		return nil, err
 	}
 	if op.Key == "" {
-		return nil, book.Refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
-			"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
+		return nil, errNoKey
 	}
 	if err := m.read(body, op, l.holdTTL); err != nil {
 		return nil, err
 	}
-	if m.of.id != "WalletID" {
-		if err := m.of.read(r.Context(), l, op, id); err != nil {
-			return nil, err
-		}
-	}
-	if op.ToID == op.WalletID || op.Note.ToID == op.WalletID {
-		return nil, book.Refuse("same_wallet",
-			"A transfer goes to another wallet; this one names wallet %d twice.", op.WalletID)
-	}
-	op.Note.Client = api.Client(r.Context())
-	if err := l.do(r.Context(), op); err != nil {
+	if err := l.complete(r.Context(), m.of, op); err != nil {
 		return nil, err
+	}
+	if op.Err == nil {
+		op.Err = l.do(r.Context(), op)
+	}
+	if op.Err != nil {
+		return nil, op.Err
 	}
 	answer := &api.Reply{Body: append(book.AppendReceipt(nil, &op.Posted), '}'), Replayed: op.Replayed}
 	if op.Kind == book.KindHold {
@@ -273,6 +297,235 @@ func (l *ledger) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 			op.Posted.Seq)}
 	}
 	return answer, nil
+}
+
+var errNoKey = book.Refuse("idempotency_key_missing", "Send an Idempotency-Key header or an "+
+	"\"idempotency_key\" in the body, unique to this operation; a retry sends the same key.")
+
+// operation begins one of this kind.
+func (m *movementKind) operation(r *http.Request) *book.Operation {
+	op := &book.Operation{Kind: m.kind, Decide: m.decide, Traceparent: api.Traceparent(r.Header)}
+	op.Note.Client = api.Client(r.Context())
+	return op
+}
+
+// complete adds to operations of one subject what must be looked up, and refuses in their Err what makes no
+// sense. Its own error is a fault.
+func (l *ledger) complete(ctx context.Context, of *subject, ops ...*book.Operation) error {
+	if of.find != nil && len(ops) > 0 {
+		if err := of.find(ctx, l, ops); err != nil {
+			return err
+		}
+	}
+	for _, op := range ops {
+		if op.Err == nil && (op.ToID == op.WalletID || op.Note.ToID == op.WalletID) {
+			op.Err = book.Refuse("same_wallet",
+				"A transfer goes to another wallet; this one names wallet %d twice.", op.WalletID)
+		}
+	}
+	return nil
+}
+
+// Bounds of a batch of operations in one request.
+const (
+	manyOpsMax    = 1000
+	manyBytesMax  = 1 << 20
+	manyKeyLenMax = book.KeyLenMax - len("#999")
+)
+
+// manyBody is the body of POST /v1/batches. An operation has the fields of its kind's route, and the one that
+// stands for the route's path.
+var manyBody = func() *api.Shape {
+	items := bodyOf("op")
+	for i := range movements {
+		m := &movements[i]
+		for _, field := range append([]string{m.of.field}, m.body.Fields...) {
+			if m.op != "" && !slices.Contains(items.Fields, field) {
+				items.Fields = append(items.Fields, field)
+			}
+		}
+	}
+	return &api.Shape{BytesMax: manyBytesMax, Fields: []string{"idempotency_key", "atomic", "operations"},
+		Flags: []string{"atomic"}, List: "operations", Items: items, ItemsMax: manyOpsMax}
+}()
+
+// manyRefusals are the codes that an atomic batch may be refused with: those of its operations.
+func manyRefusals() string {
+	codes := []string{"operation_unknown"}
+	for i := range movements {
+		if m := &movements[i]; m.op != "" {
+			codes = append(codes, strings.Fields(m.doc().Refusals)...)
+		}
+	}
+	slices.Sort(codes)
+	return strings.Join(slices.Compact(codes), " ")
+}
+
+// moveMany posts many operations, all or none, or each by itself.
+func (l *ledger) moveMany(r *http.Request) (*api.Reply, error) {
+	var ops []*book.Operation
+	var kinds []*movementKind
+	body, err := api.ReadList(r, manyBody, func(_ int, item api.Fields) error {
+		m, op := l.readItem(r, item)
+		ops, kinds = append(ops, op), append(kinds, m)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(ops) == 0 {
+		return nil, missing("operations")
+	}
+	api.Charge(r.Context(), len(ops)-1)
+	key, err := api.Key(r, body, book.ParseKey)
+	if err != nil {
+		return nil, err
+	}
+	together := body["atomic"].Text != "false"
+	if err := setKeys(ops, key, together); err != nil {
+		return nil, err
+	}
+	for _, of := range []*subject{&ofWallet, &ofHold, &ofTransaction} {
+		var theirs []*book.Operation
+		for i, op := range ops {
+			if op.Err == nil && kinds[i].of == of {
+				theirs = append(theirs, op)
+			}
+		}
+		if err := l.complete(r.Context(), of, theirs...); err != nil {
+			return nil, err
+		}
+	}
+	if together {
+		return l.answerTogether(r.Context(), ops)
+	}
+	return l.answerEach(r.Context(), ops, kinds)
+}
+
+// readItem reads one operation of many. What is wrong with it is in its Err; its kind is nil if it is none.
+func (l *ledger) readItem(r *http.Request, item api.Fields) (*movementKind, *book.Operation) {
+	i := slices.IndexFunc(movements, func(m movementKind) bool {
+		return m.op != "" && m.op == item["op"].Text
+	})
+	if i < 0 {
+		return &movementKind{of: new(subject)}, &book.Operation{Err: book.Refuse("operation_unknown",
+			"The \"op\" is one of %s.", strings.Join(opNames(), ", "))}
+	}
+	m := &movements[i]
+	op := m.operation(r)
+	op.Err = func() error {
+		for field := range item {
+			if field != "op" && field != m.of.field && !slices.Contains(m.body.Fields, field) {
+				return book.Refuse("field_unknown", "The op %q has no field %q. It takes %s, %s.", m.op, field,
+					m.of.field, strings.Join(m.body.Fields, ", "))
+			}
+		}
+		id, given := item[m.of.field]
+		if !given {
+			return missing(m.of.field)
+		}
+		err := m.of.read(op, id.Text)
+		if err == nil {
+			op.Key, err = api.KeyIn(item, book.ParseKey)
+		}
+		if err == nil {
+			err = m.read(item, op, l.holdTTL)
+		}
+		return err
+	}()
+	return m, op
+}
+
+func opNames() (names []string) {
+	for _, m := range movements {
+		if m.op != "" {
+			names = append(names, m.op)
+		}
+	}
+	return names
+}
+
+// setKeys gives operations that are posted together keys out of their request's, which has one. Each of the
+// others has a key of its own.
+func setKeys(ops []*book.Operation, key string, together bool) error {
+	switch {
+	case together && key == "":
+		return errNoKey
+	case len(key) > manyKeyLenMax:
+		return book.Refuse("idempotency_key_malformed", "The key of an atomic batch has 1 to %d characters: "+
+			"each operation's has its number besides.", manyKeyLenMax)
+	case !together && key != "":
+		return book.Refuse("idempotency_key_conflict", "With \"atomic\":false each operation has an "+
+			"\"idempotency_key\" of its own, and the request has none.")
+	}
+	for i, op := range ops {
+		switch {
+		case op.Err != nil:
+		case together && op.Key != "":
+			op.Err = book.Refuse("idempotency_key_conflict", "The operations of an atomic batch share its "+
+				"\"idempotency_key\": send none in an operation, or send \"atomic\":false.")
+		case together:
+			op.Key = key + "#" + strconv.Itoa(i)
+		case op.Key == "":
+			op.Err = errNoKey
+		}
+	}
+	return nil
+}
+
+// answerTogether posts operations together. A refusal is that of the first that was refused.
+func (l *ledger) answerTogether(ctx context.Context, ops []*book.Operation) (*api.Reply, error) {
+	at := slices.IndexFunc(ops, func(op *book.Operation) bool { return op.Err != nil })
+	var err error
+	if at >= 0 {
+		err = ops[at].Err
+	} else {
+		at, err = l.doTogether(ctx, ops)
+	}
+	if err == errOverloaded || err == errUnavailable {
+		return nil, err // which is of all
+	} else if err != nil {
+		return nil, &api.InItem{List: "operations", Item: at, Err: err}
+	}
+	body := []byte(`{"results":[`)
+	for i, op := range ops {
+		if i > 0 {
+			body = append(body, ',')
+		}
+		body = append(book.AppendReceipt(body, &op.Posted), '}')
+	}
+	return &api.Reply{Body: append(body, "]}"...), Replayed: ops[0].Replayed}, nil
+}
+
+// answerEach posts operations that stand by themselves.
+func (l *ledger) answerEach(ctx context.Context, ops []*book.Operation, kinds []*movementKind) (
+	*api.Reply, error) {
+	results := make([]api.Result, len(ops))
+	var good []*book.Operation
+	for i, op := range ops {
+		if results[i].Err = op.Err; op.Err == nil {
+			good = append(good, op)
+		}
+	}
+	errs, err := l.doEach(ctx, good)
+	if err != nil {
+		return nil, err
+	}
+	n, replayed := 0, 0
+	for i, op := range ops {
+		if results[i].Err != nil {
+			continue
+		}
+		if results[i].Err = errs[n]; errs[n] == nil {
+			results[i].Status = kinds[i].status
+			results[i].Body = append(book.AppendReceipt(nil, &op.Posted), '}')
+			if op.Replayed {
+				replayed++
+			}
+		}
+		n++
+	}
+	return &api.Reply{Results: results, Replayed: replayed == len(ops)}, nil
 }
 
 // read reads what the body says.
@@ -332,6 +585,8 @@ func missing(field string) error {
 		return book.Refuse("field_missing", "Send the \"amount\", such as \"10.50\".")
 	case "to_id":
 		return book.Refuse("field_missing", "Send the \"to_id\", the wallet that receives.")
+	case "operations":
+		return book.Refuse("field_missing", "Send the \"operations\": a list of 1 to %d.", manyOpsMax)
 	}
 	return book.Refuse("field_missing", "Send the %q.", field)
 }
@@ -442,48 +697,164 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 		batchSizes:      metric.NewHistogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
 		batchSeconds:    metric.NewHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
 	}
-	l.queue = gather.New(cfg.queueOpsMax, cfg.writers, cfg.batchOpsMax, l.work, l.drop)
+	l.queue = gather.New(gather.Bounds{Queue: cfg.queueOpsMax, Workers: cfg.writers, Batch: cfg.batchOpsMax,
+		Large: manyMax}, l.work, l.drop)
 	return l
 }
 
-// task is an operation on its way through a batch.
+// task is operations on their way through a batch, in order: each by itself, or together.
 type task struct {
-	*book.Operation
-	wallets []int64         // that it touches
-	room    [2]int64        // for them, mostly
-	ctx     context.Context // the request's: if it ends before a batch forms, the operation is dropped
-	done    chan struct{}   // closed after the operation's outcome is final
+	ops      []*book.Operation
+	together bool            // all of them are posted, or none
+	wallets  []int64         // that they touch
+	ctx      context.Context // the request's: if it ends before a batch forms, the task is dropped
+	done     chan struct{}   // closed after the outcomes are final
+
+	// The outcome of operations together: an error, and of which one it is.
+	err error
+	at  int
+
+	room struct { // for one, as most are
+		ops     [1]*book.Operation
+		wallets [2]int64
+	}
 }
 
-func newTask(ctx context.Context, op *book.Operation) *task {
-	t := &task{Operation: op, ctx: ctx, done: make(chan struct{})}
-	t.wallets = append(t.room[:0], op.WalletID)
-	if op.ToID != 0 {
-		t.wallets = append(t.wallets, op.ToID)
+func newTask(ctx context.Context, together bool, ops ...*book.Operation) *task {
+	t := &task{together: together, ctx: ctx, done: make(chan struct{})}
+	t.ops, t.wallets = append(t.room.ops[:0], ops...), t.room.wallets[:0]
+	for _, op := range ops {
+		t.wallets = append(t.wallets, op.WalletID)
+		if op.ToID != 0 {
+			t.wallets = append(t.wallets, op.ToID)
+		}
+	}
+	if len(ops) > 1 {
+		slices.Sort(t.wallets)
+		t.wallets = slices.Compact(t.wallets)
 	}
 	return t
 }
 
-// Keys are the operation's wallets.
+// Keys are the wallets of its operations.
 func (t *task) Keys() []int64 { return t.wallets }
+
+// Size is how many operations it has.
+func (t *task) Size() int { return len(t.ops) }
 
 // Gone says that the client has left.
 func (t *task) Gone() bool { return t.ctx.Err() != nil }
 
-// do queues an operation and waits for its outcome. When ctx ends first the outcome is unknown to the
+// settle decides it.
+func (t *task) settle(p *book.Posting) {
+	if t.together {
+		t.at, t.err = p.SettleAll(t.ops)
+	} else {
+		p.SettleEach(t.ops)
+	}
+}
+
+// settleAgain decides what was refused for lack of funds once more.
+func (t *task) settleAgain(p *book.Posting) {
+	lacksFunds := func(err error) bool {
+		var no *book.Refusal
+		return errors.As(err, &no) && no.Code == "insufficient_funds"
+	}
+	if t.together && lacksFunds(t.err) {
+		t.settle(p)
+	}
+	for _, op := range t.ops {
+		if !t.together && lacksFunds(op.Err) {
+			p.Settle(op, book.Outcome{})
+		}
+	}
+}
+
+// fail ends it with an error of all its operations.
+func (t *task) fail(err error) {
+	t.err, t.at = err, 0
+	for _, op := range t.ops {
+		op.Err = err
+	}
+}
+
+// do has an operation posted and waits for its outcome. When ctx ends first the outcome is unknown to the
 // caller, and the operation may still be applied.
 func (l *ledger) do(ctx context.Context, op *book.Operation) error {
-	t := newTask(ctx, op)
-	select {
-	case l.queue.Queue <- t:
-	default:
+	if !l.queue.Reserve(1) {
 		return errOverloaded
 	}
-	select {
-	case <-t.done:
-		return op.Err
-	case <-ctx.Done():
-		return errUnavailable
+	if _, err := l.pass(ctx, newTask(ctx, false, op)); err != nil {
+		return err
+	}
+	return op.Err
+}
+
+// doTogether has operations posted, all or none; an error is of operation number at.
+func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int, err error) {
+	if !l.queue.Reserve(len(ops)) {
+		return 0, errOverloaded
+	}
+	t, err := l.pass(ctx, newTask(ctx, true, ops...))
+	if err != nil {
+		return 0, err
+	}
+	return t.at, t.err
+}
+
+const (
+	eachMax = 100 // operations of one request that are queued at a time, where each stands by itself
+	manyMax = 256 // operations of requests with many that a batch takes: other requests wait for it
+)
+
+// doEach has operations posted, each by itself, those on one wallet in order, and returns their errors. A few
+// at a time are queued: however many there are, they leave room for others.
+func (l *ledger) doEach(ctx context.Context, ops []*book.Operation) (errs []error, err error) {
+	if !l.queue.Reserve(len(ops)) {
+		return nil, errOverloaded
+	}
+	errs = slices.Repeat([]error{errUnavailable}, len(ops))
+	for i := 0; i < len(ops); i += eachMax {
+		some := ops[i:min(i+eachMax, len(ops))]
+		last, err := l.pass(ctx, newTask(ctx, false, some...))
+		for n, op := range some {
+			if err == nil || !slices.Contains(last.ops, op) { // which may be written to still
+				errs[i+n] = op.Err
+			}
+		}
+		if err != nil {
+			l.queue.Release(len(ops) - i - len(some))
+			break
+		}
+	}
+	return errs, nil
+}
+
+// pass queues a task, whose size is reserved, and waits for its outcome. What was put off is queued again, as
+// a task of its own. The error says that ctx ended, before the outcome of the last task was known.
+func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
+	const pause = 100 * time.Millisecond
+	for {
+		l.queue.Put(t)
+		select {
+		case <-t.done:
+		case <-ctx.Done():
+			return t, errUnavailable
+		}
+		off := slices.Clone(t.ops)
+		if !t.together {
+			off = slices.DeleteFunc(off, func(op *book.Operation) bool { return op.Err != book.ErrLocked })
+		} else if t.err != book.ErrLocked {
+			off = nil
+		}
+		if len(off) == 0 {
+			return t, nil
+		}
+		t = newTask(ctx, t.together, off...)
+		if parts.Sleep(ctx, pause) != nil {
+			return t, errUnavailable
+		}
+		l.queue.Renew(len(off))
 	}
 }
 
@@ -499,10 +870,10 @@ func (l *ledger) work(batch []*task, release func()) {
 	l.announce(batch, t, heads)
 }
 
-// drop ends an operation whose client left before a batch took it: nothing was done.
-func (l *ledger) drop(op *task) {
-	op.Err = errUnavailable
-	close(op.done)
+// drop ends a task whose client left before a batch took it: nothing was done.
+func (l *ledger) drop(t *task) {
+	t.fail(errUnavailable)
+	close(t.done)
 }
 
 // post brings a batch into the ledger, or settles each operation's error. Running a batch again is always
@@ -514,23 +885,33 @@ func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
 		err := l.tryPost(batch, lock, heads)
 		if err == nil {
+			size := 0
+			for _, t := range batch {
+				size += t.Size()
+			}
 			l.batches.Add(1)
-			l.operations.Add(int64(len(batch)))
-			l.batchSizes.Observe(float64(len(batch)))
+			l.operations.Add(int64(size))
+			l.batchSizes.Observe(float64(size))
 			l.batchSeconds.Observe(time.Since(started).Seconds())
 			return
 		}
 		rerun, split := remedy(err)
 		switch {
-		case split && len(batch) > 1:
+		case split && (len(batch) > 1 || len(batch[0].ops) > 1 && !batch[0].together):
 			// One operation's fault must not fail its neighbours: halve until it stands alone.
-			slog.Warn("batch split", "operations", len(batch), "error", err)
+			slog.Warn("batch split", "tasks", len(batch), "error", err)
 			l.splits.Add(1)
+			if len(batch) == 1 {
+				t := batch[0]
+				half := len(t.ops) / 2
+				batch = []*task{newTask(t.ctx, false, t.ops[:half]...),
+					newTask(t.ctx, false, t.ops[half:]...)}
+			}
 			l.post(batch[:len(batch)/2], heads)
 			l.post(batch[len(batch)/2:], heads)
 			return
 		case rerun && time.Since(started)+pause < l.rerunBudget:
-			slog.Warn("batch is run again", "operations", len(batch), "error", err)
+			slog.Warn("batch is run again", "tasks", len(batch), "error", err)
 			l.reruns.Add(1)
 			switch pg.State(err) {
 			case "55P03": // lock_timeout: a wallet that somebody holds must not hold up the others
@@ -543,12 +924,12 @@ func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 			}
 			time.Sleep(pause/2 + rand.N(pause/2))
 		default:
-			slog.Error("batch failed", "operations", len(batch), "error", err)
-			for _, op := range batch {
-				op.Err = err
-				if rerun {
-					op.Err = errUnavailable
-				}
+			slog.Error("batch failed", "tasks", len(batch), "error", err)
+			if rerun {
+				err = errUnavailable
+			}
+			for _, t := range batch {
+				t.fail(err)
 			}
 			return
 		}
@@ -573,25 +954,12 @@ func remedy(err error) (rerun, split bool) {
 	return passes, !passes
 }
 
-// putOff queues an operation again after a pause, unless its client gives up before.
-func (l *ledger) putOff(op *task) {
-	select {
-	case <-time.After(100 * time.Millisecond):
-		l.queue.Queue <- op
-	case <-op.ctx.Done():
-	}
-}
-
 // announce tells the cache and then the clients. The cache comes first, so that a read sent after the
 // answer is not served anything older from there.
 func (l *ledger) announce(batch []*task, t ticket, heads map[int64]cachedBalance) {
 	l.cache.put(t, heads)
-	for _, op := range batch {
-		if op.Err == book.ErrLocked {
-			go l.putOff(op)
-			continue
-		}
-		close(op.done)
+	for _, t := range batch {
+		close(t.done)
 	}
 }
 
@@ -679,8 +1047,8 @@ func (l *ledger) tryPost(batch []*task, lock string, heads map[int64]cachedBalan
 	if err != nil {
 		return err
 	}
-	for _, op := range batch {
-		p.Settle(op.Operation, op.Forget())
+	for _, t := range batch {
+		t.settle(p)
 	}
 	if err := releaseDue(ctx, conn, p, batch); err != nil {
 		return err
@@ -722,11 +1090,8 @@ func releaseDue(ctx context.Context, conn *pgxpool.Conn, p *book.Posting, batch 
 			}
 		}
 		clear(p.Short)
-		for _, op := range batch {
-			var no *book.Refusal
-			if errors.As(op.Err, &no) && no.Code == "insufficient_funds" {
-				p.Settle(op.Operation, book.Outcome{})
-			}
+		for _, t := range batch {
+			t.settleAgain(p)
 		}
 	}
 	return nil
@@ -738,9 +1103,11 @@ func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance)
 	for _, w := range p.Wallets {
 		tell(heads, cachedOf(w))
 	}
-	for _, op := range batch {
-		if op.Replayed && op.Kind != book.KindCreation {
-			tellPosted(heads, &op.Posted)
+	for _, t := range batch {
+		for _, op := range t.ops {
+			if op.Replayed && op.Kind != book.KindCreation {
+				tellPosted(heads, &op.Posted)
+			}
 		}
 	}
 }
@@ -748,28 +1115,34 @@ func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance)
 // read is the first round trip: lock, then look up the keys.
 func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*task, lock string,
 ) (*book.Posting, error) {
-	p := book.NewPosting(*l.scales.Load(), l.defaultCurrency, len(batch))
+	size := 0
+	for _, t := range batch {
+		size += t.Size()
+	}
+	p := book.NewPosting(*l.scales.Load(), l.defaultCurrency, size)
 	var ids, keyWallets []int64
 	var keys, creationKeys []string
 	var held, undone entryIDs
-	asked := make(map[book.MovementKey]bool, len(batch))
-	for _, op := range batch {
-		ids = append(ids, op.wallets...)
-		if op.Kind == book.KindCreation {
-			creationKeys = append(creationKeys, op.Key)
-			continue
-		}
-		if k := (book.MovementKey{WalletID: op.WalletID, Key: op.Key}); !asked[k] {
-			asked[k] = true
-			keyWallets, keys = append(keyWallets, op.WalletID), append(keys, op.Key)
-		}
-		switch {
-		case op.Undoes != nil:
-			undone.add(op.Undoes.WalletID, op.Undoes.Seq)
-			p.Reversals[book.EntryKey{WalletID: op.Undoes.WalletID,
-				Seq: op.Undoes.Seq}] = &book.Reversal{Amount: op.Undoes.Amount.Abs()}
-		case op.OfSeq != 0:
-			held.add(op.WalletID, op.OfSeq)
+	asked := make(map[book.MovementKey]bool, size)
+	for _, t := range batch {
+		ids = append(ids, t.wallets...)
+		for _, op := range t.ops {
+			if op.Kind == book.KindCreation {
+				creationKeys = append(creationKeys, op.Key)
+				continue
+			}
+			if k := (book.MovementKey{WalletID: op.WalletID, Key: op.Key}); !asked[k] {
+				asked[k] = true
+				keyWallets, keys = append(keyWallets, op.WalletID), append(keys, op.Key)
+			}
+			switch {
+			case op.Undoes != nil:
+				undone.add(op.Undoes.WalletID, op.Undoes.Seq)
+				p.Reversals[book.EntryKey{WalletID: op.Undoes.WalletID,
+					Seq: op.Undoes.Seq}] = &book.Reversal{Amount: op.Undoes.Amount.Abs()}
+			case op.OfSeq != 0:
+				held.add(op.WalletID, op.OfSeq)
+			}
 		}
 	}
 	slices.Sort(ids)

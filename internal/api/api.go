@@ -82,9 +82,19 @@ type Reply struct {
 	Body     []byte
 	Replayed bool // the same request was answered before
 	Header   map[string]string
+	// Results, where there are any, are the body: {"results":[{"status":200,"body":{...}},...]}. An error
+	// becomes the problem document that it would be as an answer of its own.
+	Results []Result
 	// Stream, where it is set, writes the body instead: beyond the request's deadline, as long as the client
 	// keeps reading. An error breaks the connection off, so that no part is taken for the whole.
 	Stream func(ctx context.Context, w io.Writer) error
+}
+
+// Result is the outcome of one of several operations of a request.
+type Result struct {
+	Status int // of a success; 0: 200
+	Body   []byte
+	Err    error
 }
 
 // Static is the Handle of a route whose answer is always the same.
@@ -233,6 +243,16 @@ func Client(ctx context.Context) string {
 	return name
 }
 
+type chargeKey struct{}
+
+// Charge takes more of the client's rate than the one request that it was admitted for: as many as it turned
+// out to be. It may leave the client in debt, which its next requests wait for.
+func Charge(ctx context.Context, more int) {
+	if charge, limited := ctx.Value(chargeKey{}).(func(int)); limited && more > 0 {
+		charge(more)
+	}
+}
+
 func requestID(ctx context.Context) string {
 	id, _ := ctx.Value(requestIDKey{}).(string)
 	return id
@@ -286,6 +306,9 @@ func (s *Server) serve(route Route) http.Handler {
 			body, _ = json.Marshal(p)
 		} else {
 			status, body = cmp.Or(route.Status, http.StatusOK), answer.Body
+			if answer.Results != nil {
+				body = s.results(ctx, answer.Results)
+			}
 			if answer.Replayed {
 				h.Set("Idempotent-Replayed", "true")
 			}
@@ -318,6 +341,25 @@ func (s *Server) serve(route Route) http.Handler {
 			panic(http.ErrAbortHandler) // which net/http knows: the client sees that the body has not ended
 		}
 	})
+}
+
+// results is the body that shows the outcomes of a request's operations.
+func (s *Server) results(ctx context.Context, outcomes []Result) []byte {
+	body := []byte(`{"results":[`)
+	for i, one := range outcomes {
+		if i > 0 {
+			body = append(body, ',')
+		}
+		status, text := cmp.Or(one.Status, http.StatusOK), one.Body
+		if one.Err != nil {
+			p := s.problemOf(ctx, one.Err)
+			status = p.Status
+			text, _ = json.Marshal(p)
+		}
+		body = strconv.AppendInt(append(body, `{"status":`...), int64(status), 10)
+		body = append(append(append(body, `,"body":`...), text...), '}')
+	}
+	return append(body, "]}"...)
 }
 
 // stream writes a body of any length. It counts as a request as long as it takes.
@@ -395,6 +437,11 @@ func (s *Server) admitAndHandle(
 			return nil, client, refuse("rate_limited", "This client sends more than %g requests a second. "+
 				"Try again after the time in Retry-After.", s.Limits.Rate())
 		}
+		if route.Doc.Body != nil && route.Doc.Body.List != "" {
+			r = r.WithContext(context.WithValue(r.Context(), chargeKey{}, func(more int) {
+				s.Limits.Charge(client, more, h)
+			}))
+		}
 	}
 	if err != nil {
 		return nil, client, err
@@ -427,6 +474,7 @@ type document struct {
 	Detail    string `json:"detail"`
 	Error     string `json:"error"`
 	RequestID string `json:"request_id"`
+	Operation *int   `json:"operation,omitempty"` // where it is of one of a list in the body: which, from 0
 }
 
 // problemOf turns any error into a document. What is not a refusal is ours: bare outside, whole in the log.
@@ -443,7 +491,12 @@ func (s *Server) problemOf(ctx context.Context, err error) *document {
 	}
 	code, detail := no.Refusal()
 	p := s.problem(code)
-	return &document{"about:blank", p.Title, p.Status, code, detail, detail, requestID(ctx)}
+	d := &document{"about:blank", p.Title, p.Status, code, detail, detail, requestID(ctx), nil}
+	var in *InItem
+	if errors.As(err, &in) {
+		d.Operation = &in.Item
+	}
+	return d
 }
 
 func (s *Server) problem(code string) Problem {

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"mime"
 	"net/http"
@@ -36,11 +37,18 @@ type Shape struct {
 	Fields   []string // strings or numbers, but for these:
 	Flags    []string // true or false
 	Objects  []string // objects, whose text is left to whoever asks for it
+	List     string   // a list of objects of the shape Items, 1 to ItemsMax of them; empty: none is taken
+	Items    *Shape
+	ItemsMax int
 }
 
 // ReadFields reads a body that is one JSON object with no other fields than those of the shape, each at most
 // once. A number stays the text it was: nothing passes through a float.
-func ReadFields(r *http.Request, shape *Shape) (Fields, error) {
+func ReadFields(r *http.Request, shape *Shape) (Fields, error) { return ReadList(r, shape, nil) }
+
+// ReadList reads a body whose shape has a list, and hands over each of its objects in order, numbered from 0;
+// item is used again. What is wrong with one is an *InItem, as is each's error, which ends the reading.
+func ReadList(r *http.Request, shape *Shape, each func(n int, item Fields) error) (Fields, error) {
 	kind := r.Header.Get("Content-Type")
 	if kind != "application/json" { // mostly it is just that
 		kind, _, _ = mime.ParseMediaType(kind)
@@ -57,13 +65,38 @@ func ReadFields(r *http.Request, shape *Shape) (Fields, error) {
 	if err != nil {
 		return nil, refuse("body_malformed", "The body could not be read to its end.")
 	}
-	return parseFields(body, shape)
+	return parseBody(body, shape, each)
 }
+
+func parseBody(body []byte, shape *Shape, each func(n int, item Fields) error) (Fields, error) {
+	found := make(Fields, len(shape.Fields))
+	rest, err := parseFields(body, shape, found, each)
+	if err == nil && len(trimSpace(rest)) > 0 {
+		err = refuse("body_malformed", "Something follows the JSON object. Send one object only.")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+// InItem is an error in one object of a body's list.
+type InItem struct {
+	List string // the list's name
+	Item int    // from 0
+	Err  error
+}
+
+func (e *InItem) Error() string { return fmt.Sprintf("%s[%d]: %v", e.List, e.Item, e.Err) }
+
+// Unwrap is what is wrong with it.
+func (e *InItem) Unwrap() error { return e.Err }
 
 var errBodyMalformed = refuse("body_malformed", "Send one JSON object whose values are strings or numbers.")
 
-func parseFields(body []byte, shape *Shape) (Fields, error) {
-	found := make(Fields, len(shape.Fields))
+// parseFields reads an object off the front of body, and adds its members to found.
+func parseFields(body []byte, shape *Shape, found Fields, each func(n int, item Fields) error) (
+	rest []byte, err error) {
 	rest, ok := bytes.CutPrefix(trimSpace(body), []byte{'{'})
 	if rest = trimSpace(rest); !ok || len(rest) == 0 {
 		return nil, errBodyMalformed
@@ -83,6 +116,15 @@ func parseFields(body []byte, shape *Shape) (Fields, error) {
 		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte{':'}); !ok {
 			return nil, errBodyMalformed
 		}
+		if name.Text == shape.List {
+			if rest, err = parseList(trimSpace(rest), shape, each); err != nil {
+				return nil, err
+			}
+			found[name.Text] = Field{}
+			rest, more = bytes.CutPrefix(trimSpace(rest), []byte{','})
+			rest = trimSpace(rest)
+			continue
+		}
 		parse, kind := parseScalar, "a string or a number"
 		if slices.Contains(shape.Flags, name.Text) {
 			parse, kind = parseFlag, "true or false"
@@ -99,10 +141,35 @@ func parseFields(body []byte, shape *Shape) (Fields, error) {
 	if rest, ok = bytes.CutPrefix(rest, []byte{'}'}); !ok {
 		return nil, errBodyMalformed
 	}
-	if len(trimSpace(rest)) > 0 {
-		return nil, refuse("body_malformed", "Something follows the JSON object. Send one object only.")
+	return rest, nil
+}
+
+// parseList reads a list of objects off the front of text.
+func parseList(text []byte, shape *Shape, each func(n int, item Fields) error) (rest []byte, err error) {
+	rest, ok := bytes.CutPrefix(text, []byte{'['})
+	if !ok {
+		return nil, refuse("body_malformed", "The field %q must be a list of objects.", shape.List)
 	}
-	return found, nil
+	item := make(Fields, len(shape.Items.Fields))
+	for n, more := 0, true; more; n++ {
+		rest = trimSpace(rest)
+		if n == 0 && len(rest) > 0 && rest[0] == ']' || n == shape.ItemsMax {
+			return nil, refuse("body_malformed", "The list %q has 1 to %d objects.", shape.List,
+				shape.ItemsMax)
+		}
+		clear(item)
+		if rest, err = parseFields(rest, shape.Items, item, nil); err == nil {
+			err = each(n, item)
+		}
+		if err != nil {
+			return nil, &InItem{shape.List, n, err}
+		}
+		rest, more = bytes.CutPrefix(trimSpace(rest), []byte{','})
+	}
+	if rest, ok = bytes.CutPrefix(rest, []byte{']'}); !ok {
+		return nil, errBodyMalformed
+	}
+	return rest, nil
 }
 
 // trimSpace cuts what JSON takes for white space off the front.
@@ -191,16 +258,13 @@ func ParseTexts(object string) (names []string, values map[string]string, ok boo
 // Key is a request's idempotency key, from the Idempotency-Key header or the body's idempotency_key; empty
 // where neither has one. check is the service's own rule for a key's text.
 func Key(r *http.Request, body Fields, check func(key string) (string, error)) (string, error) {
-	inBody, given := body["idempotency_key"]
-	if given && !inBody.Quoted {
-		return "", refuse("idempotency_key_malformed", "The \"idempotency_key\" must be a string.")
-	}
 	values := r.Header.Values("Idempotency-Key")
 	if len(values) == 0 {
-		if !given {
-			return "", nil
-		}
-		return check(inBody.Text)
+		return KeyIn(body, check)
+	}
+	inBody, given := body["idempotency_key"]
+	if given && !inBody.Quoted {
+		return "", errKeyNoString
 	}
 	key, err := parseKeyHeader(values[0])
 	if err == nil {
@@ -217,6 +281,20 @@ func Key(r *http.Request, body Fields, check func(key string) (string, error)) (
 	}
 	return key, nil
 }
+
+// KeyIn is the idempotency key that an object has, or empty.
+func KeyIn(fields Fields, check func(key string) (string, error)) (string, error) {
+	key, given := fields["idempotency_key"]
+	switch {
+	case !given:
+		return "", nil
+	case !key.Quoted:
+		return "", errKeyNoString
+	}
+	return check(key.Text)
+}
+
+var errKeyNoString = refuse("idempotency_key_malformed", "The \"idempotency_key\" must be a string.")
 
 // parseKeyHeader reads an Idempotency-Key header: bare, or quoted as a structured-field string (RFC 9651,
 // 3.3.3).

@@ -201,7 +201,8 @@ func (l *ledger) check(t *testing.T) {
 			}
 			if e.Kind == KindTransferIn {
 				out := l.entries[e.CounterpartyID][e.CounterpartySeq-1]
-				if !out.Amount.Equal(e.Amount.Neg()) || out.CounterpartyID != id || out.CounterpartySeq != e.Seq {
+				if !out.Amount.Equal(e.Amount.Neg()) || out.CounterpartyID != id ||
+					out.CounterpartySeq != e.Seq {
 					t.Fatalf("entry %s is not mirrored", EntryID(e.WalletID, e.Seq))
 				}
 			} else if k := (MovementKey{id, e.Key}); keys[k] == 0 {

@@ -68,6 +68,108 @@ func (p *Posting) Settle(op *Operation, former Outcome) {
 	}
 }
 
+// SettleEach decides operations in order, each by itself. What is put off puts off those behind it on its
+// wallets, so that they stay in order.
+func (p *Posting) SettleEach(ops []*Operation) {
+	var parked map[int64]bool
+	for _, op := range ops {
+		former := op.Forget()
+		if parked[op.WalletID] || parked[op.ToID] {
+			op.Err = ErrLocked
+		} else {
+			p.Settle(op, former)
+		}
+		if op.Err == ErrLocked {
+			if parked == nil {
+				parked = make(map[int64]bool)
+			}
+			parked[op.WalletID] = true
+			if op.ToID != 0 {
+				parked[op.ToID] = true
+			}
+		}
+	}
+}
+
+// SettleAll decides operations together, in order, each seeing those before it: all are posted, or none. An
+// error is of operation number at. They are a replay where all their keys are known, and reused keys where
+// only some are.
+func (p *Posting) SettleAll(ops []*Operation) (at int, err error) {
+	unknown, known := -1, 0
+	for i, op := range ops {
+		if _, ok := p.ByKey[MovementKey{op.WalletID, op.Key}]; ok {
+			known++
+		} else if unknown < 0 {
+			unknown = i
+		}
+	}
+	switch {
+	case known > 0 && known < len(ops):
+		return unknown, Refuse("idempotency_key_reused", "This key was used for another batch of "+
+			"operations. Use a new key for a new batch.")
+	case known == 0:
+		for i, op := range ops {
+			if p.busy(op) {
+				return i, ErrLocked
+			}
+		}
+	}
+	first := p.Wallets[ops[0].WalletID]
+	id, undo := EntryID(first.ID, first.Seq+1), p.remember(ops)
+	for i, op := range ops {
+		op.Note.BatchID, op.Note.BatchIndex, op.Note.BatchOf = id, i, len(ops)
+		if p.Settle(op, op.Forget()); op.Err != nil {
+			undo()
+			return i, op.Err
+		}
+	}
+	return 0, nil
+}
+
+// remember returns what undoes whatever deciding these operations, whose keys are unknown, does.
+func (p *Posting) remember(ops []*Operation) (undo func()) {
+	wallets, holds := make(map[int64]Wallet), make(map[EntryKey]Hold)
+	reversals, entries := make(map[EntryKey]Reversal), len(p.Entries)
+	for _, op := range ops {
+		wallets[op.WalletID] = *p.Wallets[op.WalletID]
+		if op.ToID != 0 {
+			wallets[op.ToID] = *p.Wallets[op.ToID]
+		}
+		if op.Undoes != nil {
+			k := EntryKey{op.Undoes.WalletID, op.Undoes.Seq}
+			reversals[k] = *p.Reversals[k]
+		} else if k := (EntryKey{op.WalletID, op.OfSeq}); p.Holds[k] != nil {
+			holds[k] = *p.Holds[k]
+		}
+	}
+	return func() {
+		p.Entries = p.Entries[:entries]
+		for id, w := range wallets {
+			*p.Wallets[id] = w
+		}
+		for k, h := range holds {
+			*p.Holds[k] = h
+		}
+		for k, r := range reversals {
+			*p.Reversals[k] = r
+		}
+		for _, op := range ops {
+			if op.Kind == KindHold && op.Posted.Seq != 0 && !op.Replayed {
+				delete(p.Holds, EntryKey{op.Posted.WalletID, op.Posted.Seq})
+			}
+			if op.Posted.Seq != 0 && !op.Replayed {
+				delete(p.ByKey, MovementKey{op.WalletID, op.Key})
+			}
+			op.Posted = Posted{}
+		}
+	}
+}
+
+// busy says whether somebody else holds the lock of one of the operation's wallets.
+func (p *Posting) busy(op *Operation) bool {
+	return p.Wallets[op.WalletID].Busy || op.ToID != 0 && p.Wallets[op.ToID].Busy
+}
+
 // Outcome is what a try of a batch came to for one operation.
 type Outcome struct {
 	posted  Posted
@@ -106,7 +208,7 @@ func (p *Posting) Decide(op *Operation) error {
 		op.Posted, op.Replayed = *before, true
 		return nil
 	}
-	if p.Wallets[op.WalletID].Busy || op.ToID != 0 && p.Wallets[op.ToID].Busy {
+	if p.busy(op) {
 		return ErrLocked
 	}
 	if err := op.Decide(p, op); err != nil {
@@ -121,7 +223,7 @@ func (p *Posting) Decide(op *Operation) error {
 func (m *Posted) answers(op *Operation) bool {
 	d, amount := m.Says(), m.Amount.Abs()
 	asked := op.Note
-	asked.Client, asked.ExpiresAt = d.Note.Client, d.Note.ExpiresAt
+	asked.Client, asked.ExpiresAt, asked.BatchID = d.Note.Client, d.Note.ExpiresAt, d.Note.BatchID
 	if m.Kind == KindHold {
 		amount = d.HeldChange
 		if !op.AnyExpiry && !m.CreatedAt.Add(op.ExpiresIn).Equal(d.Note.ExpiresAt) {
@@ -239,10 +341,11 @@ func (p *Posting) transfer(op *Operation, from, to *Wallet, currency string, amo
 		Traceparent: op.Traceparent}
 	second := Entry{WalletID: to.ID, CounterpartyID: from.ID, CounterpartySeq: from.Seq + 1,
 		Kind: KindTransferIn, Currency: currency, Amount: amount, Key: op.Key, Traceparent: op.Traceparent}
-	if payee != nil || op.Note.Reference != "" || op.Note.Metadata != "" {
+	said := Note{Reference: op.Note.Reference, Metadata: op.Note.Metadata, BatchID: op.Note.BatchID,
+		BatchIndex: op.Note.BatchIndex, BatchOf: op.Note.BatchOf}
+	if payee != nil || said != (Note{}) {
 		second.More = cmp.Or(payee, new(Details))
-		second.More.Note = Note{Reference: op.Note.Reference, Metadata: op.Note.Metadata}
-		second.More.NoteText = second.More.Note.json()
+		second.More.Note, second.More.NoteText = said, said.json()
 	}
 	p.append(from, &first, at)
 	p.append(to, &second, at)

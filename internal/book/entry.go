@@ -116,6 +116,10 @@ type Note struct {
 	Reference string
 	Metadata  string // a JSON object of strings, its members in order
 	Client    string // the API key's name; in a transaction's initiating entry only
+
+	// Of what was posted together with others: the first one's transaction, its place from 0, and how many.
+	BatchID             string
+	BatchIndex, BatchOf int
 }
 
 // json is the note as an object, or empty where it says nothing.
@@ -154,6 +158,12 @@ func (n *Note) json() string {
 		member("metadata")
 		dst = append(dst, n.Metadata...)
 	}
+	if n.BatchOf != 0 {
+		member("batch")
+		dst = append(append(append(dst, `{"id":"`...), n.BatchID...), `","index":`...)
+		dst = append(strconv.AppendInt(dst, int64(n.BatchIndex), 10), `,"of":`...)
+		dst = append(strconv.AppendInt(dst, int64(n.BatchOf), 10), '}')
+	}
 	text("client", n.Client)
 	dst[0] = '{'
 	return string(append(dst, '}'))
@@ -174,12 +184,17 @@ func ParseNote(text string) (n Note, err error) {
 		Partial   bool            `json:"partial"`
 		Reference string          `json:"reference"`
 		Metadata  json.RawMessage `json:"metadata"`
-		Client    string          `json:"client"`
+		Batch     struct {
+			ID    string `json:"id"`
+			Index int    `json:"index"`
+			Of    int    `json:"of"`
+		} `json:"batch"`
+		Client string `json:"client"`
 	}
 	if err := json.Unmarshal([]byte(text), &members); err != nil {
 		return n, fmt.Errorf("note of an entry: %w", err)
 	}
 	m := &members
 	return Note{m.ToID, m.ExpiresAt, m.Reason, m.State, m.Text, m.All, m.Partial, m.Reference,
-		string(m.Metadata), m.Client}, nil
+		string(m.Metadata), m.Client, m.Batch.ID, m.Batch.Index, m.Batch.Of}, nil
 }

@@ -215,6 +215,17 @@ func (l *Limiter) Rate() float64 { return l.rate }
 // Take takes a token, or says how long until there is one. The headers are those of
 // draft-ietf-httpapi-ratelimit-headers-10.
 func (l *Limiter) Take(client string, h http.Header) (wait time.Duration) {
+	return l.spend(client, 1, 1, h)
+}
+
+// Charge takes so many tokens more, of a request that was let in. There need not be that many: the client is
+// in debt then, until time has paid it.
+func (l *Limiter) Charge(client string, tokens int, h http.Header) {
+	l.spend(client, float64(tokens), math.Inf(-1), h)
+}
+
+// spend takes tokens where there are at least so many, or says how long until there are.
+func (l *Limiter) spend(client string, tokens, least float64, h http.Header) (wait time.Duration) {
 	now := time.Now()
 	l.mu.Lock()
 	b := l.clients[client]
@@ -237,15 +248,16 @@ func (l *Limiter) Take(client string, h http.Header) (wait time.Duration) {
 	}
 	b.tokens = min(l.burst, b.tokens+now.Sub(b.at).Seconds()*l.rate)
 	b.at = now
-	if b.tokens >= 1 {
-		b.tokens--
+	if b.tokens >= least {
+		b.tokens -= tokens
 	} else {
-		wait = time.Duration((1 - b.tokens) / l.rate * float64(time.Second))
+		wait = time.Duration((least - b.tokens) / l.rate * float64(time.Second))
 	}
-	left := b.tokens
+	left := max(b.tokens, 0)
+	full := l.burst - b.tokens
 	l.mu.Unlock()
 	h.Set("RateLimit-Policy", fmt.Sprintf(`"default";q=%g;w=%g`, l.burst, math.Ceil(l.burst/l.rate)))
-	h.Set("RateLimit", fmt.Sprintf(`"default";r=%d;t=%d`, int(left), int(math.Ceil((l.burst-left)/l.rate))))
+	h.Set("RateLimit", fmt.Sprintf(`"default";r=%d;t=%d`, int(left), int(math.Ceil(full/l.rate))))
 	return wait
 }
 

@@ -71,6 +71,9 @@ func (g *Gatherer[T]) Reserve(size int) bool {
 	return true
 }
 
+// Renew reserves for what a batch has had and left undone, whether there is room or not.
+func (g *Gatherer[T]) Renew(size int) { g.waiting.Add(int64(size)) }
+
 // Release gives back what was reserved and is not queued.
 func (g *Gatherer[T]) Release(size int) { g.waiting.Add(-int64(size)) }
 
