@@ -456,7 +456,7 @@ func (s *server) routes() []api.Route {
 				ID: "WalletID", Query: byKeyQuery, Required: byKeyQuery, Answer: "Transactions",
 				Refusals: "wallet_id_malformed"}},
 		{Method: "GET", Path: "/v1/holds/{hold_id}", Scope: gate.Read, Handle: s.getHold,
-			Doc: api.Doc{Summary: "Read a hold", ID: "TransactionID", Answer: "Hold",
+			Doc: api.Doc{Summary: "Read a hold", ID: "HoldID", Answer: "Hold",
 				Refusals: "hold_id_malformed hold_not_found"}},
 		{Method: "GET", Path: "/v1/transactions", Scope: gate.Read, Handle: s.getByReference,
 			Doc: api.Doc{Summary: "Find transactions by their reference, a page at a time",

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -906,6 +907,41 @@ func TestReadmeTables(t *testing.T) {
 		if !strings.Contains(listed, "`"+r.Method+" "+r.Path+"`") {
 			t.Errorf("docs/api.md does not list %s %s", r.Method, r.Path)
 		}
+	}
+}
+
+// TestEventSchema: the schema of events has just the members that entries have in the API, said alike. That
+// events are as it says, dev/clients sees.
+func TestEventSchema(t *testing.T) {
+	type schema struct {
+		Required             []string
+		AdditionalProperties bool
+		Properties           map[string]any
+	}
+	var c struct {
+		Components struct{ Schemas map[string]schema }
+	}
+	s := &server{Server: api.New(api.Config{Problems: problems})}
+	decodeJSON(t, string(s.OpenAPI(s.routes(), apiContract)), &c)
+	want := c.Components.Schemas["Entry"]
+	other := c.Components.Schemas["Counterparty"]
+	var is schema
+	decodeJSON(t, readPage(t, "docs/event.schema.json"), &is)
+	for name, property := range want.Properties {
+		if name == "counterparty" {
+			leg := is.Properties[name].(map[string]any)
+			property, is.Properties[name] = any(other.Properties), leg["properties"]
+		}
+		if !reflect.DeepEqual(is.Properties[name], property) {
+			t.Errorf("docs/event.schema.json says of %s: %v, the API %v", name, is.Properties[name], property)
+		}
+		delete(is.Properties, name)
+	}
+	for name := range is.Properties {
+		t.Errorf("docs/event.schema.json has %s, which no entry has", name)
+	}
+	if !slices.Equal(is.Required, want.Required) || is.AdditionalProperties || want.AdditionalProperties {
+		t.Errorf("docs/event.schema.json requires %v, the API %v", is.Required, want.Required)
 	}
 }
 

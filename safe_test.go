@@ -294,7 +294,11 @@ func TestDashboardAndAlerts(t *testing.T) {
 type contract struct {
 	OpenAPI    string
 	Paths      map[string]map[string]operationDoc
-	Components struct{ Schemas map[string]any }
+	Components struct {
+		Schemas   map[string]any
+		Responses map[string]responseDoc
+		Headers   map[string]headerDoc
+	}
 
 	shown map[uintptr]bool // the schemas of members that a value had
 }
@@ -302,15 +306,56 @@ type contract struct {
 // operationDoc is what the document says of an operation.
 type operationDoc struct {
 	Parameters []struct {
-		Name, In string
-		Required bool
-		Schema   any
+		Name, In, Description string
+		Required              bool
+		Schema, Example       any
 	}
 	RequestBody struct{ Content contents }
-	Responses   map[string]struct {
-		Description string
-		Content     contents
+	Responses   map[string]responseDoc
+}
+
+// responseDoc is an answer, or a reference to one of the components with a description of its own.
+type responseDoc struct {
+	Ref         string `json:"$ref"`
+	Description string
+	Content     contents
+	Headers     map[string]struct {
+		Ref string `json:"$ref"`
 	}
+}
+
+type headerDoc struct {
+	Required bool
+	Schema   any
+	Example  any
+}
+
+// readContract reads a document, with what its operations refer to in its place.
+func readContract(t *testing.T, document string) (c contract) {
+	t.Helper()
+	decodeJSON(t, document, &c)
+	for path, operations := range c.Paths {
+		for method, o := range operations {
+			for status, response := range o.Responses {
+				if response.Ref == "" {
+					continue
+				}
+				name := strings.TrimPrefix(response.Ref, "#/components/responses/")
+				is, known := c.Components.Responses[name]
+				if !known {
+					t.Errorf("%s %s: %s leads nowhere", method, path, response.Ref)
+				}
+				is.Description = response.Description
+				o.Responses[status] = is
+			}
+			for _, body := range o.RequestBody.Content {
+				name, _ := body.Schema["$ref"].(string)
+				whole, _ := c.Components.Schemas[strings.TrimPrefix(name, "#/components/schemas/")]
+				maps.Copy(body.Schema, whole.(map[string]any))
+			}
+		}
+	}
+	return c
 }
 
 type contents map[string]struct{ Schema map[string]any } // by media type
@@ -423,6 +468,14 @@ func (c *contract) demands(s map[string]any, keyword string, wants, value any) e
 				return fmt.Errorf("%d: %w", i, err)
 			}
 		}
+	case "dependentRequired":
+		for name, others := range wants.(map[string]any) {
+			if _, there := members[name]; there {
+				if err := c.demands(s, "required", others, value); err != nil {
+					return err
+				}
+			}
+		}
 	case "required":
 		for _, name := range asList(wants) {
 			if _, there := members[name.(string)]; isObject && !there {
@@ -475,24 +528,58 @@ func schemas(schema any, visit func(map[string]any)) {
 }
 
 // TestSchemas: every keyword in the document is one that TestContract checks, each example and default is as
-// its schema says, and no schema is there for nothing.
+// its schema says, everything has a description and an example, and no schema is there for nothing. Whether
+// a key is asked for is as it is.
 func TestSchemas(t *testing.T) {
-	s := &server{Server: api.New(api.Config{Problems: problems})}
-	var c contract
-	decodeJSON(t, string(s.OpenAPI(s.routes(), apiContract)), &c)
+	documented := func(keys string) string {
+		keyring, err := gate.NewKeyring(keys, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &server{Server: api.New(api.Config{Problems: problems, Keys: keyring})}
+		return string(s.OpenAPI(s.routes(), apiContract))
+	}
+	if open := documented(""); strings.Contains(open, "bearer") || strings.Contains(open, `"key": []`) {
+		t.Error("the document of a service without keys asks for one")
+	}
+	document := documented(hashed("a", "read", "k"))
+	asks := strings.Count(document, `"key": []`)
+	if asks != 1 || strings.Count(document, `"security": []`) != len(openRoutes) {
+		t.Error("the document of a service with keys does not ask for one, except on its open routes")
+	}
+	c := readContract(t, document)
+	operations := make(map[string]bool)
 	var all []any
 	unused := maps.Clone(c.Components.Schemas)
 	for _, schema := range c.Components.Schemas {
 		all = append(all, schema)
 	}
-	for _, operations := range c.Paths {
-		for _, o := range operations {
+	for name, header := range c.Components.Headers {
+		if err := c.conforms(header.Schema, header.Example); err != nil {
+			t.Errorf("example of %s: %v", name, err)
+		}
+	}
+	for path, methods := range c.Paths {
+		for method, o := range methods {
+			operations[strings.ToUpper(method)+" "+path] = true
 			for _, parameter := range o.Parameters {
+				if parameter.Description == "" {
+					t.Errorf("%s has no description", parameter.Name)
+				}
+				if err := c.conforms(parameter.Schema, parameter.Example); err != nil {
+					t.Errorf("example of %s: %v", parameter.Name, err)
+				}
 				all = append(all, parameter.Schema)
 			}
 			bodies := []contents{o.RequestBody.Content}
 			for _, response := range o.Responses {
 				bodies = append(bodies, response.Content)
+				for name, header := range response.Headers {
+					_, known := c.Components.Headers[name]
+					if !known || header.Ref != "#/components/headers/"+name {
+						t.Errorf("%s: %s leads nowhere", name, header.Ref)
+					}
+				}
 			}
 			for _, body := range bodies {
 				for _, form := range body {
@@ -527,7 +614,20 @@ func TestSchemas(t *testing.T) {
 			if ref, ok := s["$ref"].(string); ok {
 				delete(unused, strings.TrimPrefix(ref, "#/components/schemas/"))
 			}
+			properties, _ := s["properties"].(map[string]any)
+			for name, property := range properties {
+				p := property.(map[string]any)
+				nested := p["$ref"] != nil || p["items"] != nil // says so itself
+				if !nested && (p["description"] == nil || p["examples"] == nil) {
+					t.Errorf("%s of %v has no description or no example", name, s["description"])
+				}
+			}
 		})
+	}
+	for route := range apiContract.Operations {
+		if !operations[route] {
+			t.Errorf("docs/schemas.json describes %s, which is no route", route)
+		}
 	}
 	for name := range unused {
 		t.Errorf("nothing refers to the schema %s", name)
@@ -551,7 +651,8 @@ func TestConforms(t *testing.T) {
 		{`{"format":"date-time"}`, `"2026-01-02T03:04:05Z"`, `"yesterday"`},
 		{`{"format":"int64"}`, `9223372036854775807`, `9223372036854775808`},
 		{`{"minLength":1}`, `"é"`, `""`}, {`{"maxLength":1}`, `"é"`, `"ab"`}, {`{"minimum":1}`, `1`, `0`},
-		{`{"maximum":9}`, `9`, `10`}, {`{"maxProperties":1}`, `{"a":1}`, `{"a":1,"b":2}`},
+		{`{"dependentRequired":{"a":["b"]}}`, `{"a":1,"b":2}`, `{"a":1}`}, {`{"maximum":9}`, `9`, `10`},
+		{`{"maxProperties":1}`, `{"a":1}`, `{"a":1,"b":2}`},
 		{`{"items":{"type":"string"}}`, `["a"]`, `["a",1]`}, {`{"required":["a"]}`, `{"a":1}`, `{"b":1}`},
 		{`{"properties":{"a":{"type":"string"}}}`, `{"a":"1","b":2}`, `{"a":1}`},
 		{`{"properties":{"a":true},"additionalProperties":false}`, `{"a":1}`, `{"a":1,"b":2}`},
@@ -591,8 +692,9 @@ func newContractCheck(t *testing.T) *contractCheck {
 	t.Helper()
 	keys := hashed("all", "read+write+operate", "key") + "," + hashed("operator", "operate", "operator-key") +
 		"," + hashed("clerk", "read+write", "clerk-key")
-	h := &contractCheck{service: start(t, testEnv(t, "API_KEYS="+keys)), unseen: make(map[string]bool)}
-	decodeJSON(t, h.service.get("/openapi.json").body, &h.contract)
+	h := &contractCheck{service: start(t, testEnv(t, "API_KEYS="+keys, "RATE_LIMIT=1000000",
+		"RATE_BURST=1000000")), unseen: make(map[string]bool)}
+	h.contract = readContract(t, h.service.get("/openapi.json").body)
 	h.contract.shown = make(map[uintptr]bool)
 	for path, operations := range h.contract.Paths {
 		for method, operation := range operations {
@@ -603,6 +705,9 @@ func newContractCheck(t *testing.T) *contractCheck {
 				}
 				for _, part := range parts {
 					h.unseen[method+" "+path+" "+status+" "+part] = true
+				}
+				for name := range response.Headers {
+					h.unseen[status[:1]+"xx with "+name] = true
 				}
 			}
 		}
@@ -650,13 +755,39 @@ func (h *contractCheck) check(t *testing.T, method, target string, a answer) {
 		said = a.code()
 	}
 	delete(h.unseen, fmt.Sprintf("%s %s %d %s", strings.ToLower(method), path, a.status, said))
-	schema := operation.Responses[strconv.Itoa(a.status)].Content[kind].Schema
-	if schema == nil {
+	response := operation.Responses[strconv.Itoa(a.status)]
+	if schema := response.Content[kind].Schema; schema == nil {
 		t.Errorf("%s %s: %s is not documented", method, target, a)
 	} else if err := h.contract.conforms(schema, value); err != nil {
 		t.Errorf("%s %s: %s: %v", method, target, a, err)
 	}
+	documented := make(map[string]bool)
+	for name := range response.Headers {
+		documented[http.CanonicalHeaderKey(name)] = true
+		is, header := a.header.Get(name), h.contract.Components.Headers[name]
+		var value any = is
+		if _, err := strconv.Atoi(is); err == nil {
+			value = json.Number(is)
+		}
+		if is != "" {
+			delete(h.unseen, strconv.Itoa(a.status/100)+"xx with "+name)
+			if err := h.contract.conforms(header.Schema, value); err != nil {
+				t.Errorf("%s %s: %s: %v", method, target, name, err)
+			}
+		} else if header.Required {
+			t.Errorf("%s %s: %s has no %s, which is documented as required", method, target, a, name)
+		}
+	}
+	for name := range a.header {
+		if !documented[name] && !slices.Contains(headersOfTheWeb, name) {
+			t.Errorf("%s %s: the header %s is not documented", method, target, name)
+		}
+	}
 }
+
+// headersOfTheWeb need no word of ours.
+var headersOfTheWeb = []string{"Cache-Control", "Connection", "Content-Disposition", "Content-Length",
+	"Content-Type", "Date", "Trailer", "X-Content-Type-Options"}
 
 func (h *contractCheck) get(t *testing.T, target string, headers ...string) answer {
 	t.Helper()
@@ -840,6 +971,7 @@ func TestContract(t *testing.T) {
 				h.post(t, target, body(target, "currency", `"usd"`))
 				h.post(t, target, body(target, "currency", `"QQQ"`))
 				if target != creations {
+					h.post(t, target, body(target, "currency", `"USD"`, "idempotency_key", `"`+target+`"`))
 					h.post(t, target, body(target, "currency", `"EUR"`))
 				}
 			}
@@ -890,9 +1022,10 @@ func TestContract(t *testing.T) {
 			h.post(t, states, body(states), "Authorization", "Bearer clerk-key")
 		}},
 		{"too many requests of one client", func(t *testing.T) {
+			limits := h.service.api.Limits
 			h.service.api.Limits = gate.NewLimiter(0.001, 0)
 			h.everywhere(t)
-			h.service.api.Limits = nil
+			h.service.api.Limits = limits
 		}},
 		{"too many requests at once", func(t *testing.T) {
 			h.service.api.RequestsMax = 0

@@ -137,7 +137,7 @@ var (
 			return err
 		}, nil}
 
-	ofHold = subject{"TransactionID", "hold_id", "hold_id_malformed",
+	ofHold = subject{"HoldID", "hold_id", "hold_id_malformed",
 		func(op *book.Operation, text string) (err error) {
 			op.WalletID, op.OfSeq, err = book.ParseEntryID(text, book.ErrHoldID)
 			return err

@@ -40,6 +40,16 @@ const (
 
 var scopeNames = map[string]Scope{"read": Read, "write": Write, "operate": Operate}
 
+// String names a scope of one bit.
+func (s Scope) String() string {
+	for name, scope := range scopeNames {
+		if scope == s {
+			return name
+		}
+	}
+	return fmt.Sprintf("Scope(%d)", uint8(s))
+}
+
 // apiKey is one client's key. We keep only its SHA-256: a key is 26 random characters (MakeKey), so no
 // dictionary finds it.
 type apiKey struct {
