@@ -1046,13 +1046,13 @@ func BenchmarkBatches(b *testing.B) {
 				batch := make([]*task, size)
 				for i := range batch {
 					from, to := pick(dice)
-					batch[i] = newTask(context.Background(), &book.Operation{Kind: book.KindTransferOut,
-						Decide: book.DecideTransfer, WalletID: from, ToID: to, Amount: cent,
+					batch[i] = newTask(context.Background(), false, &book.Operation{
+						Kind: book.KindTransferOut, Decide: book.DecideTransfer, WalletID: from, ToID: to, Amount: cent,
 						Key: run + "-" + strconv.Itoa(n*size+i)})
 				}
 				l.post(batch, make(map[int64]cachedBalance))
-				if batch[0].Err != nil {
-					b.Fatal(batch[0].Err)
+				if batch[0].ops[0].Err != nil {
+					b.Fatal(batch[0].ops[0].Err)
 				}
 			}
 			for b.Loop() {

@@ -43,6 +43,7 @@ import (
 	"wallet/internal/book"
 	"wallet/internal/export"
 	"wallet/internal/gate"
+	"wallet/internal/gather"
 )
 
 func hashed(name, scopes, key string) string {
@@ -454,6 +455,10 @@ func (c *contract) demands(s map[string]any, keyword string, wants, value any) e
 		if isText {
 			return bound(decimal.NewFromInt(int64(utf8.RuneCountInString(text))))
 		}
+	case "minItems", "maxItems":
+		if list, isList := value.([]any); isList {
+			return bound(decimal.NewFromInt(int64(len(list))))
+		}
 	case "maxProperties":
 		if isObject {
 			return bound(decimal.NewFromInt(int64(len(members))))
@@ -653,6 +658,7 @@ func TestConforms(t *testing.T) {
 		{`{"minLength":1}`, `"é"`, `""`}, {`{"maxLength":1}`, `"é"`, `"ab"`}, {`{"minimum":1}`, `1`, `0`},
 		{`{"dependentRequired":{"a":["b"]}}`, `{"a":1,"b":2}`, `{"a":1}`}, {`{"maximum":9}`, `9`, `10`},
 		{`{"maxProperties":1}`, `{"a":1}`, `{"a":1,"b":2}`},
+		{`{"minItems":1}`, `["a"]`, `[]`}, {`{"maxItems":1}`, `["a"]`, `["a","b"]`},
 		{`{"items":{"type":"string"}}`, `["a"]`, `["a",1]`}, {`{"required":["a"]}`, `{"a":1}`, `{"b":1}`},
 		{`{"properties":{"a":{"type":"string"}}}`, `{"a":"1","b":2}`, `{"a":1}`},
 		{`{"properties":{"a":true},"additionalProperties":false}`, `{"a":1}`, `{"a":1,"b":2}`},
@@ -1621,6 +1627,15 @@ var requestSeeds = []struct{ method, path, query, key, contentType, trace, body 
 	{"GET", "/v1/transactions/1-1", "", "", "", "", ""},
 	{"HEAD", "/v1/wallets/1/statement", "", "", "", "", ""},
 	{"GET", "/openapi.json", "", "", "", "", ""},
+	{"POST", "/v1/batches", "", "", "application/json", "", `{"idempotency_key":"b","operations":[` +
+		`{"op":"transfer","wallet_id":1,"to_id":2,"amount":"1.5","currency":"USD","reference":"r"},` +
+		`{"op":"hold","wallet_id":1,"amount":"1","expires_in":"1m","metadata":{"a":"b"}},` +
+		`{"op":"capture","hold_id":"1-2","to_id":3,"final":false}]}`},
+	{"POST", "/v1/batches", "", "", "application/json", "", `{"atomic":false,"operations":[` +
+		`{"op":"deposit","wallet_id":1,"amount":"1","idempotency_key":"a"},` +
+		`{"op":"withdraw","wallet_id":1,"amount":"all","idempotency_key":"b"},` +
+		`{"op":"void","hold_id":"1-2","idempotency_key":"c"},{"op":"x"},` +
+		`{"op":"reverse","transaction_id":"1-1","idempotency_key":"d"}]}`},
 	{"GET", "/healthz", "", "", "", "", ""},
 	{"GET", "/readyz", "", "", "", "", ""},
 	{"PUT", "/v1/wallets/1%2f2", "x=%zz", "", "", "", ""},
@@ -1639,7 +1654,12 @@ func TestRequestSeeds(t *testing.T) {
 			r := httptest.NewRequest(seed.method, seed.path+"?"+seed.query, strings.NewReader(seed.body))
 			r.Header.Set("Content-Type", seed.contentType)
 			if route.Doc.Body != nil {
-				fields, err := api.ReadFields(r, route.Doc.Body)
+				fields, err := api.ReadList(r, route.Doc.Body, func(_ int, item api.Fields) error {
+					for name := range item {
+						said[name] = true
+					}
+					return nil
+				})
 				if err != nil {
 					t.Errorf("%s %s: %v", seed.path, seed.body, err)
 				}
@@ -1685,20 +1705,29 @@ func FuzzRequest(f *testing.F) {
 		f.Fatal(err)
 	}
 	l := newLedger(cfg.ledgerConfig, reads, nil, nil)
-	go func() { // what reaches the ledger is well-formed, and refused
-		for op := range l.queue.Queue {
-			named := op.Note.All || op.Kind == book.KindState || op.Kind == book.KindRelease ||
-				op.Amount.IsPositive()
-			if op.WalletID < 1 || op.Kind != book.KindCreation &&
-				(!named || op.Key == "" || len(op.Key) > book.KeyLenMax) || op.ToID < 0 ||
-				op.ToID == op.WalletID || len(op.Note.Reference) > noteBytesMax ||
-				len(op.Note.Metadata) > metadataBytesMax {
-				panic(fmt.Sprintf("in the queue: %+v", op))
+	// What reaches the ledger is well-formed, and refused.
+	wellFormed := func(op *book.Operation) bool {
+		named := op.Note.All || op.Kind == book.KindState || op.Kind == book.KindRelease ||
+			op.Amount.IsPositive()
+		return op.WalletID > 0 && (op.Kind == book.KindCreation ||
+			named && op.Key != "" && len(op.Key) <= book.KeyLenMax) && op.ToID >= 0 &&
+			op.ToID != op.WalletID && len(op.Note.Reference) <= noteBytesMax &&
+			len(op.Note.Metadata) <= metadataBytesMax
+	}
+	l.queue = gather.New(gather.Bounds{Queue: 2000, Workers: 1, Batch: 1, Large: 1},
+		func(batch []*task, release func()) {
+			release()
+			for _, t := range batch {
+				for _, op := range t.ops {
+					if !wellFormed(op) {
+						panic(fmt.Sprintf("in the queue: %+v", op))
+					}
+				}
+				t.fail(book.Refuse("balance_limit", "refused by the test"))
+				close(t.done)
 			}
-			op.Err = book.Refuse("balance_limit", "refused by the test")
-			close(op.done)
-		}
-	}()
+		}, l.drop)
+	go l.run(context.Background())
 	keys := &gate.Keyring{}
 	keys.Load()
 	s := newServer(cfg, l, nil, keys)

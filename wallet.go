@@ -86,8 +86,8 @@ type subject struct {
 
 // movements is what money may do.
 var movements = []movementKind{
-	{op: "deposit", path: "/v1/wallets/{id}/deposit", scope: gate.Write, summary: "Deposit; creates the wallet if need be",
-		of: &ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
+	{op: "deposit", path: "/v1/wallets/{id}/deposit", scope: gate.Write,
+		summary: "Deposit; creates the wallet if need be", of: &ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
 		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
 	{op: "withdraw", path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: &ofWallet,
@@ -115,8 +115,8 @@ var movements = []movementKind{
 		body: bodyOf("amount to_id final reference metadata"), answer: "Capture",
 		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
 			"balance_limit wallet_frozen wallet_closed"},
-	{op: "void", path: "/v1/holds/{hold_id}/void", scope: gate.Write, summary: "Void a hold: release what remains of it",
-		of: &ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
+	{op: "void", path: "/v1/holds/{hold_id}/void", scope: gate.Write,
+		summary: "Void a hold: release what remains of it", of: &ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
 		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
 	{op: "reverse", path: "/v1/transactions/{id}/reverse", scope: gate.Write,
 		summary: "Reverse a transaction, or a part of it: post the opposite movement",
@@ -152,7 +152,9 @@ var (
 
 // findPayees finds who is paid by captures that do not say so.
 func findPayees(ctx context.Context, l *ledger, ops []*book.Operation) error {
-	ops = slices.DeleteFunc(ops, func(op *book.Operation) bool { return op.Kind != book.KindWithdrawal })
+	ops = slices.DeleteFunc(slices.Clone(ops), func(op *book.Operation) bool {
+		return op.Kind != book.KindWithdrawal // a void, or a capture that says it: the batch will see
+	})
 	payees, err := l.payees(ctx, ofWhat(ops))
 	if err != nil {
 		return err
@@ -416,8 +418,8 @@ func (l *ledger) readItem(r *http.Request, item api.Fields) (*movementKind, *boo
 	op.Err = func() error {
 		for field := range item {
 			if field != "op" && field != m.of.field && !slices.Contains(m.body.Fields, field) {
-				return book.Refuse("field_unknown", "The op %q has no field %q. It takes %s, %s.", m.op, field,
-					m.of.field, strings.Join(m.body.Fields, ", "))
+				return book.Refuse("field_unknown", "The op %q has no field %q. It takes %s, %s.",
+					m.op, field, m.of.field, strings.Join(m.body.Fields, ", "))
 			}
 		}
 		id, given := item[m.of.field]

@@ -408,7 +408,7 @@ func TestFullQueueIsRefused(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
 	go l.do(ctx, &book.Operation{})
-	eventually(t, time.Second, "queued", func() bool { return len(l.queue.Queue) == 1 })
+	eventually(t, time.Second, "queued", func() bool { return l.queue.Waiting() == 1 })
 	if err := l.do(ctx, &book.Operation{}); !errors.Is(err, errOverloaded) {
 		t.Errorf("%v, want errOverloaded", err)
 	}

@@ -314,6 +314,8 @@ func (s *Server) problemSchema() Object {
 			"detail":     text("A sentence that says what to do.", detail),
 			"error":      text("The detail again, for older clients.", detail),
 			"request_id": text("It leads to the request in the log: X-Request-Id.", requestIDExample),
+			"operation": Object{"type": "integer", "minimum": 0, "examples": []int{1},
+				"description": "Where the problem is one of a batch's operations: which, from 0."},
 		},
 	}
 }

@@ -158,7 +158,7 @@ func parseList(text []byte, shape *Shape, each func(n int, item Fields) error) (
 				shape.ItemsMax)
 		}
 		clear(item)
-		if rest, err = parseFields(rest, shape.Items, item, nil); err == nil {
+		if rest, err = parseFields(rest, shape.Items, item, nil); err == nil && each != nil {
 			err = each(n, item)
 		}
 		if err != nil {

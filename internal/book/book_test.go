@@ -1,11 +1,13 @@
 package book
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,12 +26,13 @@ type ledger struct {
 	entries   map[int64][]Entry
 	now       time.Time
 	asked     []Operation
+	bound     [][]Operation
 }
 
 func newLedger() *ledger {
 	return &ledger{make(map[int64]Wallet), make(map[MovementKey]Posted), make(map[string]Wallet),
 		make(map[EntryKey]Hold), make(map[EntryKey]decimal.Decimal), make(map[int64][]Entry),
-		time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), nil}
+		time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), nil, nil}
 }
 
 // begin reads what a batch of these operations may touch.
@@ -138,11 +141,59 @@ func (l *ledger) anyOperation(dice *rand.Rand, n int) *Operation {
 	return op
 }
 
+// bind makes operations that stand or fall together; often they are those of a former time.
+func (l *ledger) bind(ops []*Operation, dice *rand.Rand) []*Operation {
+	const key = "g%d#%d"
+	ops = ops[:1+dice.IntN(min(len(ops), 4))]
+	if again := len(l.bound) - 1 - dice.IntN(20); again >= 0 && dice.IntN(4) == 0 {
+		former := l.bound[again]
+		for i := range ops {
+			op := former[min(i, len(former)-1)] // not always as many
+			ops[i] = &op
+		}
+		return ops
+	}
+	var group []Operation
+	for i, op := range ops {
+		if op.Kind == KindState || op.Note.Reason == ReasonExpiry { // which are never together with others
+			*op = Operation{Kind: KindDeposit, Decide: DecideDeposit, WalletID: op.WalletID, Amount: one}
+		}
+		op.Key = fmt.Sprintf(key, len(l.bound), i)
+		group = append(group, *op)
+	}
+	l.bound = append(l.bound, group)
+	return ops
+}
+
+var one, _ = money.Parse("1")
+
+// picture is everything that deciding may change.
+func picture(p *Posting) string {
+	var b strings.Builder
+	for _, id := range slices.Sorted(maps.Keys(p.Wallets)) {
+		fmt.Fprintf(&b, "%+v\n", *p.Wallets[id])
+	}
+	fmt.Fprintf(&b, "%d entries, %d keys, %d holds\n", len(p.Entries), len(p.ByKey), len(p.Holds))
+	holds := slices.Collect(maps.Values(p.Holds))
+	slices.SortFunc(holds, func(a, b *Hold) int {
+		return cmp.Or(cmp.Compare(a.WalletID, b.WalletID), cmp.Compare(a.Seq, b.Seq))
+	})
+	for _, h := range holds {
+		fmt.Fprintf(&b, "%+v\n", *h)
+	}
+	var undone decimal.Decimal
+	for _, r := range p.Reversals {
+		undone = undone.Add(r.Reversed)
+	}
+	fmt.Fprintf(&b, "%d reversals of %s\n", len(p.Reversals), undone)
+	return b.String()
+}
+
 // TestAnyOperations: whatever is asked for, in batches of any size, each wallet's entries follow from each
 // other, money comes from deposits only and goes by withdrawals only, holds and heads are what the entries
 // say, a key posts once, and what is refused leaves nothing.
 func TestAnyOperations(t *testing.T) {
-	accepted, refused, replayed := make(map[string]int), make(map[string]int), 0
+	accepted, refused, replayed, again := make(map[string]int), make(map[string]int), 0, 0
 	for seed := range uint64(20) {
 		dice, l := rand.New(rand.NewPCG(seed, 1)), newLedger()
 		for n := 0; n < 3000; {
@@ -158,7 +209,38 @@ func TestAnyOperations(t *testing.T) {
 				n++
 			}
 			l.now = l.now.Add(time.Duration(dice.IntN(2000)-300) * time.Millisecond) // clocks go back, too
+			together := dice.IntN(6) == 0
+			if together {
+				ops = l.bind(ops, dice)
+			}
 			p := l.begin(ops)
+			if together {
+				before := picture(p)
+				at, err := p.SettleAll(ops)
+				var no *Refusal
+				switch {
+				case errors.As(err, &no):
+					refused["together"]++
+					refused[no.Code]++
+					if after := picture(p); after != before {
+						t.Fatalf("operation %d refused, and left\n%s\nof\n%s", at, after, before)
+					}
+				case err != nil && err != ErrNotDue:
+					t.Fatal(err)
+				case err == nil && ops[0].Replayed:
+					again++
+				case err == nil:
+					accepted["together"]++
+					for i, op := range ops {
+						n := op.Posted.Says().Note
+						if n.BatchID != EntryID(ops[0].Posted.WalletID, ops[0].Posted.Seq) || n.BatchIndex != i ||
+							n.BatchOf != len(ops) {
+							t.Fatalf("operation %d of %d says %+v", i, len(ops), n)
+						}
+					}
+				}
+				ops = nil
+			}
 			for _, op := range ops {
 				before := len(p.Entries)
 				p.Settle(op, op.Forget())
@@ -183,8 +265,9 @@ func TestAnyOperations(t *testing.T) {
 		}
 		l.check(t)
 	}
-	if len(accepted) < 6 || len(refused) < 9 || replayed == 0 {
-		t.Errorf("too little is drawn: %v accepted, %v refused, %d replayed", accepted, refused, replayed)
+	if len(accepted) < 7 || len(refused) < 10 || replayed == 0 || again == 0 {
+		t.Errorf("too little is drawn: %v accepted, %v refused, %d replayed, %d together", accepted, refused,
+			replayed, again)
 	}
 }
 
