@@ -1047,8 +1047,8 @@ func BenchmarkBatches(b *testing.B) {
 				for i := range batch {
 					from, to := pick(dice)
 					batch[i] = newTask(context.Background(), false, &book.Operation{
-						Kind: book.KindTransferOut, Decide: book.DecideTransfer, WalletID: from, ToID: to, Amount: cent,
-						Key: run + "-" + strconv.Itoa(n*size+i)})
+						Kind: book.KindTransferOut, Decide: book.DecideTransfer, WalletID: from, ToID: to,
+						Amount: cent, Key: run + "-" + strconv.Itoa(n*size+i)})
 				}
 				l.post(batch, make(map[int64]cachedBalance))
 				if batch[0].ops[0].Err != nil {

@@ -105,40 +105,40 @@ func (l *load) move(key string) {
 		response, err := replicaClient.Post(l.urls[rand.IntN(len(l.urls))]+path, "application/json",
 			strings.NewReader(body))
 		status := 0
-		var answered receipt
 		if err == nil {
 			text, failed := io.ReadAll(response.Body)
 			response.Body.Close()
 			if failed == nil {
 				status = response.StatusCode
 			}
-			if status/100 == 2 && json.Unmarshal(text, &answered) != nil {
+			m.posted = nil
+			if a := (answer{status: status, body: string(text)}); status/100 == 2 &&
+				(!a.final() || m.read(text) != nil) {
 				status = 0
 			}
 		}
 		if status >= 200 && status < 500 && status != 429 {
-			id := max(answered.WalletID, answered.FromID)
-			if status/100 == 2 {
-				l.known.learn(&answered)
-				defer func() { // at once: this is when a cache is behind, if ever
-					l.read(id)
-					if answered.ToSeq > 0 {
-						l.read(answered.ToID)
-					}
-				}()
-			}
+			l.known.learn(m.posted)
 			l.mu.Lock()
-			defer l.mu.Unlock()
-			if status/100 == 2 {
-				l.acknowledged[fmt.Sprintf("%d %s", id, key)] = true
-				l.told(id, max(answered.Seq, answered.FromSeq))
-				if answered.ToSeq > 0 {
-					l.told(answered.ToID, answered.ToSeq)
+			for _, p := range m.posted {
+				id := max(p.WalletID, p.FromID)
+				l.acknowledged[fmt.Sprintf("%d %s", id, p.key)] = true
+				l.told(id, max(p.Seq, p.FromSeq))
+				if p.ToSeq > 0 {
+					l.told(p.ToID, p.ToSeq)
 				}
-			} else {
+			}
+			if len(m.posted) == 0 {
 				l.refused++
 			}
 			l.slowest = max(l.slowest, time.Since(began))
+			l.mu.Unlock()
+			for _, p := range m.posted { // at once: this is when a cache is behind, if ever
+				l.read(max(p.WalletID, p.FromID))
+				if p.ToSeq > 0 {
+					l.read(p.ToID)
+				}
+			}
 			return
 		}
 		time.Sleep(20 * time.Millisecond)

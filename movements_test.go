@@ -15,8 +15,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -947,4 +949,336 @@ func (f *former) do(t *testing.T, method, path, body string) answer {
 	defer response.Body.Close()
 	read, _ := io.ReadAll(response.Body)
 	return answer{response.StatusCode, response.Header, string(read)}
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Batches
+// -----------------------------------------------------------------------------------------------------------
+
+// batchOf is the body of an atomic batch.
+func batchOf(key string, operations ...string) string {
+	return `{"idempotency_key":"` + key + `","operations":[` + strings.Join(operations, ",") + `]}`
+}
+
+// eachOf is the body of a batch whose operations stand by themselves.
+func eachOf(operations ...string) string {
+	return `{"atomic":false,"operations":[` + strings.Join(operations, ",") + `]}`
+}
+
+// resultsOf are the outcomes in a batch's answer, each as it was sent.
+func resultsOf(t *testing.T, a answer) (results []string) {
+	t.Helper()
+	var body struct{ Results []json.RawMessage }
+	if err := json.Unmarshal([]byte(a.body), &body); err != nil {
+		t.Fatalf("%v: %s", err, a)
+	}
+	for _, one := range body.Results {
+		results = append(results, string(one))
+	}
+	return results
+}
+
+// TestAtomicBatch: every kind at once, each seeing those before it; each answer is its own route's; the same
+// again by the key; and the events say that they belong together.
+func TestAtomicBatch(t *testing.T) {
+	w, v := two(t)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","idempotency_key":"h1"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"20","to_id":7,"idempotency_key":"h2"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"5","idempotency_key":"h3"}`)
+	body := batchOf("b", `{"op":"deposit","wallet_id":2,"amount":"3"}`,
+		`{"op":"transfer","wallet_id":1,"to_id":2,"amount":"40","reference":"r"}`,
+		`{"op":"transfer","wallet_id":2,"to_id":9,"amount":"all"}`,
+		`{"op":"capture","hold_id":"1-2"}`, `{"op":"capture","hold_id":"1-3","amount":"15"}`,
+		`{"op":"void","hold_id":"1-4"}`, `{"op":"reverse","transaction_id":"1-1","amount":"1"}`,
+		`{"op":"hold","wallet_id":9,"amount":"43","expires_in":"1h"}`,
+		`{"op":"withdraw","wallet_id":1,"amount":"34"}`)
+	a := w.mustPost(t, 200, "/v1/batches", body)
+	results := resultsOf(t, a)
+	for i, want := range []string{
+		`{"transaction_id":"2-1","wallet_id":2,"currency":"USD","amount":"3","balance":"3","seq":1}`,
+		`{"transaction_id":"1-5","from_id":1,"to_id":2,"currency":"USD","amount":"40","from_balance":"60",` +
+			`"to_balance":"43","from_seq":5,"to_seq":2,"reference":"r"}`,
+		`{"transaction_id":"2-3","from_id":2,"to_id":9,"currency":"USD","amount":"43","from_balance":"0",` +
+			`"to_balance":"43","from_seq":3,"to_seq":1}`,
+		`{"transaction_id":"1-6","wallet_id":1,"currency":"USD","amount":"10","balance":"50","seq":6,` +
+			`"hold_id":"1-2","remaining":"0","held":"25"}`,
+		`{"transaction_id":"1-7","from_id":1,"to_id":7,"currency":"USD","amount":"15","from_balance":"35",` +
+			`"to_balance":"15","from_seq":7,"to_seq":1,"hold_id":"1-3","remaining":"0","held":"5"}`,
+		`{"hold_id":"1-4","wallet_id":1,"currency":"USD","released":"5","remaining":"0","status":"voided",` +
+			`"balance":"35","held":"0","available":"35","seq":8}`,
+		`{"transaction_id":"1-9","wallet_id":1,"currency":"USD","amount":"1","balance":"34","seq":9,` +
+			`"reverses":"1-1","reversible":"99"}`,
+		`{"hold_id":"9-2","wallet_id":9,"currency":"USD","amount":"43","remaining":"43","status":"open",` +
+			`"balance":"43","held":"43","available":"0","seq":2}`,
+		`{"transaction_id":"1-10","wallet_id":1,"currency":"USD","amount":"34","balance":"0","seq":10}`,
+	} {
+		says(t, answer{status: 200, body: results[i]}, 200, want)
+	}
+	counts := w.mustCount(t)
+	again := v.mustPost(t, 200, "/v1/batches", body)
+	if again.body != a.body || again.header.Get("Idempotent-Replayed") != "true" ||
+		a.header.Get("Idempotent-Replayed") != "" || v.mustCount(t) != counts {
+		t.Errorf("sent again: %s %v, first %s %v", again, again.header, a, a.header)
+	}
+	single := w.get("/v1/transactions/1-10").json(t)
+	if single["idempotency_key"] != "b#8" {
+		t.Errorf("the last one by itself: %v", single)
+	}
+	var payload string
+	err := connect(t, w.env["DATABASE_URL"]).QueryRow(context.Background(),
+		`SELECT payload FROM outbox WHERE aggregate_id = 7 AND seq = 1`).Scan(&payload)
+	if want := `"batch":{"id":"2-1","index":4,"of":9}`; err != nil || !strings.Contains(payload, want) {
+		t.Errorf("the event of wallet 7 is %s, %v", payload, err)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestAtomicBatchRefused: the problem of the operation at fault, and which it is; nothing is left behind, and
+// the key is free.
+func TestAtomicBatchRefused(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","idempotency_key":"h"}`)
+	counts, before := w.mustCount(t), w.get("/v1/wallets/1/balance").body
+	deposit := `{"op":"deposit","wallet_id":5,"amount":"1"}`
+	for _, bad := range []struct {
+		operation, code string
+		status          int
+	}{
+		{`{"op":"withdraw","wallet_id":1,"amount":"91"}`, "insufficient_funds", 422},
+		{`{"op":"withdraw","wallet_id":4,"amount":"1"}`, "wallet_not_found", 404},
+		{`{"op":"transfer","wallet_id":1,"to_id":1,"amount":"1"}`, "same_wallet", 400},
+		{`{"op":"transfer","wallet_id":1,"amount":"1"}`, "field_missing", 400},
+		{`{"op":"deposit","wallet_id":1,"amount":"0.001"}`, "amount_scale", 422},
+		{`{"op":"deposit","wallet_id":1,"amount":"x"}`, "amount_malformed", 400},
+		{`{"op":"deposit","wallet_id":1,"amount":"1","to_id":2}`, "field_unknown", 400},
+		{`{"op":"deposit","wallet_id":1,"amount":"1","metadata":{"a":1}}`, "metadata_malformed", 400},
+		{`{"op":"deposit","wallet_id":1,"amount":"1","idempotency_key":"k"}`,
+			"idempotency_key_conflict", 400},
+		{`{"op":"deposit","amount":"1"}`, "field_missing", 400},
+		{`{"op":"state","wallet_id":1,"state":"frozen"}`, "field_unknown", 400},
+		{`{"op":"pay","wallet_id":1}`, "operation_unknown", 400},
+		{`{"wallet_id":1}`, "operation_unknown", 400},
+		{`{"op":"capture","hold_id":"1-9"}`, "hold_not_found", 404},
+		{`{"op":"capture","hold_id":"1-2","amount":"11"}`, "hold_exceeded", 422},
+		{`{"op":"void","hold_id":"1-1"}`, "hold_not_found", 404},
+		{`{"op":"reverse","transaction_id":"8-1"}`, "transaction_not_found", 404},
+		{`{"op":"reverse","transaction_id":"1-1","amount":"101"}`, "reversal_exceeds", 422},
+		{`{"op":"deposit","wallet_id":1,"amount":"1"`, "body_malformed", 400},
+		{`7`, "body_malformed", 400},
+	} {
+		capture := `{"op":"capture","hold_id":"1-2","amount":"1","final":false}`
+		a := w.post("/v1/batches", batchOf("b", deposit, capture, bad.operation))
+		refuses(t, a, bad.status, bad.code, `"operation":2`)
+	}
+	for _, body := range []string{`{"idempotency_key":"b"}`, `{"idempotency_key":"b","operations":[]}`,
+		`{"idempotency_key":"b","operations":{}}`, batchOf("b", deposit) + "x",
+		batchOf("b", slices.Repeat([]string{deposit}, 1001)...),
+		`{"idempotency_key":"b","operations":[` + deposit + `],"operations":[` + deposit + `]}`} {
+		if a := w.post("/v1/batches", body); a.status != 400 {
+			t.Errorf("%.100s: %s", body, a)
+		}
+	}
+	refuses(t, w.post("/v1/batches", `{"operations":[`+deposit+`]}`), 400, "idempotency_key_missing", "")
+	refuses(t, w.post("/v1/batches", batchOf(strings.Repeat("k", 252), deposit)), 400,
+		"idempotency_key_malformed", "1 to 251")
+	large := batchOf("b", `{"op":"deposit","wallet_id":5,"amount":"1"`+strings.Repeat(" ", 1<<20)+`}`)
+	refuses(t, w.post("/v1/batches", large), 413, "body_too_large", "1048576")
+	if after := w.mustCount(t); after != counts || w.get("/v1/wallets/1/balance").body != before {
+		t.Errorf("refusals left %s, before %s; %s", after, counts, w.get("/v1/wallets/1/balance"))
+	}
+	if a := w.get("/v1/wallets/5"); a.status != 404 {
+		t.Errorf("wallet 5: %s", a)
+	}
+	w.mustPost(t, 200, "/v1/batches", batchOf("b", deposit, deposit))
+	for _, other := range []string{batchOf("b", deposit), batchOf("b", deposit, deposit, deposit),
+		batchOf("b", deposit, strings.Replace(deposit, "5", "6", 1)),
+		batchOf("b", deposit, strings.Replace(deposit, `"1"`, `"2"`, 1))} {
+		refuses(t, w.post("/v1/batches", other), 422, "idempotency_key_reused", "")
+	}
+	refuses(t, w.post("/v1/wallets/5/deposit", `{"amount":"1","idempotency_key":"b#1"}`), 422,
+		"idempotency_key_reused", "")
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestEachOfABatch: each operation has the status and the body that it would have had by itself; those on one
+// wallet are decided in order, whatever the number.
+func TestEachOfABatch(t *testing.T) {
+	w, v := two(t)
+	body := eachOf(`{"op":"deposit","wallet_id":1,"amount":"10","idempotency_key":"a"}`,
+		`{"op":"withdraw","wallet_id":1,"amount":"11","idempotency_key":"b"}`,
+		`{"op":"hold","wallet_id":1,"amount":"4","idempotency_key":"c"}`,
+		`{"op":"deposit","wallet_id":1,"amount":"-1","idempotency_key":"d"}`,
+		`{"op":"deposit","wallet_id":1,"amount":"1"}`,
+		`{"op":"capture","hold_id":"7-7","idempotency_key":"e"}`,
+		`{"op":"transfer","wallet_id":1,"to_id":2,"amount":"all","idempotency_key":"f"}`)
+	a := w.mustPost(t, 200, "/v1/batches", body)
+	for i, want := range []struct {
+		status int
+		has    string
+	}{{200, `"balance":"10"`}, {422, `"code":"insufficient_funds"`}, {201, `"hold_id":"1-2"`},
+		{400, `"code":"amount_not_positive"`}, {400, `"code":"idempotency_key_missing"`},
+		{404, `"code":"hold_not_found"`}, {200, `"amount":"6"`}} {
+		one := resultsOf(t, a)[i]
+		if !strings.HasPrefix(one, fmt.Sprintf(`{"status":%d,"body":{`, want.status)) ||
+			!strings.Contains(one, want.has) {
+			t.Errorf("%d: %s, want %d ... %s", i, one, want.status, want.has)
+		}
+	}
+	counts := w.mustCount(t)
+	again := v.mustPost(t, 200, "/v1/batches", body)
+	for i, one := range resultsOf(t, again) {
+		first := resultsOf(t, a)[i]
+		if strings.HasPrefix(first, `{"status":2`) && one != first {
+			t.Errorf("sent again: %s, first %s", one, first)
+		}
+	}
+	if v.mustCount(t) != counts {
+		t.Error("sent again, it moved money")
+	}
+	refuses(t, w.post("/v1/batches", strings.Replace(body, "{", `{"idempotency_key":"k",`, 1)), 400,
+		"idempotency_key_conflict", "")
+
+	// In turns one that is refused unless the one before it was posted.
+	var turns []string
+	for i := range 500 {
+		const in = `{"op":"deposit","wallet_id":3,"amount":"1","idempotency_key":"d%d"}`
+		const out = `{"op":"transfer","wallet_id":3,"to_id":4,"amount":"1","idempotency_key":"t%d"}`
+		turns = append(turns, fmt.Sprintf(in, i), fmt.Sprintf(out, i))
+	}
+	for i, one := range resultsOf(t, w.mustPost(t, 200, "/v1/batches", eachOf(turns...))) {
+		if !strings.HasPrefix(one, `{"status":200`) {
+			t.Fatalf("operation %d: %s", i, one)
+		}
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestBatchReleasesDueHolds: as a single movement does, when funds lack.
+func TestBatchReleasesDueHolds(t *testing.T) {
+	w := start(t, testEnv(t))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"10","idempotency_key":"d"}`)
+	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"10","expires_in":"1s","idempotency_key":"h"}`)
+	time.Sleep(1050 * time.Millisecond) // the sweep may be first; then this asks less
+	w.mustPost(t, 200, "/v1/batches", batchOf("b", `{"op":"withdraw","wallet_id":1,"amount":"4"}`,
+		`{"op":"withdraw","wallet_id":1,"amount":"6"}`))
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestOppositeBatches: atomic batches over the same wallets, in opposite orders and of all sizes, at two
+// replicas at once: all are answered, soon, and money is what it was.
+func TestOppositeBatches(t *testing.T) {
+	w, v := two(t)
+	const wallets, clients, each = 40, 8, 15
+	for id := 1; id <= wallets; id++ {
+		path := fmt.Sprintf("/v1/wallets/%d/deposit", id)
+		w.mustPost(t, 200, path, `{"amount":"1000","idempotency_key":"d"}`)
+	}
+	var working sync.WaitGroup
+	var longest atomic.Int64
+	for c := range clients {
+		working.Go(func() {
+			for i := range each {
+				var operations []string
+				for n := range 1 + (c+i)*7%wallets {
+					from, to := 1+(n+i)%wallets, 1+(n+i+1)%wallets
+					if c%2 == 1 {
+						from, to = wallets+1-from, wallets+1-to
+					}
+					operations = append(operations, fmt.Sprintf(
+						`{"op":"transfer","wallet_id":%d,"to_id":%d,"amount":"1"}`, from, to))
+				}
+				began := time.Now()
+				replica := []*running{w, v}[(c/2)%2]
+				a := replica.post("/v1/batches", batchOf(fmt.Sprint(c, "-", i), operations...))
+				if a.status != 200 {
+					t.Errorf("%s", a)
+				}
+				for took := time.Since(began).Nanoseconds(); ; {
+					if was := longest.Load(); took <= was || longest.CompareAndSwap(was, took) {
+						break
+					}
+				}
+			}
+		})
+	}
+	working.Wait()
+	t.Logf("the longest took %v", time.Duration(longest.Load()))
+	if n := w.ledger.splits.Load() + v.ledger.splits.Load(); n > 0 {
+		t.Errorf("%d batches were split", n)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestStalledWalletInABatch: a wallet that somebody else holds keeps its own batch waiting, and no other
+// request on that batch's wallets.
+func TestStalledWalletInABatch(t *testing.T) {
+	w := start(t, testEnv(t))
+	for id := 1; id <= 3; id++ {
+		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"10","idempotency_key":"a"}`)
+	}
+	tx := holdWallet(t, w, 1)
+	operations := []string{`{"op":"transfer","wallet_id":2,"to_id":1,"amount":"1"`,
+		`{"op":"transfer","wallet_id":2,"to_id":3,"amount":"1"`, `{"op":"deposit","wallet_id":4,"amount":"1"`}
+	var together, each, keyed []string
+	for i, o := range operations {
+		together = append(together, o+"}")
+		each = append(each, fmt.Sprintf(`%s,"idempotency_key":"e%d"}`, o, i))
+	}
+	answers := make(chan answer, 2)
+	go func() { answers <- w.post("/v1/batches", batchOf("b", together...)) }()
+	go func() { answers <- w.post("/v1/batches", eachOf(each...)) }()
+	time.Sleep(1500 * time.Millisecond) // by now both have waited for the lock, and been put off
+	for i := range 2 {
+		began := time.Now()
+		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 2+i), `{"amount":"1","idempotency_key":"s"}`)
+		keyed = append(keyed, time.Since(began).Round(time.Millisecond).String())
+		if took := time.Since(began); took > 300*time.Millisecond { // a short wait for the lock, at most
+			t.Errorf("a deposit to wallet %d took %v", 2+i, took)
+		}
+	}
+	t.Logf("deposits beside it took %v", keyed)
+	tx.Rollback(context.Background())
+	for range 2 {
+		a := <-answers
+		if a.status != 200 || strings.Count(a.body, `"transaction_id"`) != 3 {
+			t.Errorf("%s", a)
+		}
+	}
+	if got := w.get("/v1/wallets/2").json(t); got["balance"] != "7" {
+		t.Errorf("wallet 2: %v", got)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestBatchCounts: against the client's rate, into debt once, and against the queue's bound.
+func TestBatchCounts(t *testing.T) {
+	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20"))
+	deposits := slices.Repeat([]string{`{"op":"deposit","wallet_id":1,"amount":"1"}`}, 40)
+	a := w.mustPost(t, 200, "/v1/batches", batchOf("b", deposits...))
+	if a.header.Get("RateLimit") != `"default";r=0;t=4` {
+		t.Errorf("40 of a burst of 20 leave %s", a.header.Get("RateLimit"))
+	}
+	b := w.post("/v1/batches", batchOf("c", deposits...))
+	refuses(t, b, 429, "rate_limited", "")
+	if b.header.Get("Retry-After") != "3" {
+		t.Errorf("in debt of 20, at 10 a second: Retry-After %s", b.header.Get("Retry-After"))
+	}
+
+	w = start(t, testEnv(t, "WRITE_QUEUE_MAX=50"))
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"a"}`)
+	tx := holdWallet(t, w, 1)
+	first := make(chan answer)
+	go func() { first <- w.post("/v1/batches", batchOf("b", deposits...)) }()
+	eventually(t, time.Second, "it waits", func() bool { return w.ledger.reruns.Load() > 0 })
+	go w.post("/v1/batches", batchOf("c", deposits...))
+	eventually(t, 2*time.Second, "it waits as well", func() bool { return w.ledger.queue.Waiting() >= 40 })
+	refuses(t, w.post("/v1/batches", batchOf("d", deposits[:20]...)), 503, "overloaded", "")
+	keyed := slices.Repeat([]string{`{"op":"deposit","wallet_id":1,"amount":"1","idempotency_key":"x"}`}, 20)
+	refuses(t, w.post("/v1/batches", eachOf(keyed...)), 503, "overloaded", "")
+	tx.Rollback(context.Background())
+	if a := <-first; a.status != 200 {
+		t.Error(a)
+	}
 }

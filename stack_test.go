@@ -30,6 +30,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -455,11 +456,115 @@ type movement struct {
 	path, key, body string // of the request
 	answer          string
 	status          int
+	posted          []receipt // as the answer tells
 }
 
-// draw is a movement of any kind between the wallets from 1 on. What it is of, a hold or a transaction, is
-// one that the clients were told of.
+// draw is a movement of any kind, or a batch of some.
 func (k *known) draw(dice *rand.Rand, wallets int, key string) movement {
+	if dice.IntN(12) > 0 {
+		return k.drawOne(dice, wallets, key)
+	}
+	together := dice.IntN(3) > 0
+	var operations []string
+	for i := range 1 + dice.IntN(5) {
+		one := k.drawOne(dice, wallets, fmt.Sprintf("%s#%d", key, i))
+		if operation := asOperation(one, !together); operation != "" {
+			operations = append(operations, operation)
+		} else {
+			return one // a state is in no batch
+		}
+	}
+	if together {
+		return movement{path: "/v1/batches", key: key, body: batchOf(key, operations...)}
+	}
+	return movement{path: "/v1/batches", key: key, body: eachOf(operations...)}
+}
+
+var (
+	ofPath = regexp.MustCompile(`^/v1/(wallet|hold|transaction)s/([^/]*)/(.*)$`)
+	ofKey  = regexp.MustCompile(`"idempotency_key":"[^"]*",?`)
+)
+
+// asOperation is a movement as one of a batch's operations, or empty where it cannot be.
+func asOperation(m movement, keyed bool) string {
+	of := ofPath.FindStringSubmatch(m.path)
+	if of[3] == "state" {
+		return ""
+	}
+	id := of[2]
+	if of[1] != "wallet" {
+		id = strconv.Quote(id)
+	}
+	body := m.body[1:]
+	if !keyed {
+		body = strings.Replace(ofKey.ReplaceAllString(body, ""), ",}", "}", 1)
+	}
+	operation := fmt.Sprintf(`{"op":%q,%q:%s,%s`, strings.TrimSuffix(of[3], "s"), of[1]+"_id", id, body)
+	return strings.Replace(operation, ",}", "}", 1)
+}
+
+// read reads what an answer of success tells.
+func (m *movement) read(text []byte) error {
+	if m.path != "/v1/batches" {
+		m.posted = []receipt{{key: m.key}}
+		return json.Unmarshal(text, &m.posted[0])
+	}
+	var batch struct{ Results []json.RawMessage }
+	if err := json.Unmarshal(text, &batch); err != nil {
+		return err
+	}
+	for i, result := range batch.Results {
+		var each struct {
+			Status int
+			Body   json.RawMessage
+		}
+		if json.Unmarshal(result, &each) == nil && each.Body != nil {
+			if result = each.Body; each.Status/100 != 2 {
+				continue
+			}
+		}
+		r := receipt{key: fmt.Sprintf("%s#%d", m.key, i)}
+		if err := json.Unmarshal(result, &r); err != nil {
+			return err
+		}
+		m.posted = append(m.posted, r)
+	}
+	return nil
+}
+
+// accepted is the request without what was refused of it, and the answer without that: what a repeat must
+// bring.
+func (m *movement) accepted() (body, answer string) {
+	var asked struct {
+		Atomic     *bool
+		Operations []json.RawMessage
+	}
+	var got struct{ Results []json.RawMessage }
+	if json.Unmarshal([]byte(m.body), &asked) != nil || asked.Atomic == nil ||
+		json.Unmarshal([]byte(m.answer), &got) != nil {
+		return m.body, m.answer
+	}
+	var operations, results []string
+	for i, result := range got.Results {
+		if bytes.HasPrefix(result, []byte(`{"status":2`)) {
+			operations = append(operations, string(asked.Operations[i]))
+			results = append(results, string(result))
+		}
+	}
+	if len(operations) == 0 {
+		return "", ""
+	}
+	return eachOf(operations...), `{"results":[` + strings.Join(results, ",") + `]}`
+}
+
+// final says whether a client need not send the same again.
+func (a answer) final() bool {
+	return a.status > 0 && a.status < 500 && a.status != 429 && !strings.Contains(a.body, `{"status":503`)
+}
+
+// drawOne is a movement of any kind between the wallets from 1 on. What it is of, a hold or a transaction, is
+// one that the clients were told of.
+func (k *known) drawOne(dice *rand.Rand, wallets int, key string) movement {
 	id, to := 1+dice.IntN(wallets), 1+dice.IntN(wallets)
 	amount := fmt.Sprintf("%d.%02d", dice.IntN(20), 1+dice.IntN(99))
 	m := movement{key: key}
@@ -535,17 +640,21 @@ type receipt struct {
 	HoldID        string `json:"hold_id"`
 	TransactionID string `json:"transaction_id"`
 	Status        string `json:"status"`
+
+	key string
 }
 
 // learn remembers what an answer tells of, for others to capture and reverse.
-func (k *known) learn(r *receipt) {
+func (k *known) learn(posted []receipt) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if r.Status == "open" {
-		k.holds = append(k.holds, r.HoldID)
-	}
-	if r.TransactionID != "" {
-		k.transactions = append(k.transactions, r.TransactionID)
+	for _, r := range posted {
+		if r.Status == "open" {
+			k.holds = append(k.holds, r.HoldID)
+		}
+		if r.TransactionID != "" {
+			k.transactions = append(k.transactions, r.TransactionID)
+		}
 	}
 }
 
@@ -567,13 +676,12 @@ func moveAtRandom(
 				deadline := time.Now().Add(60 * time.Second)
 				for {
 					a := replica().post(m.path, m.body)
-					if a.status == 200 || a.status == 201 {
+					if a.final() && a.status/100 == 2 {
 						m.answer, m.status = a.body, a.status
-						var r receipt
-						if err := json.Unmarshal([]byte(a.body), &r); err != nil {
+						if err := m.read([]byte(a.body)); err != nil {
 							tb.Errorf("%s: %v", a, err)
 						}
-						k.learn(&r)
+						k.learn(m.posted)
 						mu.Lock()
 						acknowledged = append(acknowledged, m)
 						mu.Unlock()
@@ -582,7 +690,7 @@ func moveAtRandom(
 					if a.status == 404 || a.status == 422 || a.status == 400 || a.status == 409 {
 						break
 					}
-					if a.status != 0 && a.status != 503 {
+					if a.status != 0 && a.status != 503 && a.status != 200 {
 						tb.Errorf("POST %s %s: %s", m.path, m.body, a)
 						break
 					}
@@ -604,8 +712,12 @@ func checkAcknowledged(tb testing.TB, w *running, acknowledged []movement) {
 	tb.Helper()
 	before := w.mustCount(tb)
 	for _, m := range acknowledged {
-		if a := w.post(m.path, m.body); a.status != m.status || a.body != m.answer ||
-			a.header.Get("Idempotent-Replayed") != "true" {
+		body, answer := m.accepted()
+		if body == "" {
+			continue
+		}
+		a := w.post(m.path, body)
+		if a.status != m.status || a.body != answer || a.header.Get("Idempotent-Replayed") != "true" {
 			tb.Fatalf("acknowledged %s %s as %s, now %s", m.path, m.body, m.answer, a)
 		}
 	}
@@ -1169,6 +1281,8 @@ SELECT count(*), count(*) FILTER (WHERE idempotency_key LIKE '«expiry %') FROM 
 	want, expired := entries()
 	expiries := 0
 	chains := make(map[string]*streamed)
+	groups := make(map[string]map[int]bool) // of what was posted together: which are there
+	of := make(map[string]int)
 	got := 0
 	for m := range consume(t, cfg, want) {
 		got++
@@ -1187,6 +1301,26 @@ SELECT count(*), count(*) FILTER (WHERE idempotency_key LIKE '«expiry %') FROM 
 		}
 		if wrong := c.follow(m.Value); wrong != "" {
 			t.Fatalf("partition %d, offset %d: %s: %s", m.Partition, m.Offset, wrong, m.Value)
+		}
+		var said struct {
+			Batch struct {
+				ID        string
+				Index, Of int
+			}
+		}
+		if err := json.Unmarshal(m.Value, &said); err != nil {
+			t.Fatal(err)
+		}
+		if b := said.Batch; b.ID != "" {
+			if groups[b.ID] == nil {
+				groups[b.ID] = make(map[int]bool)
+			}
+			groups[b.ID][b.Index], of[b.ID] = true, b.Of
+		}
+	}
+	for id, there := range groups {
+		if len(there) != of[id] {
+			t.Errorf("of the batch %s %d of %d operations are in the stream", id, len(there), of[id])
 		}
 	}
 	// Holds may go on expiring; of anything else there is exactly what there was.

@@ -87,7 +87,8 @@ type subject struct {
 // movements is what money may do.
 var movements = []movementKind{
 	{op: "deposit", path: "/v1/wallets/{id}/deposit", scope: gate.Write,
-		summary: "Deposit; creates the wallet if need be", of: &ofWallet, kind: book.KindDeposit, decide: book.DecideDeposit,
+		summary: "Deposit; creates the wallet if need be", of: &ofWallet,
+		kind: book.KindDeposit, decide: book.DecideDeposit,
 		body: bodyOf("amount currency reference metadata"), required: "amount", answer: "Receipt",
 		refusals: "currency_mismatch currency_unknown balance_limit wallet_frozen wallet_closed"},
 	{op: "withdraw", path: "/v1/wallets/{id}/withdraw", scope: gate.Write, summary: "Withdraw", of: &ofWallet,
@@ -116,7 +117,8 @@ var movements = []movementKind{
 		refusals: "hold_not_found hold_closed hold_expired hold_exceeded payee_mismatch currency_mismatch " +
 			"balance_limit wallet_frozen wallet_closed"},
 	{op: "void", path: "/v1/holds/{hold_id}/void", scope: gate.Write,
-		summary: "Void a hold: release what remains of it", of: &ofHold, kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
+		summary: "Void a hold: release what remains of it", of: &ofHold,
+		kind: book.KindRelease, decide: book.DecideVoid, body: bodyOf("reference metadata"),
 		answer: "Release", refusals: "hold_not_found hold_closed hold_expired"},
 	{op: "reverse", path: "/v1/transactions/{id}/reverse", scope: gate.Write,
 		summary: "Reverse a transaction, or a part of it: post the opposite movement",
@@ -708,6 +710,7 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 type task struct {
 	ops      []*book.Operation
 	together bool            // all of them are posted, or none
+	again    bool            // they were put off before
 	wallets  []int64         // that they touch
 	ctx      context.Context // the request's: if it ends before a batch forms, the task is dropped
 	done     chan struct{}   // closed after the outcomes are final
@@ -853,6 +856,7 @@ func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
 			return t, nil
 		}
 		t = newTask(ctx, t.together, off...)
+		t.again = true
 		if parts.Sleep(ctx, pause) != nil {
 			return t, errUnavailable
 		}
@@ -981,6 +985,9 @@ const (
 	lockWallets = `
 SELECT ` + walletColumns + ` FROM wallet
 WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE`
+
+	// What was put off before holds up its other wallets each time that it waits.
+	waitLess = `SET LOCAL lock_timeout = '50ms'`
 
 	// After a lock_timeout: those that can be had at once, and then which others there are.
 	lockFreeWallets = lockWallets + ` SKIP LOCKED`
@@ -1126,8 +1133,9 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*task, lo
 	var keys, creationKeys []string
 	var held, undone entryIDs
 	asked := make(map[book.MovementKey]bool, size)
+	again := false
 	for _, t := range batch {
-		ids = append(ids, t.wallets...)
+		ids, again = append(ids, t.wallets...), again || t.again
 		for _, op := range t.ops {
 			if op.Kind == book.KindCreation {
 				creationKeys = append(creationKeys, op.Key)
@@ -1155,6 +1163,9 @@ func (l *ledger) read(ctx context.Context, conn *pgxpool.Conn, batch []*task, lo
 
 	var b pgx.Batch
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED`)
+	if again {
+		b.Queue(waitLess)
+	}
 	b.Queue(lock, ids).Query(func(rows pgx.Rows) error { return scanWallets(rows, p.Wallets) })
 	if lock == lockFreeWallets {
 		b.Queue(findWallets, ids).Query(func(rows pgx.Rows) error { return scanBusy(rows, p.Wallets) })

@@ -36,8 +36,12 @@ func TestRandomMovesKeepEveryInvariant(t *testing.T) {
 	err := connect(t, env["DATABASE_URL"]).QueryRow(context.Background(),
 		`SELECT count(*) FROM entry
 		WHERE kind <> 'transfer_in' AND idempotency_key NOT LIKE '«expiry %'`).Scan(&entries)
-	if err != nil || entries != len(acknowledged) {
-		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, len(acknowledged), err)
+	posted := 0
+	for _, m := range acknowledged {
+		posted += len(m.posted)
+	}
+	if err != nil || entries != posted {
+		t.Errorf("%d operations in the ledger, %d acknowledged (%v)", entries, posted, err)
 	}
 }
 
@@ -131,6 +135,24 @@ func TestLostConnectionAtCommit(t *testing.T) {
 			}
 			if got := w.get("/v1/wallets/1").json(t); fmt.Sprint(got["seq"]) != "2" {
 				t.Errorf("wallet: %v", got)
+			}
+			// So for operations together, and for many that stand by themselves.
+			for i, body := range []string{
+				batchOf("marker-of-this-test", `{"op":"withdraw","wallet_id":1,"amount":"1"}`,
+					`{"op":"transfer","wallet_id":1,"to_id":2,"amount":"2"}`),
+				eachOf(`{"op":"withdraw","wallet_id":1,"amount":"1","idempotency_key":"marker-of-this-test-a"}`,
+					`{"op":"deposit","wallet_id":3,"amount":"2","idempotency_key":"marker-of-this-test-b"}`),
+			} {
+				messages.Store(0)
+				a := w.mustPost(t, 200, "/v1/batches", body)
+				again := w.mustPost(t, 200, "/v1/batches", body)
+				if proxy.cuts.Load() != int64(2+i) || a.header.Get("Idempotent-Replayed") != "" ||
+					again.header.Get("Idempotent-Replayed") != "true" || again.body != a.body {
+					t.Errorf("after %d cuts: %s, sent again: %s", proxy.cuts.Load(), a, again)
+				}
+			}
+			if got := w.get("/v1/wallets/1").json(t); got["balance"] != "86" {
+				t.Errorf("wallet after batches: %v", got)
 			}
 			checkLedger(t, direct)
 		})

@@ -233,8 +233,8 @@ func TestAnyOperations(t *testing.T) {
 					accepted["together"]++
 					for i, op := range ops {
 						n := op.Posted.Says().Note
-						if n.BatchID != EntryID(ops[0].Posted.WalletID, ops[0].Posted.Seq) || n.BatchIndex != i ||
-							n.BatchOf != len(ops) {
+						first := EntryID(ops[0].Posted.WalletID, ops[0].Posted.Seq)
+						if n.BatchID != first || n.BatchIndex != i || n.BatchOf != len(ops) {
 							t.Fatalf("operation %d of %d says %+v", i, len(ops), n)
 						}
 					}
@@ -329,5 +329,90 @@ func (l *ledger) check(t *testing.T) {
 	}
 	if !sum.Equal(outside) {
 		t.Fatalf("wallets hold %s, but %s came in", sum, outside)
+	}
+}
+
+func deposit(walletID int64, key string) *Operation {
+	return &Operation{Kind: KindDeposit, Decide: DecideDeposit, WalletID: walletID, Key: key, Amount: one}
+}
+
+// settle decides operations in a batch of their own, as far as that succeeds.
+func (l *ledger) settle(t *testing.T, ops ...*Operation) {
+	t.Helper()
+	p := l.begin(ops)
+	p.SettleEach(ops)
+	for _, op := range ops {
+		if op.Err != nil {
+			t.Fatal(op.Err)
+		}
+	}
+	l.commit(p)
+}
+
+// TestTogetherLeavesHoldsAlone: a capture is undone with what was refused after it.
+func TestTogetherLeavesHoldsAlone(t *testing.T) {
+	l := newLedger()
+	l.settle(t, deposit(1, "d"), &Operation{Kind: KindHold, Decide: DecideHold, WalletID: 1, Key: "h",
+		Amount: one, ExpiresIn: time.Hour})
+	capture := &Operation{Kind: KindWithdrawal, Decide: DecideCapture, WalletID: 1, OfSeq: 2, Key: "k#0",
+		Note: Note{All: true}}
+	spend := &Operation{Kind: KindWithdrawal, Decide: DecideWithdrawal, WalletID: 1, Key: "k#1", Amount: one}
+	p := l.begin([]*Operation{capture, spend})
+	before := picture(p)
+	at, err := p.SettleAll([]*Operation{capture, spend})
+	var no *Refusal
+	if !errors.As(err, &no) || no.Code != "insufficient_funds" || at != 1 {
+		t.Fatalf("operation %d: %v", at, err)
+	}
+	if after := picture(p); after != before {
+		t.Errorf("left\n%s\nof\n%s", after, before)
+	}
+}
+
+// TestTogetherKnowsItsKeys: a batch whose operations are known in part is another one.
+func TestTogetherKnowsItsKeys(t *testing.T) {
+	l := newLedger()
+	post := func(wallets ...int64) (int, error) {
+		var ops []*Operation
+		for i, id := range wallets {
+			ops = append(ops, deposit(id, fmt.Sprint("k#", i)))
+		}
+		p := l.begin(ops)
+		at, err := p.SettleAll(ops)
+		l.commit(p)
+		return at, err
+	}
+	if _, err := post(1, 2, 3); err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range [][]int64{{1, 2, 4}, {4, 2, 3}, {1, 2}, {1, 2, 3, 4}} {
+		var no *Refusal
+		if at, err := post(other...); !errors.As(err, &no) || no.Code != "idempotency_key_reused" {
+			t.Errorf("%v: operation %d: %v", other, at, err)
+		}
+	}
+	if _, err := post(1, 2, 3); err != nil || len(l.entries[1])+len(l.entries[2])+len(l.entries[3]) != 3 {
+		t.Errorf("again: %v, %v", err, l.entries)
+	}
+}
+
+// TestPutOffInOrder: what waits for a wallet holds up what comes after it on the same wallets, and nothing
+// else.
+func TestPutOffInOrder(t *testing.T) {
+	l := newLedger()
+	transfer := func(from, to int64, key string) *Operation {
+		return &Operation{Kind: KindTransferOut, Decide: DecideTransfer, WalletID: from, ToID: to, Key: key,
+			Amount: one}
+	}
+	l.settle(t, deposit(1, "a"), deposit(2, "a"), deposit(3, "a"), deposit(4, "a"))
+	ops := []*Operation{transfer(3, 4, "0"), transfer(2, 1, "1"), transfer(2, 3, "2"), deposit(3, "3"),
+		deposit(4, "4")}
+	p := l.begin(ops)
+	p.Wallets[1].Busy = true
+	p.SettleEach(ops)
+	for i, want := range []error{nil, ErrLocked, ErrLocked, ErrLocked, nil} {
+		if ops[i].Err != want {
+			t.Errorf("operation %d: %v, want %v", i, ops[i].Err, want)
+		}
 	}
 }
