@@ -657,6 +657,90 @@ func checkBalances(b *testing.B, db *pgxpool.Pool) {
 	}
 }
 
+// bulk is clients that send independent transfers, so many in each request.
+func bulk(clients, size int, how time.Duration, pick pair) httpLoad {
+	dice := newDice()
+	return httpLoad{clients: clients, how: how, write: func(dst []byte, _, _ int64, key []byte) []byte {
+		body := append(make([]byte, 0, 128*size), `{"atomic":false,"operations":[`...)
+		for i := range size {
+			if i > 0 {
+				body = append(body, ',')
+			}
+			from, to := pick(dice)
+			body = strconv.AppendInt(append(body, `{"op":"transfer","wallet_id":`...), from, 10)
+			body = strconv.AppendInt(append(body, `,"to_id":`...), to, 10)
+			body = append(append(body, `,"amount":"0.01","idempotency_key":"`...), key...)
+			body = append(strconv.AppendInt(append(body, '-'), int64(i), 10), `"}`...)
+		}
+		body = append(body, "]}"...)
+		dst = append(dst, "POST /v1/batches HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\n"...)
+		dst = strconv.AppendInt(append(dst, "Content-Length: "...), int64(len(body)), 10)
+		return append(append(dst, "\r\n\r\n"...), body...)
+	}}
+}
+
+// BenchmarkBulk: batches of independent transfers, in turns with single requests; and the latency of single
+// requests at a tenth of the best rate, alone and beside such a load.
+func BenchmarkBulk(b *testing.B) {
+	const clients, size = 8, 500
+	r, db := benchService(b, *benchWallets, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+	pick := anyOf(*benchWallets)
+	var singles, bulks []float64
+	var alone, beside latencies
+	single, many := make(cost), make(cost)
+	transfers, moved := 0.0, 0.0
+	caughtUp := func() {
+		eventually(b, 60*time.Second, "the relay has caught up", func() bool {
+			return r.metric("wallet_relay_lag_bytes") < 100_000
+		})
+	}
+	for b.Loop() {
+		for range 3 {
+			before := r.cpu(b)
+			rate, l := driveHTTP(b, r.address(), *benchClients, *benchFor/2, pick)
+			singles, transfers = append(singles, rate), transfers+float64(len(l))
+			caughtUp()
+			single.add(before, r.cpu(b))
+			profiled := r.profile(b, *benchFor/2)
+			before = r.cpu(b)
+			rate, l = bulk(clients, size, *benchFor/2, pick).drive(b, r.address(), pick)
+			bulks, moved = append(bulks, rate*size), moved+float64(len(l)*size)
+			caughtUp()
+			many.add(before, r.cpu(b))
+			profiled()
+			paced := httpLoad{clients: 64, how: *benchFor / 2, pace: 64 * time.Second / 1200,
+				write: writeTransfer}
+			_, l = paced.drive(b, r.address(), pick)
+			alone = append(alone, l...)
+			var working sync.WaitGroup
+			working.Go(func() { bulk(clients, size, *benchFor/2, pick).drive(b, r.address(), pick) })
+			time.Sleep(100 * time.Millisecond)
+			paced.how -= 200 * time.Millisecond
+			_, l = paced.drive(b, r.address(), pick)
+			beside = append(beside, l...)
+			working.Wait()
+			caughtUp()
+		}
+	}
+	for _, all := range [][]float64{singles, bulks} {
+		slices.Sort(all)
+	}
+	slices.Sort(alone)
+	slices.Sort(beside)
+	single.report(b, "single-", transfers)
+	many.report(b, "bulk-", moved)
+	b.ReportMetric(singles[len(singles)-1], "singles/s")
+	b.ReportMetric(bulks[len(bulks)/2], "transfers/s")
+	b.ReportMetric(bulks[len(bulks)/2]/singles[len(singles)-1], "x-singles")
+	alone.report(b, "alone-")
+	beside.report(b, "beside-")
+	b.ReportMetric(float64(beside.at(.99))/float64(alone.at(.99)), "x-p99")
+	b.ReportMetric(r.memory("VmHWM"), "MB-highest")
+	b.ReportMetric(0, "ns/op")
+	b.StopTimer()
+	checkBalances(b, db)
+}
+
 // BenchmarkHolds: holds placed, then each captured for a payee, in turns with transfers.
 func BenchmarkHolds(b *testing.B) {
 	r, db := benchService(b, *benchWallets, "KAFKA_BROKERS="+stack(b).KafkaBrokers)

@@ -810,6 +810,7 @@ func (h *contractCheck) post(t *testing.T, target, body string, headers ...strin
 	a := h.service.post(target, body, headers...)
 	h.check(t, "POST", target, a)
 	if a.status >= 300 {
+		h.postInBatch(t, target, body, a.code())
 		return a
 	}
 	var sent any
@@ -834,6 +835,69 @@ func (h *contractCheck) post(t *testing.T, target, body string, headers ...strin
 	return a
 }
 
+// postInBatch posts a movement that was refused as a batch's operation: it is refused for the same reason.
+func (h *contractCheck) postInBatch(t *testing.T, target, body, code string) {
+	t.Helper()
+	status := h.service.api.Problems[code].Status
+	if !slices.Contains([]int{400, 404, 409, 422}, status) || !json.Valid([]byte(body)) ||
+		strings.HasPrefix(code, "idempotency_key") || code == "field_duplicate" {
+		return // what is not about the operation
+	}
+	operation := asOperation(movement{path: target, body: body}, false)
+	if operation == "" {
+		return
+	}
+	a := h.service.post(batches, batchOf("in a batch", operation), "Authorization", "Bearer key")
+	h.check(t, "POST", batches, a)
+	if a.code() != code || !strings.Contains(a.body, `"operation":0`) {
+		t.Errorf("%s %s is %s, and %s in a batch: %s", target, body, code, operation, a)
+	}
+}
+
+// batches is every field of every operation, and what only a batch is refused for.
+func (h *contractCheck) batches(t *testing.T) {
+	const words = `"reference":"r","metadata":{"a":"b"}`
+	h.post(t, "/v1/wallets/16/deposit", `{"amount":"100","idempotency_key":"d"}`)
+	for range 3 { // as entries 2 to 4
+		key := fmt.Sprint(time.Now().UnixNano())
+		h.post(t, "/v1/wallets/16/holds", `{"amount":"5","idempotency_key":"`+key+`"}`)
+	}
+	operations := func(key func(string) string) []string {
+		return []string{key(`{"op":"deposit","wallet_id":16,"amount":"1","currency":"USD",` + words),
+			key(`{"op":"withdraw","wallet_id":16,"amount":"1","currency":"USD",` + words),
+			key(`{"op":"transfer","wallet_id":16,"to_id":17,"amount":"1","currency":"USD",` + words),
+			key(`{"op":"hold","wallet_id":16,"amount":"1","to_id":17,"expires_in":"1h",` +
+				`"currency":"USD",` + words),
+			key(`{"op":"capture","hold_id":"16-2","amount":"1","to_id":17,"final":false,` + words),
+			key(`{"op":"void","hold_id":"16-3",` + words),
+			key(`{"op":"reverse","transaction_id":"16-1","amount":"1",` + words)}
+	}
+	bare := func(operation string) string { return operation + "}" }
+	n := 0
+	keyed := func(operation string) string {
+		n++
+		return fmt.Sprintf(`%s,"idempotency_key":"e%d"}`, operation, n)
+	}
+	together := batchOf("b", operations(bare)...)
+	for range 2 {
+		if a := h.post(t, batches, together); a.status != 200 {
+			t.Error(a)
+		}
+	}
+	h.get(t, "/v1/wallets/16/history")
+	h.get(t, "/v1/transactions/16-5")
+	h.post(t, batches, eachOf(append(operations(keyed), `{"op":"void","hold_id":"16-3"}`)...))
+	h.post(t, batches, `{"atomic":true,"idempotency_key":"c","operations":[`+operations(bare)[0]+`]}`)
+
+	h.post(t, batches, batchOf("b", operations(bare)[:1]...))
+	h.post(t, batches, batchOf("k", operations(keyed)...))
+	h.post(t, batches, batchOf("k", `{"op":"pay"}`))
+	h.post(t, batches, batchOf("k"))
+	h.post(t, batches, `{"operations":[`+operations(bare)[0]+`]}`)
+	h.post(t, batches, `{"idempotency_key":"k","operations":[`+strings.Repeat(" ", manyBytesMax)+`]}`)
+	h.post(t, batches, batchOf("k", `{"op":"deposit","wallet_id":1,"amount":"1","amount":"1"}`))
+}
+
 // taking is those of the routes below whose body has a field.
 func (h *contractCheck) taking(field string) (targets []string) {
 	for _, target := range postRoutes {
@@ -849,6 +913,7 @@ func (h *contractCheck) taking(field string) (targets []string) {
 // The routes that the contract's test calls, for wallets, holds and transactions that are there.
 const (
 	creations   = "/v1/wallets"
+	batches     = "/v1/batches"
 	deposits    = "/v1/wallets/1/deposit"
 	withdrawals = "/v1/wallets/1/withdraw"
 	transfers   = "/v1/wallets/1/transfer"
@@ -860,9 +925,8 @@ const (
 )
 
 var (
-	postRoutes = []string{creations, deposits, withdrawals, transfers, holds, captures, voids, reversals,
-		states}
-	movesMoney = postRoutes[1:]
+	movesMoney = []string{deposits, withdrawals, transfers, holds, captures, voids, reversals, states}
+	postRoutes = append([]string{creations, batches}, movesMoney...)
 	getRoutes  = []string{"/v1/wallets", "/v1/wallets/1", "/v1/wallets/1/balance", "/v1/wallets/1/history",
 		"/v1/wallets/1/statement", "/v1/wallets/1/holds", "/v1/wallets/1/transactions?idempotency_key=d",
 		"/v1/holds/1-4", "/v1/transactions?reference=r", "/v1/transactions/1-1"}
@@ -874,6 +938,7 @@ var right = map[string]map[string]string{
 	creations: {"id": `9`}, deposits: {"amount": `"1"`}, withdrawals: {"amount": `"1"`},
 	transfers: {"amount": `"1"`, "to_id": `2`}, holds: {"amount": `"1"`}, captures: {"amount": `"1"`},
 	voids: {}, reversals: {"amount": `"1"`}, states: {"state": `"open"`},
+	batches: {"operations": `[{"op":"deposit","wallet_id":1,"amount":"1"}]`},
 }
 
 // body is a right one for a route but for changes: a name and what is said instead, empty for nothing.
@@ -1020,6 +1085,7 @@ func TestContract(t *testing.T) {
 		{"reversals", h.reversals},
 		{"states", h.states},
 		{"words", h.words},
+		{"batches", h.batches},
 		{"lists", h.lists},
 		{"statements", h.statements},
 		{"an unknown API key", everywhere("Authorization", "Bearer wrong")},

@@ -488,11 +488,11 @@ var (
 // asOperation is a movement as one of a batch's operations, or empty where it cannot be.
 func asOperation(m movement, keyed bool) string {
 	of := ofPath.FindStringSubmatch(m.path)
-	if of[3] == "state" {
+	if of == nil || of[3] == "state" {
 		return ""
 	}
 	id := of[2]
-	if of[1] != "wallet" {
+	if _, err := strconv.Atoi(id); of[1] != "wallet" || err != nil {
 		id = strconv.Quote(id)
 	}
 	body := m.body[1:]

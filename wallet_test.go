@@ -140,7 +140,8 @@ func TestLostConnectionAtCommit(t *testing.T) {
 			for i, body := range []string{
 				batchOf("marker-of-this-test", `{"op":"withdraw","wallet_id":1,"amount":"1"}`,
 					`{"op":"transfer","wallet_id":1,"to_id":2,"amount":"2"}`),
-				eachOf(`{"op":"withdraw","wallet_id":1,"amount":"1","idempotency_key":"marker-of-this-test-a"}`,
+				eachOf(`{"op":"withdraw","wallet_id":1,"amount":"1",`+
+					`"idempotency_key":"marker-of-this-test-a"}`,
 					`{"op":"deposit","wallet_id":3,"amount":"2","idempotency_key":"marker-of-this-test-b"}`),
 			} {
 				messages.Store(0)
