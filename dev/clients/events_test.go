@@ -167,6 +167,8 @@ func (l *lab) everyKind(t *testing.T) (ids map[string]bool) {
 		post("/v1/transactions/"+transaction(is)+"/reverse", `{"amount":"0.25"}`)
 	}
 	post("/v1/transactions/"+transaction(went)+"/reverse", `{}`)
+	post("/v1/batches", `{"operations":[{"op":"deposit","wallet_id":`+payer+`,"amount":"1"},`+
+		`{"op":"transfer","wallet_id":`+payer+`,"to_id":`+payee+`,"amount":"2"}]}`)
 	move(payer, "state", `{"state":"frozen","note":"court order 12"}`)
 	move(payer, "state", `{"state":"open"}`)
 	move(payee, "withdraw", `{"amount":"all"}`)

@@ -34,7 +34,8 @@ class Main {
     }
 
     static ApiResponse<Receipt> deposit(long wallet, String amount) throws ApiException {
-        DepositRequest body = new DepositRequest().amount(amount).reference("invoice 7").metadata(Map.of("cart", "c-19"));
+        DepositRequest body = new DepositRequest().amount(amount).reference("invoice 7")
+            .metadata(Map.of("cart", "c-19"));
         ApiResponse<Receipt> answer = movements.depositWithHttpInfo(wallet, body, "d");
         Receipt receipt = answer.getData();
         demand(receipt.getAmount().equals(amount) && receipt.getBalance().equals(amount), "deposit", receipt);
@@ -63,20 +64,23 @@ class Main {
         deposit(rich, "98765432109876543210");
         ApiResponse<Receipt> again = deposit(payer, "16777217.25");
         demand(again.getData().getTransactionId().equals(first)
-            && again.getHeaders().get("idempotent-replayed").equals(List.of("true")), "a retry", again.getHeaders());
+            && again.getHeaders().get("idempotent-replayed").equals(List.of("true")), "a retry", again);
 
-        TransferReceipt transfer = movements.transfer(payer, new TransferRequest().toId(payee).amount("10.50"), next());
+        TransferRequest pay = new TransferRequest().toId(payee).amount("10.50");
+        TransferReceipt transfer = movements.transfer(payer, pay, next());
         demand(transfer.getToBalance().equals("10.5"), "transfer", transfer);
 
         Capture taken = holds.captureHold(hold(payer, null), new CaptureHoldRequest().amount("3"), next());
-        demand(taken.getWalletId() == payer && taken.getFromId() == null && taken.getHeld().equals("0"), "a captured withdrawal", taken);
+        demand(taken.getWalletId() == payer && taken.getFromId() == null && taken.getHeld().equals("0"),
+            "a captured withdrawal", taken);
         Capture paid = holds.captureHold(hold(payer, payee), new CaptureHoldRequest(), next());
         demand(paid.getToId() == payee && paid.getAmount().equals("5"), "a captured transfer", paid);
 
         List<Entry> entries = new ArrayList<>();
         Pattern cursorOf = Pattern.compile("[?&]cursor=([^&>]*)");
         for (String cursor = null, more = ""; more != null; ) {
-            ApiResponse<List<Entry>> page = wallets.getHistoryWithHttpInfo(payer, 4, null, null, null, cursor);
+            ApiResponse<List<Entry>> page =
+                wallets.getHistoryWithHttpInfo(payer, 4, null, null, null, cursor);
             entries.addAll(page.getData());
             List<String> link = page.getHeaders().get("link");
             more = link == null ? null : link.get(0);

@@ -9,11 +9,11 @@ from wallet_client.api.movements import deposit, transfer, withdraw
 from wallet_client.api.transactions import get_transaction
 from wallet_client.api.wallets import create_wallet, get_balance, get_history
 from wallet_client.models import (
-    Capture, CaptureHoldRequest, CreateWalletRequest, DepositRequest, DepositRequestMetadata, EntryKind,
-    HoldReceipt, Movement, PlaceHoldRequest, Problem, ProblemCode, Receipt, Transfer, TransferReceipt,
-    TransferRequest, Wallet, WithdrawRequest,
+    Balance, Capture, CaptureHoldRequest, CreateWalletRequest, DepositRequest, DepositRequestMetadata, Entry,
+    EntryKind, HoldReceipt, Movement, PlaceHoldRequest, Problem, ProblemCode, Receipt, Transfer,
+    TransferReceipt, TransferRequest, Wallet, WithdrawRequest,
 )
-from wallet_client.types import UNSET
+from wallet_client.types import UNSET, Unset
 
 client = AuthenticatedClient(base_url=os.environ["WALLET_URL"], token=os.environ["WALLET_KEY"])
 keys = (f"py-{n}" for n in range(100))
@@ -26,14 +26,14 @@ def create() -> int:
     return wallet.wallet_id
 
 
-def pay_in(wallet: int, amount: str):
+def pay_in(wallet: int, amount: str) -> tuple[str, str | None]:
     body = DepositRequest(
         amount=amount, reference="invoice 7", metadata=DepositRequestMetadata.from_dict({"cart": "c-19"}))
     answer = deposit.sync_detailed(wallet, client=client, body=body, idempotency_key="d")
     receipt = answer.parsed
     assert isinstance(receipt, Receipt) and receipt.amount == receipt.balance == amount, answer
     balance = get_balance.sync(wallet, client=client, cache_control="no-cache")
-    assert balance.balance == amount, balance
+    assert isinstance(balance, Balance) and balance.balance == amount, balance
     return receipt.transaction_id, answer.headers.get("Idempotent-Replayed")
 
 
@@ -47,7 +47,7 @@ moved = transfer.sync(
 assert isinstance(moved, TransferReceipt) and moved.to_balance == "10.5", moved
 
 
-def hold(to_id=UNSET) -> str:
+def hold(to_id: int | Unset = UNSET) -> str:
     body = PlaceHoldRequest(amount="5", to_id=to_id)
     held = place_hold.sync(payer, client=client, body=body, idempotency_key=next(keys))
     assert isinstance(held, HoldReceipt) and held.held == "5", held
@@ -65,23 +65,24 @@ assert taken.wallet_id == payer and taken.from_id is UNSET and taken.held == "0"
 paid = capture(hold(payee), CaptureHoldRequest())
 assert paid.to_id == payee and paid.amount == "5", paid
 
-entries, cursor = [], UNSET
+entries: list[Entry] = []
+cursor: str | Unset | None = UNSET
 while cursor is not None:
     page = get_history.sync_detailed(payer, client=client, limit=4, cursor=cursor)
-    assert page.status_code == 200, page
+    assert isinstance(page.parsed, list), page
     entries += page.parsed
     link, cursor = page.headers.get("Link"), None
     if link:
         cursor = parse_qs(urlsplit(link[1:link.index(">")]).query)["cursor"][0]
 assert [e.seq for e in entries] == [1, 2, 3, 4, 5, 6], entries
 assert entries[1].kind is EntryKind.TRANSFER_OUT and entries[1].amount == "-10.5", entries[1]
-assert entries[1].counterparty.wallet_id == payee, entries[1]
+assert not isinstance(entries[1].counterparty, Unset) and entries[1].counterparty.wallet_id == payee
 
 seen = get_transaction.sync(moved.transaction_id, client=client)
 assert isinstance(seen, Transfer) and seen.to_id == payee, seen
 seen = get_transaction.sync(first, client=client)
 assert isinstance(seen, Movement) and seen.amount == "16777217.25", seen
-assert seen.metadata["cart"] == "c-19", seen
+assert not isinstance(seen.metadata, Unset) and seen.metadata["cart"] == "c-19", seen
 
 no = withdraw.sync(payee, client=client, body=WithdrawRequest(amount="1000"), idempotency_key=next(keys))
 assert isinstance(no, Problem) and no.code is ProblemCode.INSUFFICIENT_FUNDS and no.detail, no

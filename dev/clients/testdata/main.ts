@@ -15,7 +15,10 @@ let keys = 0;
 const header = () => ({ "Idempotency-Key": `ts-${++keys}` });
 
 async function create(): Promise<number> {
-  const { data, error } = await api.POST("/v1/wallets", { params: { header: header() }, body: { currency: "USD" } });
+  const { data, error } = await api.POST("/v1/wallets", {
+    params: { header: header() },
+    body: { currency: "USD" },
+  });
   demand(data !== undefined, "create", error);
   return data.wallet_id;
 }
@@ -63,7 +66,7 @@ async function capture(hold_id: string, body: components["schemas"]["CaptureHold
   return data;
 }
 const taken = await capture(await hold(), { amount: "3" });
-demand(taken.wallet_id === payer && taken.from_id === undefined && taken.held === "0", "a captured withdrawal", taken);
+demand(taken.wallet_id === payer && taken.from_id === undefined && taken.held === "0", "a withdrawal", taken);
 const paid = await capture(await hold(payee), {});
 demand(paid.to_id === payee && paid.amount === "5", "a captured transfer", paid);
 
@@ -79,7 +82,8 @@ for (let cursor: string | undefined, more = true; more; more = cursor !== undefi
 }
 demand(entries.length === 6 && entries.every((e, i) => e.seq === i + 1), "history", entries);
 const out = entries[1]!;
-demand(out.kind === "transfer_out" && out.amount === "-10.5" && out.counterparty?.wallet_id === payee, "an entry", out);
+demand(out.kind === "transfer_out" && out.amount === "-10.5", "a transfer's entry", out);
+demand(out.counterparty?.wallet_id === payee, "its counterparty", out);
 // @ts-expect-error an entry has no such member: a slip of the pen must not compile
 out.ballance;
 
@@ -91,7 +95,8 @@ async function transaction(id: string) {
 const moved = await transaction(transfer.data.transaction_id);
 demand(moved.kind === "transfer" && moved.to_id === payee, "a transfer", moved);
 const came = await transaction(first.id);
-demand(came.kind === "deposit" && came.amount === "16777217.25" && came.metadata?.cart === "c-19", "a deposit", came);
+demand(came.kind === "deposit" && came.amount === "16777217.25", "a deposit", came);
+demand(came.metadata?.cart === "c-19", "its metadata", came);
 
 const no = await api.POST("/v1/wallets/{id}/withdraw", {
   params: { path: { id: payee }, header: header() },
