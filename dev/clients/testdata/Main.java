@@ -102,6 +102,14 @@ class Main {
         demand(came.getActualInstance() instanceof Movement d && d.getAmount().equals("16777217.25")
             && d.getMetadata().get("cart").equals("c-19"), "a deposit", came);
 
+        DepositOperation in = new DepositOperation().op(DepositOperation.OpEnum.DEPOSIT)
+            .walletId(payer).amount("1");
+        TransferOperation over = new TransferOperation().op(TransferOperation.OpEnum.TRANSFER)
+            .walletId(payer).toId(payee).amount("1");
+        BatchResults batch = movements.postBatch(new PostBatchRequest()
+            .addOperationsItem(new BatchOperation(in)).addOperationsItem(new BatchOperation(over)), next());
+        demand(batch.getResults().size() == 2, "a batch", batch);
+
         try {
             movements.withdraw(payee, new WithdrawRequest().amount("1000"), next());
             demand(false, "a refusal", "it was done");

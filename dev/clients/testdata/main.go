@@ -107,6 +107,13 @@ func main() {
 	d, ok := m.(api.Movement)
 	demand(ok && d.Amount == "16777217.25" && (*d.Metadata)["cart"] == "c-19", "a deposit", m)
 
+	var both [2]api.BatchOperation
+	must(0, both[0].FromDepositOperation(api.DepositOperation{WalletId: payer, Amount: "1"}))
+	must(0, both[1].FromTransferOperation(api.TransferOperation{WalletId: payer, ToId: payee, Amount: "1"}))
+	batch := must(c.PostBatchWithResponse(ctx, &api.PostBatchParams{IdempotencyKey: next()},
+		api.PostBatchRequest{Operations: both[:]}))
+	demand(batch.JSON200 != nil && len(batch.JSON200.Results) == 2, "a batch", string(batch.Body))
+
 	no := must(c.WithdrawWithResponse(ctx, payee, &api.WithdrawParams{IdempotencyKey: next()},
 		api.WithdrawRequest{Amount: "1000"}))
 	problem := no.ApplicationproblemJSON422

@@ -5,13 +5,14 @@ from urllib.parse import parse_qs, urlsplit
 
 from wallet_client import AuthenticatedClient
 from wallet_client.api.holds import capture_hold, place_hold
-from wallet_client.api.movements import deposit, transfer, withdraw
+from wallet_client.api.movements import deposit, post_batch, transfer, withdraw
 from wallet_client.api.transactions import get_transaction
 from wallet_client.api.wallets import create_wallet, get_balance, get_history
 from wallet_client.models import (
-    Balance, Capture, CaptureHoldRequest, CreateWalletRequest, DepositRequest, DepositRequestMetadata, Entry,
-    EntryKind, HoldReceipt, Movement, PlaceHoldRequest, Problem, ProblemCode, Receipt, Transfer,
-    TransferReceipt, TransferRequest, Wallet, WithdrawRequest,
+    Balance, BatchResults, Capture, CaptureHoldRequest, CreateWalletRequest, DepositOperation,
+    DepositOperationOp, DepositRequest, DepositRequestMetadata, Entry, EntryKind, HoldReceipt, Movement,
+    PlaceHoldRequest, PostBatchRequest, Problem, ProblemCode, Receipt, Transfer, TransferOperation,
+    TransferOperationOp, TransferReceipt, TransferRequest, Wallet, WithdrawRequest,
 )
 from wallet_client.types import UNSET, Unset
 
@@ -83,6 +84,13 @@ assert isinstance(seen, Transfer) and seen.to_id == payee, seen
 seen = get_transaction.sync(first, client=client)
 assert isinstance(seen, Movement) and seen.amount == "16777217.25", seen
 assert not isinstance(seen.metadata, Unset) and seen.metadata["cart"] == "c-19", seen
+
+batch = post_batch.sync(
+    client=client, idempotency_key=next(keys), body=PostBatchRequest(operations=[
+        DepositOperation(op=DepositOperationOp.DEPOSIT, wallet_id=payer, amount="1"),
+        TransferOperation(op=TransferOperationOp.TRANSFER, wallet_id=payer, to_id=payee, amount="1"),
+    ]))
+assert isinstance(batch, BatchResults) and len(batch.results) == 2, batch
 
 no = withdraw.sync(payee, client=client, body=WithdrawRequest(amount="1000"), idempotency_key=next(keys))
 assert isinstance(no, Problem) and no.code is ProblemCode.INSUFFICIENT_FUNDS and no.detail, no

@@ -98,6 +98,17 @@ const came = await transaction(first.id);
 demand(came.kind === "deposit" && came.amount === "16777217.25", "a deposit", came);
 demand(came.metadata?.cart === "c-19", "its metadata", came);
 
+const batch = await api.POST("/v1/batches", {
+  params: { header: header() },
+  body: {
+    operations: [
+      { op: "deposit", wallet_id: payer, amount: "1" },
+      { op: "transfer", wallet_id: payer, to_id: payee, amount: "1" },
+    ],
+  },
+});
+demand(batch.data?.results.length === 2, "a batch", batch);
+
 const no = await api.POST("/v1/wallets/{id}/withdraw", {
   params: { path: { id: payee }, header: header() },
   body: { amount: "1000" },
