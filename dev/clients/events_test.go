@@ -120,7 +120,8 @@ func refuses(t *testing.T, schema *jsonschema.Schema, example map[string]map[str
 func (l *lab) consume(t *testing.T, hand func(*kgo.Record) (done bool)) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(l.brokers, ",")...), kgo.ConsumeTopics(l.topic),
+	client, err := kgo.NewClient(
+		kgo.SeedBrokers(strings.Split(l.brokers, ",")...), kgo.ConsumeTopics(l.topic),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.FetchIsolationLevel(kgo.ReadCommitted()))
 	if err != nil {
 		t.Fatal(err)

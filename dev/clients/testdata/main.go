@@ -71,7 +71,8 @@ func main() {
 		return h.JSON201.HoldId
 	}
 	capture := func(hold string, body api.CaptureHoldRequest) *api.Capture {
-		got := must(c.CaptureHoldWithResponse(ctx, hold, &api.CaptureHoldParams{IdempotencyKey: next()}, body))
+		params := &api.CaptureHoldParams{IdempotencyKey: next()}
+		got := must(c.CaptureHoldWithResponse(ctx, hold, params, body))
 		demand(got.JSON200 != nil, "capture", string(got.Body))
 		return got.JSON200
 	}
@@ -88,7 +89,8 @@ func main() {
 		demand(h.JSON200 != nil, "history", string(h.Body))
 		entries, page = append(entries, *h.JSON200...), nil
 		if target, _, ok := strings.Cut(strings.TrimPrefix(h.HTTPResponse.Header.Get("Link"), "<"), ">"); ok {
-			page = &api.GetHistoryParams{Limit: to(4), Cursor: to(must(url.Parse(target)).Query().Get("cursor"))}
+			cursor := must(url.Parse(target)).Query().Get("cursor")
+			page = &api.GetHistoryParams{Limit: to(4), Cursor: &cursor}
 		}
 	}
 	demand(len(entries) == 6, "history", entries)
@@ -96,14 +98,18 @@ func main() {
 		demand(e.Seq == int64(i+1), "the history's order", entries)
 	}
 	out := entries[1]
-	demand(out.Kind == api.EntryKindTransferOut && out.Amount == "-10.5" && out.Counterparty.WalletId == payee,
-		"a transfer's entry", out)
+	demand(out.Kind == api.EntryKindTransferOut && out.Amount == "-10.5" &&
+		out.Counterparty.WalletId == payee, "a transfer's entry", out)
 
-	m := must(must(c.GetTransactionWithResponse(ctx, transfer.JSON200.TransactionId)).JSON200.
-		ValueByDiscriminator())
+	transaction := func(id string) any {
+		seen := must(c.GetTransactionWithResponse(ctx, id))
+		demand(seen.JSON200 != nil, "a transaction", string(seen.Body))
+		return must(seen.JSON200.ValueByDiscriminator())
+	}
+	m := transaction(transfer.JSON200.TransactionId)
 	t, ok := m.(api.Transfer)
 	demand(ok && t.ToId == payee, "a transfer", m)
-	m = must(must(c.GetTransactionWithResponse(ctx, first.JSON200.TransactionId)).JSON200.ValueByDiscriminator())
+	m = transaction(first.JSON200.TransactionId)
 	d, ok := m.(api.Movement)
 	demand(ok && d.Amount == "16777217.25" && (*d.Metadata)["cart"] == "c-19", "a deposit", m)
 
