@@ -17,6 +17,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -27,6 +28,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -37,24 +39,17 @@ var (
 	fuzzSeed = flag.Uint64("clients.seed", 1, "what it begins with; CI has the same each time")
 )
 
-// task is some work that others wait for.
+// task is work that is done once, as soon as somebody waits for it.
 type task struct {
-	done chan struct{}
+	once sync.Once
+	do   func() error
 	err  error
-}
-
-func begin(do func() error) *task {
-	t := &task{done: make(chan struct{})}
-	go func() {
-		t.err = do()
-		close(t.done)
-	}()
-	return t
 }
 
 func (k *task) wait(t *testing.T) {
 	t.Helper()
-	if <-k.done; k.err != nil {
+	k.once.Do(func() { k.err = k.do() })
+	if k.err != nil {
 		t.Fatal(k.err)
 	}
 }
@@ -64,7 +59,7 @@ type lab struct {
 	folder string
 	env    []string // of all programs, besides the machine's
 
-	npm, pip, maven, golang, stack *task
+	npm, pip, maven, golang, stack task
 
 	topic         string
 	brokers       string
@@ -88,14 +83,10 @@ func TestClients(t *testing.T) {
 	l.env = append(os.Environ(), "CI=true", "REDOCLY_TELEMETRY=off", "REDOCLY_SUPPRESS_UPDATE_NOTICE=true",
 		"NO_COLOR=1", "PIP_DISABLE_PIP_VERSION_CHECK=1", "GOFLAGS=-mod=mod", "SCHEMATHESIS_HOOKS=hooks",
 		"PATH="+l.path("python", "venv", "bin")+":"+os.Getenv("PATH"))
-	l.stack = begin(l.start)
-	l.npm, l.pip, l.maven, l.golang = begin(l.installNode), begin(l.installPython), begin(l.installJava),
-		begin(l.installGo)
+	l.npm.do, l.pip.do, l.maven.do, l.golang.do, l.stack.do = l.installNode, l.installPython, l.installJava,
+		l.installGo, l.start
 	t.Cleanup(func() {
 		l.stop()
-		for _, task := range []*task{l.npm, l.pip, l.maven, l.golang} {
-			<-task.done
-		}
 		if t.Failed() {
 			t.Logf("everything that was made is in %s", folder)
 		} else {
@@ -108,7 +99,6 @@ func TestClients(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l.stack.wait(t)
 			began := time.Now()
 			run(t)
 			t.Logf("%.1f s", time.Since(began).Seconds())
@@ -168,8 +158,7 @@ func (l *lab) path(elements ...string) string {
 func (l *lab) start() error {
 	l.serviceBinary = l.path("wallet")
 	dev := l.path("dev")
-	build := begin(func() error { return goBuild(*service, l.serviceBinary) })
-	if err := goBuild("..", dev); err != nil {
+	if err := errors.Join(goBuild(*service, l.serviceBinary), goBuild("..", dev)); err != nil {
 		return err
 	}
 	args := []string{"services", "-data", l.path("data")}
@@ -204,9 +193,6 @@ func (l *lab) start() error {
 	}
 	if err != nil {
 		return fmt.Errorf("%v: %w\n%s", l.servers, err, &said)
-	}
-	if <-build.done; build.err != nil {
-		return build.err
 	}
 	made, err := exec.Command(l.serviceBinary, "-new-key", "clients:read+write+operate").Output()
 	if err != nil {
@@ -285,7 +271,6 @@ func (l *lab) startService(name string, env []string) (url string, err error) {
 }
 
 func (l *lab) stop() {
-	<-l.stack.done
 	for _, cmd := range l.services {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -311,6 +296,7 @@ func (l *lab) installGo() error {
 
 func (l *lab) goClient(t *testing.T) {
 	l.golang.wait(t)
+	l.stack.wait(t)
 	if err := l.copy("go/walletapi"); err != nil {
 		t.Fatal(err)
 	}
@@ -331,6 +317,7 @@ func (l *lab) installNode() error {
 
 func (l *lab) typeScriptClient(t *testing.T) {
 	l.npm.wait(t)
+	l.stack.wait(t)
 	l.must(t, "node", "node_modules/.bin/openapi-typescript", l.documents[0], "-o", "schema.d.ts")
 	l.must(t, "node", "node_modules/.bin/tsc", "--strict", "--noUncheckedIndexedAccess", "--target", "es2022",
 		"--module", "nodenext", "--moduleResolution", "nodenext", "main.ts")
@@ -351,6 +338,7 @@ func (l *lab) installPython() error {
 
 func (l *lab) pythonClient(t *testing.T) {
 	l.pip.wait(t)
+	l.stack.wait(t)
 	l.must(t, "python", "venv/bin/openapi-python-client", "generate", "--meta", "none", "--fail-on-warning",
 		"--path", l.documents[0], "--output-path", "wallet_client")
 	l.must(t, "python", "venv/bin/mypy", "--strict", "--follow-imports=silent", "wallet_client/models",
@@ -370,6 +358,7 @@ func (l *lab) installJava() error {
 
 func (l *lab) javaClient(t *testing.T) {
 	l.maven.wait(t)
+	l.stack.wait(t)
 	jar, err := filepath.Glob(l.path("java", "jars", "openapi-generator-cli-*.jar"))
 	if err != nil || len(jar) != 1 {
 		t.Fatalf("the generator: %v, %v", jar, err)
@@ -397,12 +386,14 @@ func (l *lab) javaClient(t *testing.T) {
 
 func (l *lab) redocly(t *testing.T) {
 	l.npm.wait(t)
+	l.stack.wait(t)
 	t.Log(l.must(t, "node", "node_modules/.bin/redocly", "lint", "--config", "redocly.yaml",
 		l.documents[0], l.documents[1]))
 }
 
 func (l *lab) spectral(t *testing.T) {
 	l.npm.wait(t)
+	l.stack.wait(t)
 	t.Log(l.must(t, "node", "node_modules/.bin/spectral", "lint", "--ruleset", "spectral.yaml",
 		"--fail-severity", "hint", l.documents[0], l.documents[1]))
 }
@@ -411,6 +402,7 @@ func (l *lab) spectral(t *testing.T) {
 // route demands one.
 func (l *lab) schemathesis(t *testing.T) {
 	l.pip.wait(t)
+	l.stack.wait(t)
 	common := []string{"run", "--checks", "all", "--warnings", "off", "--seed", fmt.Sprint(*fuzzSeed)}
 	open := append(slices.Clone(common), "--max-time", fmt.Sprint(int(fuzzTime.Seconds())),
 		l.open+"/openapi.json")

@@ -25,6 +25,7 @@ const eventSchema = "../../docs/event.schema.json"
 const traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 func (l *lab) events(t *testing.T) {
+	l.stack.wait(t)
 	compiler := jsonschema.NewCompiler()
 	compiler.AssertFormat()
 	schema, err := compiler.Compile(eventSchema)
