@@ -129,7 +129,7 @@ var movements = []movementKind{
 	{path: "/v1/wallets/{id}/state", scope: gate.Operate,
 		summary: "Set what a wallet lets in and out: open, no_out, frozen or closed", of: &ofWallet,
 		kind: book.KindState, decide: book.DecideState, body: bodyOf("state note"), required: "state",
-		answer: "State", refusals: "wallet_not_found wallet_closed wallet_not_empty"},
+		answer: "StateReceipt", refusals: "wallet_not_found wallet_closed wallet_not_empty"},
 }
 
 var (

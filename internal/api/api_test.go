@@ -296,3 +296,27 @@ func FuzzKeyHeader(f *testing.F) {
 		}
 	})
 }
+
+// TestCanonical: an object of strings comes out as what it was, whatever its names are. A name is no JSON of
+// its own: none can end its string and add a member.
+func TestCanonical(t *testing.T) {
+	for object, want := range map[string]string{
+		`{"b":"1", "a":"2"}`:                   `{"a":"2","b":"1"}`,
+		`{}`:                                   ``,
+		`{"a\",\"client\":\"x":"y"}`:           `{"a\",\"client\":\"x":"y"}`,
+		`{"\u0000\n\\":"\u0000","é":"\u00e9"}`: `{"\u0000\u000a\\":"\u0000","é":"é"}`,
+	} {
+		text, ok := Canonical(object, 2)
+		if !ok || text != want {
+			t.Errorf("%s: %s, %v; want %s", object, text, ok, want)
+		}
+		if again, ok := Canonical(text, 2); text != "" && (!ok || again != text) {
+			t.Errorf("%s again: %s, %v", text, again, ok)
+		}
+	}
+	for _, object := range []string{`{"":"a"}`, `{"a":1}`, `{"a":"1","a":"2"}`, `{"a":"1","b":"2","c":"3"}`} {
+		if text, ok := Canonical(object, 2); ok {
+			t.Errorf("%s is %s", object, text)
+		}
+	}
+}

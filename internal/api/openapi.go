@@ -190,6 +190,9 @@ func (d *document31) parameter(name, in string, required bool) Object {
 	delete(schema, "description")
 	delete(schema, "examples")
 	p["schema"] = schema
+	if in == "query" && !required {
+		p["allowEmptyValue"] = true // as if it were left out (Query)
+	}
 	return p
 }
 

@@ -398,11 +398,15 @@ func Canonical(object string, members int) (text string, ok bool) {
 		return "", true
 	}
 	slices.Sort(names)
-	o := jsontext.Open(nil)
-	for _, name := range names {
-		o.Text(name, values[name])
+	dst := []byte{'{'}
+	for i, name := range names {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = append(jsontext.AppendText(dst, name), ':') // a client's, so that it may need escapes
+		dst = jsontext.AppendText(dst, values[name])
 	}
-	return string(o.Close()), true
+	return string(append(dst, '}')), true
 }
 
 // Span reads a length of time such as 15m: a whole number of s, m, h or d, up to most.
