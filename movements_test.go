@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -1250,6 +1251,32 @@ func TestStalledWalletInABatch(t *testing.T) {
 		t.Errorf("wallet 2: %v", got)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestBatchesAtOnce: no more than so many are in memory at a time, however slowly they are sent.
+func TestBatchesAtOnce(t *testing.T) {
+	w := start(t, testEnv(t))
+	body := batchOf("b", `{"op":"deposit","wallet_id":1,"amount":"1"}`)
+	var slow []net.Conn
+	for range manyAtOnce {
+		conn, err := net.Dial("tcp", w.http.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST /v1/batches HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\n"+
+			"Content-Length: %d\r\n\r\n{", len(body))
+		slow = append(slow, conn)
+	}
+	eventually(t, 2*time.Second, "all are being read", func() bool {
+		return w.ledger.manyNow.Load() == manyAtOnce
+	})
+	refuses(t, w.post("/v1/batches", body), 503, "overloaded", "")
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"d"}`)
+	slow[0].Close()
+	eventually(t, 2*time.Second, "a place is free", func() bool {
+		return w.post("/v1/batches", body).status == 200
+	})
 }
 
 // TestBatchCounts: against the client's rate, into debt once, and against the queue's bound.

@@ -335,6 +335,7 @@ const (
 	manyOpsMax    = 1000
 	manyBytesMax  = 1 << 20
 	manyKeyLenMax = book.KeyLenMax - len("#999")
+	manyAtOnce    = 32 // such requests, some 2 MB of memory each
 )
 
 // manyBody is the body of POST /v1/batches. An operation has the fields of its kind's route, and the one that
@@ -367,6 +368,10 @@ func manyRefusals() string {
 
 // moveMany posts many operations, all or none, or each by itself.
 func (l *ledger) moveMany(r *http.Request) (*api.Reply, error) {
+	defer l.manyNow.Add(-1)
+	if l.manyNow.Add(1) > manyAtOnce {
+		return nil, errOverloaded
+	}
 	var ops []*book.Operation
 	var kinds []*movementKind
 	body, err := api.ReadList(r, manyBody, func(_ int, item api.Fields) error {
@@ -676,6 +681,7 @@ type ledger struct {
 	queue  *gather.Gatherer[*task]
 	scales atomic.Pointer[map[string]int32] // the currency table: code to scale
 
+	manyNow                                       atomic.Int64 // requests of many operations at work
 	batches, operations, reruns, splits, expiries atomic.Int64
 	held                                          atomic.Pointer[[]heldMoney]
 	batchSizes, batchSeconds                      *metric.Histogram
