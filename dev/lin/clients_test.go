@@ -181,7 +181,7 @@ func (g *group) do(client int, dice *rand.Rand, q *request) {
 		a, trouble := g.send(q, one)
 		if a == nil {
 			uncertain = true
-			notes += fmt.Sprintf("%s at %s, ", trouble, one.name)
+			notes += fmt.Sprintf("%s at %s, ", trouble, one.Name)
 			g.retries.Add(1)
 			time.Sleep(time.Duration(dice.Int64N(int64(20 * time.Millisecond))))
 			if g.closing.Load() && time.Since(g.end) > time.Minute {
@@ -191,7 +191,7 @@ func (g *group) do(client int, dice *rand.Rand, q *request) {
 			}
 			continue
 		}
-		notes += "answered by " + one.name
+		notes += "answered by " + one.Name
 		if !q.writes(a) {
 			// This request was refused. Those sent before it may still be applied, whatever has been answered
 			// to this one.
@@ -218,7 +218,7 @@ func (g *group) leaveOpen(client int, q *request, first int64, notes string) {
 func (g *group) once(client int, q *request, one *replica) {
 	call := g.now()
 	if a, _ := g.send(q, one); a != nil {
-		g.add(client, q, call, a, "answered by "+one.name)
+		g.add(client, q, call, a, "answered by "+one.Name)
 	}
 }
 
@@ -247,7 +247,7 @@ func (g *group) add(client int, q *request, call int64, a *response, notes strin
 // send sends a request once. Nil: it was not answered, or only that the outcome may be unknown.
 func (g *group) send(q *request, one *replica) (*response, string) {
 	g.requests.Add(1)
-	r, err := q.http(one.url)
+	r, err := q.http(one.URL)
 	if err != nil {
 		g.t.Error(err)
 		return nil, "not sent"
@@ -266,7 +266,7 @@ func (g *group) send(q *request, one *replica) (*response, string) {
 	case response.StatusCode == 500:
 		g.run.mu.Lock()
 		defer g.run.mu.Unlock()
-		g.internal[fmt.Sprintf("%s by %s", q.kind, one.name)]++
+		g.internal[fmt.Sprintf("%s by %s", q.kind, one.Name)]++
 		return nil, "500"
 	}
 	a, err := q.parse(response.StatusCode, string(body))

@@ -14,13 +14,11 @@ import (
 	"math"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -138,22 +136,6 @@ func (p *proxy) cut() (cuts int) {
 	return cuts
 }
 
-// isReady waits until the replica says so.
-func (r *replica) isReady(most time.Duration) bool {
-	client := http.Client{Timeout: time.Second}
-	for deadline := time.Now().Add(most); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		response, err := client.Get(r.url + "/readyz")
-		if err != nil {
-			continue
-		}
-		response.Body.Close()
-		if response.StatusCode == 200 {
-			return true
-		}
-	}
-	return false
-}
-
 // fault is something that goes wrong; it is over, but for what follows from it, when it returns what it was.
 // Empty: it found no occasion.
 type fault struct {
@@ -233,13 +215,13 @@ var loseCommit = fault{"lose an answer to COMMIT", func(r *run, dice *rand.Rand)
 		return ""
 	}
 	pass(true)
-	return "an answer to COMMIT is lost on its way to " + one.name
+	return "an answer to COMMIT is lost on its way to " + one.Name
 }}
 
 // loseCommitUnpublished: with the relay held up, nobody but the writer brings the balance into the cache.
 var loseCommitUnpublished = fault{"lose answers to COMMIT while Kafka is frozen",
 	func(r *run, dice *rand.Rand) string {
-		r.servers.obey(r.t, "pause kafka")
+		r.servers.Obey(r.t, "pause kafka")
 		lost := 0
 		for range 3 {
 			if pass := r.replicas[dice.IntN(len(r.replicas))].way.catch("COMMIT"); pass != nil {
@@ -248,7 +230,7 @@ var loseCommitUnpublished = fault{"lose answers to COMMIT while Kafka is frozen"
 			}
 			time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
 		}
-		r.servers.obey(r.t, "resume kafka")
+		r.servers.Obey(r.t, "resume kafka")
 		return fmt.Sprintf("Kafka is frozen, and %d answers to COMMIT are lost", lost)
 	}}
 
@@ -261,7 +243,7 @@ var stallCommit = fault{"stall an answer to COMMIT", func(r *run, dice *rand.Ran
 	d := between(dice, 10*time.Millisecond, 1500*time.Millisecond)
 	time.Sleep(d)
 	pass(false)
-	return fmt.Sprintf("an answer to COMMIT comes %v late to %s", d.Round(time.Millisecond), one.name)
+	return fmt.Sprintf("an answer to COMMIT comes %v late to %s", d.Round(time.Millisecond), one.Name)
 }}
 
 var stallCommitAcrossGeneration = fault{"stall an answer to COMMIT while a replica starts",
@@ -271,7 +253,7 @@ var stallCommitAcrossGeneration = fault{"stall an answer to COMMIT while a repli
 		if pass == nil {
 			return ""
 		}
-		what := "an answer to COMMIT comes late to " + one.name + ", after a further replica has started"
+		what := "an answer to COMMIT comes late to " + one.Name + ", after a further replica has started"
 		end := r.further(dice)
 		time.Sleep(between(dice, 10*time.Millisecond, 300*time.Millisecond))
 		if dice.IntN(2) == 0 {
@@ -289,7 +271,7 @@ var stallFill = fault{"stall an answer to a read while keys are deleted",
 		r.deleteKeys(100) // so that there is something to fill in, and for us, if nobody else, to ask for
 		wallet := max(1, r.groups.Load()-dice.Int64N(teams))*10 + 1 + dice.Int64N(groupSize)
 		go func() {
-			response, err := web.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", one.url, wallet))
+			response, err := web.Get(fmt.Sprintf("%s/v1/wallets/%d/balance", one.URL, wallet))
 			if err == nil {
 				response.Body.Close()
 			}
@@ -301,55 +283,52 @@ var stallFill = fault{"stall an answer to a read while keys are deleted",
 		time.Sleep(between(dice, 20*time.Millisecond, 800*time.Millisecond))
 		r.deleteKeys(100)
 		pass(false)
-		return "an answer to a SELECT comes late to " + one.name + ", after all cached balances were deleted"
+		return "an answer to a SELECT comes late to " + one.Name + ", after all cached balances were deleted"
 	}}
 
 var cutWay = fault{"cut a replica's connections to Postgres", func(r *run, dice *rand.Rand) string {
 	one := r.replicas[dice.IntN(len(r.replicas))]
-	return fmt.Sprintf("%d connections of %s to Postgres are cut", one.way.cut(), one.name)
+	return fmt.Sprintf("%d connections of %s to Postgres are cut", one.way.cut(), one.Name)
 }}
 
 var killReplica = fault{"kill a replica", func(r *run, dice *rand.Rand) string {
 	one, giveBack := r.some(dice)
 	defer giveBack()
-	one.kill()
+	one.Kill()
 	time.Sleep(between(dice, time.Millisecond, time.Second))
-	one.start(r.t)
-	return one.name + " is killed and started"
+	one.Start(r.t)
+	return one.Name + " is killed and started"
 }}
 
 var stopReplica = fault{"stop a replica", func(r *run, dice *rand.Rand) string {
 	one, giveBack := r.some(dice)
 	defer giveBack()
-	one.killed.Store(true)
-	one.process.Process.Signal(syscall.SIGTERM)
+	one.Terminate()
 	select {
-	case <-one.exited:
+	case <-one.Exited:
 	case <-time.After(20 * time.Second):
-		r.t.Errorf("%s does not stop within 20 s of SIGTERM", one.name)
-		one.kill()
+		r.t.Errorf("%s does not stop within 20 s of SIGTERM", one.Name)
+		one.Kill()
 	}
-	one.start(r.t)
-	return one.name + " is stopped in order and started"
+	one.Start(r.t)
+	return one.Name + " is stopped in order and started"
 }}
 
 var freezeReplica = fault{"freeze a replica", func(r *run, dice *rand.Rand) string {
 	one, giveBack := r.some(dice)
 	defer giveBack()
 	d := between(dice, 10*time.Millisecond, 3*time.Second)
-	one.process.Process.Signal(syscall.SIGSTOP)
-	time.Sleep(d)
-	one.process.Process.Signal(syscall.SIGCONT)
-	return fmt.Sprintf("%s is frozen for %v", one.name, d.Round(time.Millisecond))
+	one.Freeze(d)
+	return fmt.Sprintf("%s is frozen for %v", one.Name, d.Round(time.Millisecond))
 }}
 
 // further starts one more replica, which forgets what is cached, and waits until it serves.
 func (r *run) further(dice *rand.Rand) (end func()) {
 	one := newReplica(r.t, r.servers, r.folder, r.binary, "further")
-	one.start(r.t)
-	one.isReady(between(dice, 100*time.Millisecond, 1500*time.Millisecond))
+	one.Start(r.t)
+	one.IsReady(between(dice, 100*time.Millisecond, 1500*time.Millisecond))
 	return func() {
-		one.kill()
+		one.Kill()
 		one.way.close()
 	}
 }
@@ -398,9 +377,9 @@ var deleteKeys = fault{"delete keys in Redis", func(r *run, dice *rand.Rand) str
 }}
 
 var killRedis = fault{"kill Redis", func(r *run, dice *rand.Rand) string {
-	r.servers.obey(r.t, "kill redis")
+	r.servers.Obey(r.t, "kill redis")
 	time.Sleep(between(dice, time.Millisecond, 500*time.Millisecond))
-	r.servers.obey(r.t, "start redis")
+	r.servers.Obey(r.t, "start redis")
 	return "Redis is killed and started"
 }}
 
@@ -408,7 +387,7 @@ var snapshotRedis = fault{"put Redis back to a snapshot", func(r *run, dice *ran
 	// miniredis takes none, and comes back empty.
 	r.redis(func(ctx context.Context, c *redis.Client) { c.Save(ctx) })
 	time.Sleep(between(dice, 10*time.Millisecond, time.Second))
-	r.servers.obey(r.t, "kill redis", "start redis")
+	r.servers.Obey(r.t, "kill redis", "start redis")
 	return "Redis takes a snapshot, is killed and started with it"
 }}
 
@@ -429,16 +408,16 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() ORDER BY random()
 }}
 
 var crashPostgres = fault{"crash Postgres", func(r *run, dice *rand.Rand) string {
-	r.servers.obey(r.t, "stop postgres immediate")
+	r.servers.Obey(r.t, "stop postgres immediate")
 	time.Sleep(between(dice, time.Millisecond, 500*time.Millisecond))
-	r.servers.obey(r.t, "start postgres")
+	r.servers.Obey(r.t, "start postgres")
 	return "Postgres stops immediately and is started"
 }}
 
 // freezeKafka makes the relay late: what it puts into the cache then is old, and the first of it is all for a
 // while, since Kafka is frozen again at once. At times everything that is cached is forgotten before.
 var freezeKafka = fault{"freeze Kafka", func(r *run, dice *rand.Rand) string {
-	r.servers.obey(r.t, "pause kafka")
+	r.servers.Obey(r.t, "pause kafka")
 	time.Sleep(between(dice, 100*time.Millisecond, 2*time.Second))
 	what := "Kafka is frozen twice"
 	switch dice.IntN(3) {
@@ -449,10 +428,10 @@ var freezeKafka = fault{"freeze Kafka", func(r *run, dice *rand.Rand) string {
 		r.deleteKeys(100)
 		what += "; before it thaws, all keys in Redis are deleted"
 	}
-	r.servers.obey(r.t, "resume kafka")
+	r.servers.Obey(r.t, "resume kafka")
 	time.Sleep(between(dice, time.Millisecond, 40*time.Millisecond))
-	r.servers.obey(r.t, "pause kafka")
+	r.servers.Obey(r.t, "pause kafka")
 	time.Sleep(between(dice, 50*time.Millisecond, 500*time.Millisecond))
-	r.servers.obey(r.t, "resume kafka")
+	r.servers.Obey(r.t, "resume kafka")
 	return what
 }}

@@ -15,19 +15,14 @@
 package lin
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -38,6 +33,8 @@ import (
 
 	"github.com/anishathalye/porcupine"
 	"github.com/jackc/pgx/v5"
+
+	"wallet/dev/testbed"
 )
 
 var (
@@ -55,154 +52,23 @@ const (
 	showMost     = 2 * time.Minute
 )
 
-// servers is `dev services`.
-type servers struct {
-	DatabaseURL  string `json:"database_url"`
-	RedisURL     string `json:"redis_url"`
-	KafkaBrokers string `json:"kafka_brokers"`
-
-	mu     sync.Mutex // one command at a time
-	stdin  io.WriteCloser
-	stdout *bufio.Reader
-}
-
-func startServers(t *testing.T, folder string) *servers {
-	t.Helper()
-	binary := build(t, "..", filepath.Join(folder, "dev"))
-	data := filepath.Join(folder, "data")
-	args := []string{"services", "-data", data}
-	for _, server := range []string{"kafka", "postgres", "redis"} {
-		if value := os.Getenv("WALLET_TEST_" + strings.ToUpper(server)); value != "" {
-			args = append(args, "-"+server, value)
-		}
-	}
-	var said bytes.Buffer
-	cmd := exec.Command(binary, args...)
-	cmd.Stderr = &said
-	s := new(servers)
-	var err error
-	if s.stdin, err = cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		s.stdin.Close()
-		cmd.Wait()
-	})
-	s.stdout = bufio.NewReader(out)
-	line, err := s.stdout.ReadBytes('\n')
-	if err == nil {
-		err = json.Unmarshal(line, s)
-	}
-	if err != nil {
-		t.Fatalf("%v: %v\n%s", cmd, err, &said)
-	}
-	return s
-}
-
-// obey sends control lines and waits until they are done.
-func (s *servers) obey(t *testing.T, lines ...string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, line := range lines {
-		fmt.Fprintln(s.stdin, line)
-		answer, err := s.stdout.ReadBytes('\n')
-		var done struct{ Error string }
-		if err == nil {
-			err = json.Unmarshal(answer, &done)
-		}
-		if err != nil || done.Error != "" {
-			t.Errorf("%s: %v %s", line, err, done.Error)
-			return
-		}
-	}
-}
-
-func build(t *testing.T, module, binary string) string {
-	t.Helper()
-	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	return binary
-}
-
 // replica is the service as a process, whose way to Postgres is ours to cut. Its relay has a way of its own.
 type replica struct {
-	name    string
-	binary  string
-	env     []string
-	url     string
-	log     string
-	way     *proxy
-	mu      sync.Mutex // held by the fault that has it in hand
-	process *exec.Cmd
-	exited  chan struct{}
-	killed  atomic.Bool // by us
+	*testbed.Service
+	way *proxy
+	mu  sync.Mutex // held by the fault that has it in hand
 }
 
-func newReplica(t *testing.T, s *servers, folder, binary, name string) *replica {
+func newReplica(t *testing.T, s *testbed.Servers, folder, binary, name string) *replica {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	address := listener.Addr().String()
-	r := &replica{name: name, binary: binary, url: "http://" + address, way: newProxy(t, s.DatabaseURL)}
-	r.log = filepath.Join(folder, name+".log")
-	// Whatever of a real deployment stands in the environment must not meet these replicas.
-	r.env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		foreign := []string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
-		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
-	})
-	r.env = append(r.env, "DATABASE_URL="+r.way.url, "MIGRATE_URL="+s.DatabaseURL,
-		"REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers,
-		"LISTEN_ADDR="+address, "RATE_LIMIT=0",
-		"REQUEST_TIMEOUT=2s")
-	return r
-}
-
-func (r *replica) start(t *testing.T) {
-	log, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer log.Close()
-	cmd := exec.Command(r.binary)
-	cmd.Env, cmd.Stdout, cmd.Stderr = r.env, log, log
-	if err := cmd.Start(); err != nil {
-		t.Error(err)
-		return
-	}
-	exited := make(chan struct{})
-	r.killed.Store(false)
-	r.process, r.exited = cmd, exited
-	go func() {
-		cmd.Wait()
-		if !r.killed.Load() {
-			t.Errorf("%s ended by itself: %v", r.name, cmd.ProcessState)
-		}
-		close(exited)
-	}()
-}
-
-func (r *replica) kill() {
-	r.killed.Store(true)
-	r.process.Process.Kill()
-	<-r.exited
+	way := newProxy(t, s.DatabaseURL)
+	return &replica{Service: testbed.NewService(t, s, folder, binary, name, way.url), way: way}
 }
 
 // run is the whole run.
 type run struct {
 	t        *testing.T
-	servers  *servers
+	servers  *testbed.Servers
 	folder   string
 	binary   string
 	replicas []*replica
@@ -239,33 +105,22 @@ type happening struct {
 func (r *run) now() int64 { return time.Since(r.began).Nanoseconds() }
 
 func TestLinearizable(t *testing.T) {
-	folder, err := os.MkdirTemp("/var/tmp", "wallet-lin-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	os.Chmod(folder, 0o755) // Postgres may run as somebody else
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("logs and drawings are in %s", folder)
-		} else {
-			os.RemoveAll(folder)
-		}
-	})
+	folder := testbed.Folder(t, "lin") // of logs, and of drawings
 	t.Logf("-lin.seed %d", *linSeed)
 	r := &run{t: t, folder: folder, counts: make(map[string]int), internal: make(map[string]int)}
-	r.servers = startServers(t, folder)
-	r.binary = build(t, *service, filepath.Join(folder, "wallet"))
+	r.servers = testbed.Start(t, folder)
+	r.binary = testbed.Build(t, *service, filepath.Join(folder, "wallet"))
 	for i := range replicas {
 		one := newReplica(t, r.servers, folder, r.binary, string(rune('A'+i)))
 		r.replicas = append(r.replicas, one)
-		one.start(t)
+		one.Start(t)
 		t.Cleanup(func() {
 			one.mu.Lock()
 			defer one.mu.Unlock()
-			one.kill()
+			one.Kill()
 		})
-		if !one.isReady(30 * time.Second) {
-			t.Fatalf("%s is not ready, see %s", one.name, one.log)
+		if !one.IsReady(30 * time.Second) {
+			t.Fatalf("%s is not ready, see %s", one.Name, one.Log)
 		}
 	}
 	r.began = time.Now()
@@ -287,10 +142,10 @@ func TestLinearizable(t *testing.T) {
 // report says what was done, and fails if too little was.
 func (r *run) report() {
 	for _, one := range r.replicas {
-		log, err := os.ReadFile(one.log)
+		log, err := os.ReadFile(one.Log)
 		crashed := bytes.Contains(log, []byte("\npanic: ")) || bytes.Contains(log, []byte("\nfatal error: "))
 		if err != nil || crashed {
-			r.t.Errorf("%s crashed, see %s (%v)", one.name, one.log, err)
+			r.t.Errorf("%s crashed, see %s (%v)", one.Name, one.Log, err)
 		}
 	}
 	for body, times := range r.internal {
