@@ -14,8 +14,8 @@ import org.apache.kafka.common.serialization.StringDeserializer;
  * java -cp 'target/classes:target/lib/*' Consumer 127.0.0.1:9092 wallet.events balances.db
  * </pre>
  *
- * Kill it at any moment and start it again: no event counts twice, and none is left out. With --stop as the
- * last word it ends once it has read what there is. It ends with status 3 when the chain of a wallet's events
+ * Kill it at any moment and start it again: no event counts twice, and none is left out. With --stop before
+ * the rest it ends once it has read what there is. It ends with status 3 when the chain of a wallet's events
  * is broken.
  */
 public class Consumer {
@@ -28,19 +28,20 @@ public class Consumer {
         """;
 
     public static void main(String[] args) throws Exception {
-        if (args.length < 3) {
-            System.err.println("usage: Consumer BROKERS TOPIC DATABASE [--stop]");
+        boolean stop = args.length > 0 && args[0].equals("--stop");
+        int first = stop ? 1 : 0;
+        if (args.length != first + 3) {
+            System.err.println("usage: Consumer [--stop] BROKERS TOPIC DATABASE");
             System.exit(2);
         }
-        boolean stop = args.length > 3 && args[3].equals("--stop");
         System.setProperty("org.slf4j.simpleLogger.defaultLogLevel", "warn");
-        Map<String, Object> settings = Map.of("bootstrap.servers", args[0],
+        Map<String, Object> settings = Map.of("bootstrap.servers", args[first],
             "isolation.level", "read_committed", // else there are events that were never committed
             "enable.auto.commit", false,
             "auto.offset.reset", "none"); // an offset that is gone is for a human to see
         var text = new StringDeserializer();
         try (var consumer = new KafkaConsumer<>(settings, text, text)) {
-            consume(consumer, args[1], new Projection(Path.of(args[2])), stop);
+            consume(consumer, args[first + 1], new Projection(Path.of(args[first + 2])), stop);
         } catch (Projection.BrokenChain broken) {
             System.err.printf(WHAT_TO_DO, broken.getMessage());
             System.exit(3);

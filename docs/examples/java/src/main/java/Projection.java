@@ -13,7 +13,7 @@ import java.util.List;
 class Projection {
     // The balances, and the position in the topic that they are of. Amounts are text, which SQLite does not
     // round. In remains is what remains of a hold, or of an entry that was undone in part, by its seq.
-    static final List<String> SCHEMA = List.of("PRAGMA journal_mode = WAL", """
+    static final List<String> SCHEMA = List.of("""
         CREATE TABLE IF NOT EXISTS wallet (id INTEGER PRIMARY KEY, currency TEXT, seq INTEGER, balance TEXT,
             held TEXT, state TEXT)""", """
         CREATE TABLE IF NOT EXISTS remains (wallet INTEGER, seq INTEGER, amount TEXT,
@@ -28,11 +28,12 @@ class Projection {
     final Connection db;
 
     Projection(Path file) throws SQLException {
-        db = DriverManager.getConnection("jdbc:sqlite:" + file);
-        for (String statement : SCHEMA) {
-            db.createStatement().execute(statement);
-        }
+        db = DriverManager.getConnection("jdbc:sqlite:" + file + "?journal_mode=WAL");
         db.setAutoCommit(false);
+        for (String table : SCHEMA) {
+            change(table);
+        }
+        db.commit();
     }
 
     /** The offset to read next. */
