@@ -135,7 +135,6 @@ func compile(ctx context.Context, folder string) error {
 		{"python3", "-m", "venv", "venv"},
 		{"venv/bin/pip", "install", "-q", "--disable-pip-version-check", "-r", "python/requirements.txt"},
 		{"mvn", "-B", "-q", "-f", "java/pom.xml", "compile"},
-		{"go", "vet", "-C", "go", "."},
 		{"go", "build", "-C", "go", "-o", "../consumer", "."},
 	} {
 		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
