@@ -77,6 +77,10 @@ func TestConsumersSurviveKills(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	l.send(dice(0), "wallets/1/deposit", fields{"amount": "1000"})
+	if len(readTopic(t, servers.KafkaBrokers, kgo.ReadCommitted(), 1)) == 0 {
+		t.Fatal("there is no event")
+	}
 	consumers := all(folder, servers.KafkaBrokers)
 	until := time.Now().Add(*killFor)
 	var hands sync.WaitGroup
@@ -101,8 +105,9 @@ func TestConsumersSurviveKills(t *testing.T) {
 		hands.Go(func() { c.mustBecome(t, want) })
 	}
 	hands.Wait()
-	committed := readTopic(t, servers.KafkaBrokers, kgo.ReadCommitted())
-	aborted := len(readTopic(t, servers.KafkaBrokers, kgo.ReadUncommitted())) - len(committed)
+	committed := readTopic(t, servers.KafkaBrokers, kgo.ReadCommitted(), want.Events)
+	every := readTopic(t, servers.KafkaBrokers, kgo.ReadUncommitted(), len(committed)+1)
+	aborted := len(every) - len(committed)
 	t.Logf("%d entries of %d wallets; %d aborted records in the topic", want.Events, len(want.Wallets), aborted)
 	if len(committed) != want.Events {
 		t.Errorf("the topic has %d events", len(committed))
@@ -278,13 +283,17 @@ func client(t *testing.T, brokers string, opts ...kgo.Opt) *kgo.Client {
 	return client
 }
 
-// readTopic reads all records that there are.
-func readTopic(t *testing.T, brokers string, level kgo.IsolationLevel) (records []*kgo.Record) {
+// readTopic reads all records that there are, which should be some.
+func readTopic(t *testing.T, brokers string, level kgo.IsolationLevel, some int) (records []*kgo.Record) {
 	t.Helper()
 	reader := client(t, brokers, kgo.ConsumeTopics(topic), kgo.FetchIsolationLevel(level),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()))
 	for {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // nothing is written any more
+		patience := settle
+		if len(records) >= some {
+			patience = 2 * time.Second
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		fetches := reader.PollFetches(ctx)
 		cancel()
 		if fetches.NumRecords() == 0 {
@@ -301,8 +310,13 @@ func abortAgainAndAgain(t *testing.T, brokers string, until time.Time) {
 	reader := client(t, brokers, kgo.ConsumeTopics(topic), kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()))
 	writer := client(t, brokers, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.TransactionalID("dies"))
-	for time.Now().Before(until) {
-		records := reader.PollFetches(ctx).Records()
+	reading, cancel := context.WithDeadline(ctx, until)
+	defer cancel()
+	for {
+		records := reader.PollFetches(reading).Records()
+		if len(records) == 0 {
+			return // nothing came until the end
+		}
 		err := writer.BeginTransaction()
 		if err == nil {
 			err = writer.ProduceSync(ctx, again(records[len(records)-1])).FirstErr()
