@@ -171,15 +171,23 @@ func all(folder, brokers string) []*consumer {
 	return all
 }
 
-// killAgainAndAgain kills the consumer at any moment: three times of four while it works, else as it starts.
+// killAgainAndAgain kills the consumer: a quarter of the times as it starts, a quarter while it works, and
+// half of them just as it has written to its database. Were the offset committed apart, that would be between
+// the two.
 func (c *consumer) killAgainAndAgain(t *testing.T, folder string, dice *rand.Rand, until time.Time) {
 	p := testbed.NewProcess(folder, c.name, nil, c.command(c.file, false)...)
 	for time.Now().Before(until) {
 		before := stored(p.Log)
 		p.Start(t)
-		if dice.IntN(4) > 0 {
-			for stored(p.Log) == before && time.Now().Before(until) {
-				time.Sleep(10 * time.Millisecond)
+		when := dice.IntN(4)
+		for when > 0 && stored(p.Log) == before && time.Now().Before(until) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		pause := time.Duration(dice.Int64N(int64(700 * time.Millisecond)))
+		if when > 1 {
+			pause /= 350
+			for written := c.written(); c.written() == written && time.Now().Before(until); {
+				time.Sleep(50 * time.Microsecond)
 			}
 		}
 		select {
@@ -187,11 +195,20 @@ func (c *consumer) killAgainAndAgain(t *testing.T, folder string, dice *rand.Ran
 			text, _ := os.ReadFile(p.Log)
 			t.Errorf("%s ended:\n%s", c.name, text[max(0, len(text)-2000):])
 			return
-		case <-time.After(time.Duration(dice.Int64N(int64(700 * time.Millisecond)))):
+		case <-time.After(pause):
 		}
 		p.Kill()
 		c.kills++
 	}
+}
+
+// written is when the consumer last committed.
+func (c *consumer) written() time.Time {
+	log, err := os.Stat(c.file + "-wal")
+	if err != nil {
+		return time.Time{}
+	}
+	return log.ModTime()
 }
 
 // stored is how many batches a consumer has said it stored.
