@@ -108,7 +108,8 @@ func TestConsumersSurviveKills(t *testing.T) {
 	committed := readTopic(t, servers.KafkaBrokers, kgo.ReadCommitted(), want.Events)
 	every := readTopic(t, servers.KafkaBrokers, kgo.ReadUncommitted(), len(committed)+1)
 	aborted := len(every) - len(committed)
-	t.Logf("%d entries of %d wallets; %d aborted records in the topic", want.Events, len(want.Wallets), aborted)
+	t.Logf("%d entries of %d wallets; %d aborted records in the topic", want.Events, len(want.Wallets),
+		aborted)
 	if len(committed) != want.Events {
 		t.Errorf("the topic has %d events", len(committed))
 	}
@@ -153,8 +154,8 @@ func compile(ctx context.Context, folder string) error {
 
 func all(folder, brokers string) []*consumer {
 	in := func(path string) string { return filepath.Join(folder, "examples", path) }
-	java := []string{"java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Djava.io.tmpdir=" + folder, "-cp",
-		in("java/target/classes") + ":" + in("java/target/lib/*"), "Consumer"}
+	java := []string{"java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Djava.io.tmpdir=" + folder,
+		"-cp", in("java/target/classes") + ":" + in("java/target/lib/*"), "Consumer"}
 	var all []*consumer
 	for name, program := range map[string][]string{"go": {in("consumer")}, "java": java,
 		"python": {in("venv/bin/python"), in("python/consumer.py")}} {
