@@ -50,6 +50,8 @@ var (
 		"settings of the service under test, NAME=value separated by blanks")
 	large = flag.Bool("large", false, "BenchmarkGrowth, BenchmarkMigration and BenchmarkLongWallet, too: "+
 		"up to 10,000,000 wallets and 50,000,000 entries; some minutes and about 20 GB each")
+	benchOther = flag.String("bench.other", "",
+		"another release's program, which BenchmarkRelease compares with this one")
 	benchEntries = flag.Int("bench.entries", 50_000_000, "entries of BenchmarkMigration's ledger")
 )
 
@@ -439,9 +441,17 @@ func writeBody(dst []byte, to int64, fields string, key []byte) []byte {
 // on the same tables.
 func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
 	b.Helper()
+	return benchRelease(b, "", wallets, settings...)
+}
+
+// benchRelease is benchService with another release's program.
+func benchRelease(b *testing.B, binary string, wallets int, settings ...string) (r *replica,
+	baseline *pgxpool.Pool) {
+	b.Helper()
 	env := testEnv(b, append(append([]string{"REQUESTS_MAX=100000"}, settings...),
 		strings.Fields(*benchSet)...)...)
 	r = newReplica(b, env, fmt.Sprintf("bench-%d", names.Add(1)))
+	r.binary = binary
 	if env["KAFKA_BROKERS"] != "" {
 		dropSlotAtEnd(b, env["REPLICATION_SLOT"])
 	}
@@ -638,6 +648,70 @@ func BenchmarkTransfers(b *testing.B) {
 			checkBalances(b, db)
 		})
 	}
+}
+
+// BenchmarkRelease is this program beside another release's, each on a database of its own, both with relay
+// and cache. They take turns of a second, so that the machine's moods meet both. The load generator's time
+// does not count.
+func BenchmarkRelease(b *testing.B) {
+	if *benchOther == "" {
+		b.Skip("pass -bench.other: a program")
+	}
+	pick := anyOf(*benchWallets)
+	var sides [2]*replica
+	for i, binary := range []string{*benchOther, ""} {
+		sides[i], _ = benchRelease(b, binary, *benchWallets, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+		driveHTTP(b, sides[i].address(), *benchClients, time.Second, pick)
+		sides[i].settle(b)
+	}
+	for b.Loop() {
+		var ratios []float64
+		var rates, totals [2][]float64
+		spent := [2]cost{{}, {}}
+		var n [2]float64
+		for range 10 * max(1, int(benchFor.Seconds()/2)) {
+			for i, r := range sides {
+				before := r.cpu(b)
+				rate, l := driveHTTP(b, r.address(), *benchClients, time.Second, pick)
+				r.settle(b)
+				turn := make(cost)
+				turn.add(before, r.cpu(b))
+				spent[i].add(before, r.cpu(b))
+				delete(turn, "driver")
+				var total time.Duration
+				for _, t := range turn {
+					total += t
+				}
+				n[i] += float64(len(l))
+				rates[i] = append(rates[i], rate)
+				totals[i] = append(totals[i], float64(total.Microseconds())/float64(len(l)))
+			}
+			last := len(totals[0]) - 1
+			ratios = append(ratios, totals[1][last]/totals[0][last])
+		}
+		for i, name := range []string{"other-", ""} {
+			spent[i].report(b, name, n[i])
+			slices.Sort(rates[i])
+			slices.Sort(totals[i])
+			b.ReportMetric(rates[i][len(rates[i])/2], name+"transfers/s")
+			b.ReportMetric(totals[i][len(totals[i])/2], name+"all-us")
+		}
+		slices.Sort(ratios)
+		for name, at := range map[string]int{"x-quartile-1": 1, "x-median": 2, "x-quartile-3": 3} {
+			b.ReportMetric(ratios[at*(len(ratios)-1)/4], name)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// settle waits until the relay has nothing to do.
+func (r *replica) settle(b *testing.B) {
+	b.Helper()
+	eventually(b, 60*time.Second, "the relay has caught up", func() bool {
+		before := r.metric("wallet_relay_events_total")
+		time.Sleep(20 * time.Millisecond)
+		return before > 0 && r.metric("wallet_relay_events_total") == before
+	})
 }
 
 // awaitEvents waits until the relay has published so many, and returns how long it took.
