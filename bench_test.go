@@ -10,6 +10,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -17,6 +18,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,8 +48,11 @@ var (
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
 	benchSet     = flag.String("bench.set", "",
 		"settings of the service under test, NAME=value separated by blanks")
-	large = flag.Bool("large", false,
-		"BenchmarkGrowth: with 10,000,000 wallets and 50,000,000 entries; some minutes, about 20 GB")
+	large = flag.Bool("large", false, "BenchmarkGrowth, BenchmarkMigration and BenchmarkLongWallet, too: "+
+		"up to 10,000,000 wallets and 50,000,000 entries; some minutes and about 20 GB each")
+	benchOther = flag.String("bench.other", "",
+		"another release's program, which BenchmarkRelease compares with this one")
+	benchEntries = flag.Int("bench.entries", 50_000_000, "entries of BenchmarkMigration's ledger")
 )
 
 // -----------------------------------------------------------------------------------------------------------
@@ -337,6 +342,7 @@ type httpLoad struct {
 	write    func(dst []byte, from, to int64, key []byte) []byte // appends one request
 	answered func(key []byte)                                    // told of each response, if not nil
 	most     int                                                 // requests in all; 0: any number
+	until    func() bool                                         // ends it before its time, if not nil
 }
 
 // drive has the clients at work until the time is up, and returns how much they did a second and how long
@@ -365,7 +371,9 @@ func (l httpLoad) drive(b *testing.B, address string, pick pair) (perSecond floa
 		now, busy, rest := time.Since(began), false, cmp.Or(l.pace, conns.Never)
 		for c := range clients {
 			client := &clients[c]
-			if !client.waits && (max(now, client.due) >= l.how || l.most > 0 && sent == l.most) {
+			over := max(now, client.due) >= l.how || l.most > 0 && sent == l.most ||
+				l.until != nil && l.until()
+			if !client.waits && over {
 				continue
 			}
 			busy = true
@@ -433,9 +441,17 @@ func writeBody(dst []byte, to int64, fields string, key []byte) []byte {
 // on the same tables.
 func benchService(b *testing.B, wallets int, settings ...string) (r *replica, baseline *pgxpool.Pool) {
 	b.Helper()
+	return benchRelease(b, "", wallets, settings...)
+}
+
+// benchRelease is benchService with another release's program.
+func benchRelease(b *testing.B, binary string, wallets int, settings ...string) (r *replica,
+	baseline *pgxpool.Pool) {
+	b.Helper()
 	env := testEnv(b, append(append([]string{"REQUESTS_MAX=100000"}, settings...),
 		strings.Fields(*benchSet)...)...)
 	r = newReplica(b, env, fmt.Sprintf("bench-%d", names.Add(1)))
+	r.binary = binary
 	if env["KAFKA_BROKERS"] != "" {
 		dropSlotAtEnd(b, env["REPLICATION_SLOT"])
 	}
@@ -632,6 +648,71 @@ func BenchmarkTransfers(b *testing.B) {
 			checkBalances(b, db)
 		})
 	}
+}
+
+// BenchmarkRelease is this program beside another release's, each on a database of its own, both with relay
+// and cache. They take turns of a second, so that the machine's moods meet both. The load generator's time
+// does not count.
+func BenchmarkRelease(b *testing.B) {
+	if *benchOther == "" {
+		b.Skip("pass -bench.other: a program")
+	}
+	pick := anyOf(*benchWallets)
+	var sides [2]*replica
+	for i, binary := range []string{*benchOther, ""} {
+		sides[i], _ = benchRelease(b, binary, *benchWallets, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+		driveHTTP(b, sides[i].address(), *benchClients, time.Second, pick)
+		sides[i].settle(b)
+	}
+	for b.Loop() {
+		var ratios []float64
+		var rates, totals [2][]float64
+		spent := [2]cost{{}, {}}
+		var n [2]float64
+		for turn := range 10 * max(1, int(benchFor.Seconds()/2)) {
+			for _, i := range [][]int{{0, 1}, {1, 0}}[turn%2] { // who comes first may have it better
+				r := sides[i]
+				before := r.cpu(b)
+				rate, l := driveHTTP(b, r.address(), *benchClients, time.Second, pick)
+				r.settle(b)
+				turn := make(cost)
+				turn.add(before, r.cpu(b))
+				spent[i].add(before, r.cpu(b))
+				delete(turn, "driver")
+				var total time.Duration
+				for _, t := range turn {
+					total += t
+				}
+				n[i] += float64(len(l))
+				rates[i] = append(rates[i], rate)
+				totals[i] = append(totals[i], float64(total.Microseconds())/float64(len(l)))
+			}
+			last := len(totals[0]) - 1
+			ratios = append(ratios, totals[1][last]/totals[0][last])
+		}
+		for i, name := range []string{"other-", ""} {
+			spent[i].report(b, name, n[i])
+			slices.Sort(rates[i])
+			slices.Sort(totals[i])
+			b.ReportMetric(rates[i][len(rates[i])/2], name+"transfers/s")
+			b.ReportMetric(totals[i][len(totals[i])/2], name+"all-us")
+		}
+		slices.Sort(ratios)
+		for name, at := range map[string]int{"x-quartile-1": 1, "x-median": 2, "x-quartile-3": 3} {
+			b.ReportMetric(ratios[at*(len(ratios)-1)/4], name)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// settle waits until the relay has nothing to do.
+func (r *replica) settle(b *testing.B) {
+	b.Helper()
+	eventually(b, 60*time.Second, "the relay has caught up", func() bool {
+		before := r.metric("wallet_relay_events_total")
+		time.Sleep(20 * time.Millisecond)
+		return before > 0 && r.metric("wallet_relay_events_total") == before
+	})
 }
 
 // awaitEvents waits until the relay has published so many, and returns how long it took.
@@ -894,7 +975,8 @@ func (r *replica) eventLatency(
 	b.Helper()
 	answered := &keyTimes{at: make(map[string]time.Time)}
 	note := func(key []byte) { answered.add(string(key)) }
-	httpLoad{clients, how, pace, writeTransfer, note, 0}.drive(b, r.address(), pick)
+	httpLoad{clients: clients, how: how, pace: pace, write: writeTransfer, answered: note}.drive(b,
+		r.address(), pick)
 	var l latencies
 	for key, at := range answered.at {
 		eventually(b, 30*time.Second, "the event of "+key, func() bool { return !arrivals.of(key).IsZero() })
@@ -1104,6 +1186,277 @@ func grow(b *testing.B, db *pgxpool.Pool, wallets, each int) {
 			b.Fatalf("%s: %v", statement, err)
 		}
 	}
+}
+
+// BenchmarkMigration is a live ledger of the former release, under load, that a replica of this one brings to
+// its schema: the longest that a write took meanwhile, and how long all of it took.
+func BenchmarkMigration(b *testing.B) {
+	if !*large {
+		b.Skip("pass -large: it fills about 10 GB")
+	}
+	const each = 50
+	wallets := *benchEntries / each
+	env := testEnv(b, "REQUESTS_MAX=100000", "REDIS_URL=")
+	old := startFormer(b, env)
+	db, err := pgxpool.New(context.Background(), env["DATABASE_URL"])
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(db.Close)
+	old.post(b, "/v1/wallets/1/deposit", `{"amount":"1000000","idempotency_key":"seed"}`)
+	began := time.Now()
+	grow(b, db, wallets, each)
+	b.Logf("%d wallets and %d entries after %v", wallets, *benchEntries, time.Since(began).Round(time.Second))
+	unvalidated := func() (n int) {
+		if err := db.QueryRow(context.Background(),
+			`SELECT count(*) FROM pg_constraint WHERE NOT convalidated`).Scan(&n); err != nil {
+			b.Error(err)
+		}
+		return n
+	}
+	const clients = 64
+	address, pick := strings.TrimPrefix(old.url, "http://"), anyOf(min(*benchWallets, wallets))
+	for b.Loop() {
+		driveHTTP(b, address, clients, time.Second, pick) // connections, prepared statements
+		// until drives the former release until the next thing is done, and reports the writes meanwhile.
+		until := func(name string, is func() bool) {
+			var done atomic.Bool
+			began := time.Now()
+			go func() {
+				for !is() {
+					time.Sleep(10 * time.Millisecond)
+				}
+				done.Store(true)
+			}()
+			rate, l := httpLoad{clients: clients, how: time.Hour, write: writeTransfer,
+				until: done.Load}.drive(b, address, pick)
+			b.ReportMetric(time.Since(began).Seconds(), name+"-s")
+			b.ReportMetric(rate, name+"-transfers/s")
+			l.report(b, name+"-")
+			b.ReportMetric(float64(l[len(l)-1].Milliseconds()), name+"-longest-ms")
+		}
+		before := time.Now()
+		until("before", func() bool { return time.Since(before) > *benchFor })
+		r := newReplica(b, env, "migrates")
+		began := time.Now()
+		r.start(b)
+		until("steps", r.isReady)
+		until("validation", func() bool { return unvalidated() == 0 })
+		b.ReportMetric(time.Since(began).Seconds(), "total-s")
+		rate, l := driveHTTP(b, r.address(), clients, *benchFor, pick) // the former one is still there
+		b.ReportMetric(rate, "after-transfers/s")
+		l.report(b, "after-")
+		r.stop(b)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.StopTimer()
+	old.end()
+	checkBalances(b, db)
+}
+
+// sides are two wallets that are asked the same, in turns.
+type sides struct {
+	r     *replica
+	names [2]string // of wallets 1 and 2
+}
+
+// compare drives both wallets with a kind of request, and reports the medians of the first and of one by the
+// other. write appends a request about a wallet.
+func (s *sides) compare(
+	b *testing.B, name string, clients int, write func(dst []byte, wallet int64, key []byte) []byte,
+) {
+	b.Helper()
+	var took [2]latencies
+	var rates [2][]float64
+	for turn := range 6 {
+		wallet := turn % 2
+		rate, l := httpLoad{clients: clients, how: *benchFor / 6,
+			write: func(dst []byte, _, _ int64, key []byte) []byte {
+				return write(dst, int64(wallet+1), key)
+			}}.drive(b, s.r.address(), anyOf(2))
+		took[wallet], rates[wallet] = append(took[wallet], l...), append(rates[wallet], rate)
+	}
+	for i := range took {
+		slices.Sort(took[i])
+		slices.Sort(rates[i])
+		b.ReportMetric(float64(took[i].at(.5).Microseconds()), s.names[i]+"-"+name+"-us")
+		if clients > 1 {
+			b.ReportMetric(rates[i][1], s.names[i]+"-"+name+"/s")
+		}
+	}
+	if clients > 1 {
+		b.ReportMetric(rates[0][1]/rates[1][1], "x-rate-"+name)
+	} else {
+		b.ReportMetric(float64(took[0].at(.5))/float64(took[1].at(.5)), "x-"+name)
+	}
+}
+
+// appendPost appends a request with a body.
+func appendPost(dst []byte, path, body string) []byte {
+	return fmt.Appendf(dst, "POST %s HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n%s", path, len(body), body)
+}
+
+// get makes requests of a path about a wallet, none of them from the cache.
+func get(path string) func(dst []byte, wallet int64, key []byte) []byte {
+	return func(dst []byte, wallet int64, _ []byte) []byte {
+		return fmt.Appendf(dst, "GET /v1/wallets/%d%s HTTP/1.1\r\nHost: b\r\nCache-Control: no-cache\r\n\r\n",
+			wallet, path)
+	}
+}
+
+// BenchmarkOpenHolds is a wallet with 100,000 open holds beside one with none.
+func BenchmarkOpenHolds(b *testing.B) {
+	const open, clients = 100_000, 64
+	r, db := benchService(b, 0, "REDIS_URL=")
+	post := func(clients, most int, write func(dst, key []byte) []byte) {
+		httpLoad{clients: clients, how: time.Minute, most: most,
+			write: func(dst []byte, _, _ int64, key []byte) []byte { return write(dst, key) },
+		}.drive(b, r.address(), anyOf(2))
+	}
+	for wallet := range 2 {
+		post(1, 1, func(dst, key []byte) []byte {
+			return appendPost(dst, fmt.Sprintf("/v1/wallets/%d/deposit", wallet+1),
+				`{"amount":"1000000","idempotency_key":"seed"}`)
+		})
+	}
+	hold := func(dst []byte, wallet int64, key []byte) []byte {
+		return appendPost(dst, fmt.Sprintf("/v1/wallets/%d/holds", wallet),
+			fmt.Sprintf(`{"amount":"0.01","idempotency_key":%q}`, key))
+	}
+	post(*benchClients, open, func(dst, key []byte) []byte { return hold(dst, 1, key) })
+	if _, err := db.Exec(context.Background(), `VACUUM ANALYZE`); err != nil {
+		b.Fatal(err)
+	}
+	s := &sides{r, [2]string{"holds", "none"}}
+	// captures has the holds captured that compare placed: what is open of each wallet is then what it was.
+	captures := func(name string, clients int) {
+		var holds [2][]string
+		for wallet := range holds {
+			rows, _ := db.Query(context.Background(), `
+SELECT wallet_id || '-' || seq FROM hold WHERE status = 'open' AND wallet_id = $1 ORDER BY seq DESC
+LIMIT (SELECT count(*) FROM hold WHERE status = 'open' AND wallet_id = $1)
+      - CASE $1 WHEN 1 THEN $2::bigint ELSE 0 END`, wallet+1, open)
+			var err error
+			if holds[wallet], err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
+				b.Fatal(err)
+			}
+		}
+		n := min(len(holds[0]), len(holds[1]))
+		var took [2]time.Duration
+		for wallet := range holds { // what is more than n without a look at the time
+			for _, part := range [][]string{holds[wallet][:n], holds[wallet][n:]} {
+				if len(part) == 0 {
+					continue
+				}
+				began := time.Now()
+				post(clients, len(part), func(dst, key []byte) []byte {
+					h := part[0]
+					part = part[1:]
+					return appendPost(dst, "/v1/holds/"+h+"/capture",
+						fmt.Sprintf(`{"idempotency_key":%q}`, key))
+				})
+				took[wallet] = cmp.Or(took[wallet], time.Since(began)/time.Duration(max(n, 1)))
+			}
+		}
+		for i := range took {
+			b.ReportMetric(float64(took[i].Microseconds()), s.names[i]+"-"+name+"-us")
+		}
+		b.ReportMetric(float64(took[0])/float64(took[1]), "x-"+name)
+	}
+	for b.Loop() {
+		for _, c := range []struct {
+			prefix  string
+			clients int
+		}{{"", 1}, {"hot-", clients}} {
+			s.compare(b, c.prefix+"deposit", c.clients, func(dst []byte, wallet int64, key []byte) []byte {
+				return appendPost(dst, fmt.Sprintf("/v1/wallets/%d/deposit", wallet),
+					fmt.Sprintf(`{"amount":"0.01","idempotency_key":%q}`, key))
+			})
+			s.compare(b, c.prefix+"hold", c.clients, hold)
+			captures(c.prefix+"capture", c.clients)
+			s.compare(b, c.prefix+"balance", c.clients, get("/balance"))
+		}
+		s.compare(b, "open-holds-page", 1, get("/holds?status=open&limit=20"))
+		s.compare(b, "holds-page", 1, get("/holds?limit=20"))
+	}
+	b.ReportMetric(0, "ns/op")
+	b.StopTimer()
+	checkLedger(b, r.env["DATABASE_URL"])
+}
+
+// BenchmarkLongWallet is a wallet with 10,000,000 entries beside one with 100: what it was, and statements.
+func BenchmarkLongWallet(b *testing.B) {
+	if !*large {
+		b.Skip("pass -large: it fills about 2 GB")
+	}
+	const long, short = 10_000_000, 100
+	r, db := benchService(b, 0, "REDIS_URL=")
+	ctx := context.Background()
+	for _, statement := range []string{
+		`ALTER TABLE entry DISABLE TRIGGER USER`, // it compares each entry with its wallet
+		`INSERT INTO wallet (id, currency, created_at, seq, balance, entry_at)
+			SELECT id, 'USD', '2020-01-01', n, n, timestamptz '2020-01-01' + n * interval '1 second'
+			FROM (VALUES (1, ` + strconv.Itoa(long) + `), (2, ` + strconv.Itoa(short) + `)) w (id, n)`,
+		`INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key)
+			SELECT w.id, s, timestamptz '2020-01-01' + s * interval '1 second', 'deposit', 1, s, 'seed-' || s
+			FROM wallet w, generate_series(1, w.seq) s`,
+		`ALTER TABLE entry ENABLE TRIGGER USER`, `VACUUM ANALYZE`, `CHECKPOINT`,
+	} {
+		if _, err := db.Exec(ctx, statement); err != nil {
+			b.Fatalf("%s: %v", statement, err)
+		}
+	}
+	s := &sides{r, [2]string{"long", "short"}}
+	dice := newDice()
+	lengths := []int64{long, short}
+	at := func(seq int64) string {
+		return time.Date(2020, 1, 1, 0, 0, int(seq), 0, time.UTC).Format(time.RFC3339)
+	}
+	anywhere := func(path func(seq int64) string) func(dst []byte, wallet int64, key []byte) []byte {
+		return func(dst []byte, wallet int64, key []byte) []byte {
+			return get(path(1+dice.Int64N(lengths[wallet-1])))(dst, wallet, key)
+		}
+	}
+	// hundred is how long a whole wallet's statement takes to its hundredth line, where the short one ends.
+	// The rest is left unread.
+	hundred := func(wallet int) time.Duration {
+		began := time.Now()
+		request, err := http.NewRequest("GET", fmt.Sprintf("%s/v1/wallets/%d/statement", r.url, wallet), nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		request.Header.Set("Accept", "application/x-ndjson")
+		response, err := replicaClient.Do(request)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer response.Body.Close()
+		lines := bufio.NewScanner(response.Body)
+		for range short {
+			if !lines.Scan() {
+				b.Fatalf("wallet %d: %v", wallet, lines.Err())
+			}
+		}
+		return time.Since(began)
+	}
+	for b.Loop() {
+		s.compare(b, "balance", 1, get("/balance"))
+		s.compare(b, "at", 1, anywhere(func(seq int64) string { return "/balance?at=" + at(seq) }))
+		s.compare(b, "seq", 1, anywhere(func(seq int64) string {
+			return fmt.Sprintf("/balance?seq=%d", seq)
+		}))
+		var took [2]latencies
+		for turn := range 400 {
+			took[turn%2] = append(took[turn%2], hundred(turn%2+1))
+		}
+		for i := range took {
+			slices.Sort(took[i])
+			b.ReportMetric(float64(took[i].at(.5).Microseconds()), s.names[i]+"-statement-us")
+		}
+		b.ReportMetric(float64(took[0].at(.5))/float64(took[1].at(.5)), "x-statement")
+	}
+	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkBatches is the ceiling: batches posted one after another by one writer, without HTTP.

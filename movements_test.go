@@ -266,9 +266,18 @@ func TestHoldsEndOnce(t *testing.T) {
 	eventually(t, 5*time.Second, "nothing is held", func() bool {
 		return w.get("/v1/wallets/1").json(t)["held"] == nil
 	})
+	checkEnds(t, v, ids, answers)
+	checkTimesOfEnds(t, w.env["DATABASE_URL"])
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// checkEnds: each hold ended once, and only who ended it was told so; answers are those to its capture and to
+// its void.
+func checkEnds(t *testing.T, w *running, ids []string, answers [][2]answer) {
+	t.Helper()
 	ends := make(map[string]int)
 	for i, id := range ids {
-		h := v.get("/v1/holds/" + id).json(t)
+		h := w.get("/v1/holds/" + id).json(t)
 		captured, voided := answers[i][0].status == 200, answers[i][1].status == 200
 		status := h["status"].(string)
 		ends[status]++
@@ -283,15 +292,169 @@ func TestHoldsEndOnce(t *testing.T) {
 		}
 	}
 	t.Logf("%v", ends)
+}
+
+// checkTimesOfEnds: no hold expired before its time, and none was captured or voided after.
+func checkTimesOfEnds(t *testing.T, databaseURL string) {
+	t.Helper()
 	var early, late int
-	err := connect(t, w.env["DATABASE_URL"]).QueryRow(context.Background(), `
-SELECT count(*) FILTER (WHERE h.status = 'expired' AND e.created_at < h.expires_at),
-       count(*) FILTER (WHERE h.status <> 'expired' AND e.created_at >= h.expires_at)
-FROM hold h JOIN entry e ON e.wallet_id = h.wallet_id AND e.seq = h.last_seq`).Scan(&early, &late)
+	err := connect(t, databaseURL).QueryRow(context.Background(), `
+SELECT count(*) FILTER (WHERE expiry AND at < expires_at),
+       count(*) FILTER (WHERE NOT expiry AND at >= expires_at)
+FROM (SELECT h.expires_at, e.created_at AS at, coalesce(e.note LIKE '%"reason":"expiry"%', false) AS expiry
+      FROM hold h JOIN entry e ON e.wallet_id = h.wallet_id AND e.of_seq = h.seq AND e.held_change < 0
+) ends`).Scan(&early, &late)
 	if err != nil || early > 0 || late > 0 {
 		t.Errorf("%d holds expired early, %d were captured or voided late, %v", early, late, err)
 	}
-	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestHoldsExpireByTheDatabasesClock: not by a replica's, nor by the time that has passed. The clock of
+// Postgres is stepped ahead and back, while two replicas go on.
+func TestHoldsExpireByTheDatabasesClock(t *testing.T) {
+	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
+		t.Skip("needs WALLET_TEST_KAFKA=apache and libfaketime, as the chaos tests do")
+	}
+	s, err := startServers("-clocks")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	env := map[string]string{"DATABASE_URL": s.database(t), "REDIS_URL": s.RedisURL, "RATE_LIMIT": "0",
+		"LISTEN_ADDR": "127.0.0.1:0"}
+	w, v := start(t, env), start(t, env)
+	clock := time.Duration(0) // how far ahead it is
+	step := func(t *testing.T, by time.Duration) {
+		t.Helper()
+		clock += by
+		s.command(t, fmt.Sprintf("clock postgres %s", clock))
+	}
+	// Postgres counts its own timeouts by its clock, so that a request may have to be sent again.
+	post := func(t *testing.T, one *running, path, body string) (a answer) {
+		t.Helper()
+		eventually(t, 20*time.Second, "an answer to "+path, func() bool {
+			a = one.post(path, body)
+			return a.status != 503
+		})
+		return a
+	}
+	must := func(t *testing.T, one *running, status int, path, body string) map[string]any {
+		t.Helper()
+		a := post(t, one, path, body)
+		if a.status != status {
+			t.Fatalf("%s %s: %s, want %d", path, body, a, status)
+		}
+		return a.json(t)
+	}
+	place := func(t *testing.T, wallet, amount int, in, key string) string {
+		t.Helper()
+		return must(t, w, 201, fmt.Sprintf("/v1/wallets/%d/holds", wallet), fmt.Sprintf(
+			`{"amount":"%d","expires_in":%q,"idempotency_key":%q}`, amount, in, key))["hold_id"].(string)
+	}
+	status := func(t *testing.T, hold string) any { return v.get("/v1/holds/" + hold).json(t)["status"] }
+	ends := func(t *testing.T, hold, as string) {
+		t.Helper()
+		eventually(t, 10*time.Second, hold+" is "+as, func() bool { return status(t, hold) == as })
+	}
+
+	t.Run("ahead", func(t *testing.T) {
+		must(t, w, 200, "/v1/wallets/1/deposit", `{"amount":"100","idempotency_key":"d"}`)
+		a, b := place(t, 1, 10, "15m", "ha"), place(t, 1, 10, "15m", "hb")
+		c, d := place(t, 1, 70, "15m", "hc"), place(t, 1, 10, "20m", "hd")
+		must(t, v, 200, "/v1/holds/"+a+"/capture", `{"idempotency_key":"ca"}`)
+		step(t, 16*time.Minute)
+		refuses(t, post(t, w, "/v1/holds/"+b+"/capture", `{"idempotency_key":"cb"}`), 409, "hold_expired", "")
+		refuses(t, post(t, v, "/v1/holds/"+c+"/void", `{"idempotency_key":"vc"}`), 409, "hold_expired", "")
+		// Who lacks funds waits for no sweep.
+		must(t, v, 200, "/v1/wallets/1/withdraw", `{"amount":"80","idempotency_key":"w"}`)
+		must(t, w, 200, "/v1/holds/"+d+"/capture", `{"idempotency_key":"cd"}`)
+		ends(t, b, "expired")
+		ends(t, c, "expired")
+	})
+	t.Run("back", func(t *testing.T) {
+		must(t, w, 200, "/v1/wallets/2/deposit", `{"amount":"100","idempotency_key":"d"}`)
+		e, f := place(t, 2, 50, "2s", "e"), place(t, 2, 50, "2s", "f")
+		step(t, -time.Hour)
+		time.Sleep(4 * time.Second) // the sweep has been there, if anybody counts by another clock
+		if status(t, e) != "open" || status(t, f) != "open" {
+			t.Errorf("a hold expired before its time: %v, %v", status(t, e), status(t, f))
+		}
+		refuses(t, post(t, v, "/v1/wallets/2/withdraw", `{"amount":"1","idempotency_key":"w"}`), 422,
+			"insufficient_funds", "0 available")
+		must(t, v, 200, "/v1/holds/"+e+"/capture", `{"idempotency_key":"ce"}`)
+		step(t, time.Hour)
+		ends(t, f, "expired")
+		must(t, v, 200, "/v1/wallets/2/withdraw", `{"amount":"50","idempotency_key":"w"}`)
+	})
+	t.Run("back, the wallet stays ahead", func(t *testing.T) {
+		must(t, w, 200, "/v1/wallets/3/deposit", `{"amount":"100","idempotency_key":"d"}`)
+		g, h := place(t, 3, 10, "2h", "g"), place(t, 3, 90, "30m", "h")
+		step(t, 45*time.Minute)
+		must(t, w, 200, "/v1/wallets/3/deposit", `{"amount":"1","idempotency_key":"d2"}`)
+		step(t, -45*time.Minute)
+		// Whatever it does now has that deposit's time at least: for this wallet the hold's is over, be it
+		// that the sweep was quick enough to see it or not.
+		refuses(t, post(t, w, "/v1/holds/"+h+"/capture", `{"idempotency_key":"ch"}`), 409, "hold_expired", "")
+		refuses(t, post(t, v, "/v1/holds/"+h+"/void", `{"idempotency_key":"vh"}`), 409, "hold_expired", "")
+		must(t, v, 200, "/v1/wallets/3/withdraw", `{"amount":"91","idempotency_key":"w"}`)
+		ends(t, h, "expired")
+		must(t, w, 200, "/v1/holds/"+g+"/capture", `{"idempotency_key":"cg"}`)
+	})
+	// Capture, void, who lacks funds and the sweep race while the clock jumps over the holds' end, at times
+	// back over it and again ahead.
+	t.Run("race", func(t *testing.T) {
+		const rounds, holds = 10, 12
+		var ids []string
+		var answers [][2]answer
+		for round := range rounds {
+			wallet := 10 + round
+			body := fmt.Sprintf(`{"amount":"%d","idempotency_key":"d"}`, holds)
+			must(t, w, 200, fmt.Sprintf("/v1/wallets/%d/deposit", wallet), body)
+			first := len(ids)
+			for i := range holds {
+				ids = append(ids, place(t, wallet, 1, "10m", fmt.Sprintf("h%d", i)))
+			}
+			answers = append(answers, make([][2]answer, holds)...)
+			var racing sync.WaitGroup
+			for i := range holds {
+				hold, got := "/v1/holds/"+ids[first+i], &answers[first+i]
+				racing.Go(func() {
+					time.Sleep(time.Duration(i) * 5 * time.Millisecond)
+					racing.Go(func() {
+						got[0] = post(t, w, hold+"/capture",
+							`{"idempotency_key":"c`+ids[first+i]+`"}`)
+					})
+					got[1] = post(t, v, hold+"/void", `{"idempotency_key":"v`+ids[first+i]+`"}`)
+				})
+			}
+			racing.Go(func() { // takes what the holds' ends give back, as it comes
+				for i := range 20 {
+					post(t, v, fmt.Sprintf("/v1/wallets/%d/withdraw", wallet),
+						fmt.Sprintf(`{"amount":"1","idempotency_key":"w%d"}`, i))
+				}
+			})
+			time.Sleep(20 * time.Millisecond)
+			step(t, 10*time.Minute)
+			if round%2 == 1 {
+				time.Sleep(10 * time.Millisecond)
+				step(t, -10*time.Minute)
+				time.Sleep(20 * time.Millisecond)
+				step(t, 10*time.Minute)
+			}
+			racing.Wait()
+		}
+		eventually(t, 10*time.Second, "nothing is held", func() bool {
+			for round := range rounds {
+				if w.get(fmt.Sprintf("/v1/wallets/%d", 10+round)).json(t)["held"] != nil {
+					return false
+				}
+			}
+			return true
+		})
+		checkEnds(t, v, ids, answers)
+	})
+	checkTimesOfEnds(t, env["DATABASE_URL"])
+	checkLedger(t, env["DATABASE_URL"])
 }
 
 // TestReversals: the opposite movement, in parts up to the whole, and no further.
@@ -888,7 +1051,7 @@ type former struct {
 }
 
 // startFormer builds and starts the program of testdata/release-2.tar.gz, which knows schema version 2.
-func startFormer(t *testing.T, env map[string]string) *former {
+func startFormer(t testing.TB, env map[string]string) *former {
 	t.Helper()
 	folder := t.TempDir()
 	archive, err := filepath.Abs("testdata/release-2.tar.gz")
@@ -931,13 +1094,13 @@ func startFormer(t *testing.T, env map[string]string) *former {
 	return f
 }
 
-func (f *former) post(t *testing.T, path, body string) answer { return f.do(t, "POST", path, body) }
+func (f *former) post(t testing.TB, path, body string) answer { return f.do(t, "POST", path, body) }
 
-func (f *former) get(t *testing.T) func(string) answer {
+func (f *former) get(t testing.TB) func(string) answer {
 	return func(path string) answer { return f.do(t, "GET", path, "") }
 }
 
-func (f *former) do(t *testing.T, method, path, body string) answer {
+func (f *former) do(t testing.TB, method, path, body string) answer {
 	r, err := http.NewRequest(method, f.url+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)

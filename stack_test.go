@@ -768,7 +768,8 @@ func walletCommand(tb testing.TB, env map[string]string, args ...string) *exec.C
 // replica is the service as a process.
 type replica struct {
 	env      map[string]string
-	stepped  bool // its clock can be stepped
+	stepped  bool   // its clock can be stepped
+	binary   string // another release's, if not empty
 	url      string
 	operate  string
 	log      string
@@ -888,6 +889,9 @@ func (r *replica) start(tb testing.TB) {
 			tb.Fatal(err)
 		}
 		r.cmd.Path, r.cmd.Args[0] = binary, binary
+	}
+	if r.binary != "" {
+		r.cmd.Path, r.cmd.Args[0] = r.binary, r.binary
 	}
 	r.cmd.Stderr, r.cmd.Stdout = log, log
 	if err := r.cmd.Start(); err != nil {

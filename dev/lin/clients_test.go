@@ -39,7 +39,8 @@ type group struct {
 	mu       sync.Mutex
 	ops      []porcupine.Operation
 	open     []porcupine.Operation // writes without an answer: they may have been applied, or may still be
-	deposits []before              // that were answered
+	answered []before              // writes of some kinds
+	holds    []*request            // that were answered; seq is the hold's
 }
 
 type before struct {
@@ -80,9 +81,10 @@ func (g *group) live(dice *rand.Rand) {
 				return
 			}
 			for range openingRead {
-				kind := []string{history, history, history, read, balance, withdraw}[dice.IntN(6)]
+				kind := []string{history, history, history, read, balance, withdraw, hold}[dice.IntN(7)]
 				q := g.request(dice, kind)
-				if q.wallet = g.wallet(i); kind == withdraw && dice.IntN(3) > 0 {
+				q.payee = 0
+				if q.wallet = g.wallet(i); (kind == withdraw || kind == hold) && dice.IntN(3) > 0 {
 					continue // enough to see that it is refused before the first deposit
 				}
 				g.do(client, dice, q)
@@ -105,7 +107,8 @@ func (g *group) live(dice *rand.Rand) {
 		for i := range groupSize {
 			known := g.seqs[i].Load()
 			for _, q := range []*request{
-				{kind: balance}, {kind: balance, minSeq: known}, {kind: history}, {kind: fresh}} {
+				{kind: balance}, {kind: balance, minSeq: known}, {kind: history}, {kind: fresh},
+				{kind: openHolds}} {
 				q.wallet = g.wallet(i)
 				g.once(0, q, one)
 			}
@@ -121,7 +124,9 @@ var mix = slices.Concat(
 	[]string{create}, slices.Repeat([]string{balance}, 32), slices.Repeat([]string{fresh}, 4),
 	slices.Repeat([]string{read}, 4), slices.Repeat([]string{history}, 6),
 	slices.Repeat([]string{transaction}, 5),
-	slices.Repeat([]string{replay}, 4))
+	slices.Repeat([]string{replay}, 4), slices.Repeat([]string{hold}, 10),
+	slices.Repeat([]string{capture}, 12), slices.Repeat([]string{void}, 3),
+	slices.Repeat([]string{oneHold}, 3), slices.Repeat([]string{openHolds}, 3))
 
 func (g *group) wallet(i int) int64 { return g.id*10 + int64(i) + 1 }
 
@@ -135,6 +140,41 @@ func (g *group) write(dice *rand.Rand, kind string) *request {
 		q.to = g.wallet((i + 1 + dice.IntN(groupSize-1)) % groupSize)
 	case create:
 		q.cents = 0
+	case hold: // most end while the group is in use
+		q.in = []time.Duration{time.Second, time.Second, 2 * time.Second, 15 * time.Minute}[dice.IntN(4)]
+		if dice.IntN(2) == 0 {
+			q.payee = g.wallet((i + 1 + dice.IntN(groupSize-1)) % groupSize)
+		}
+	}
+	return q
+}
+
+// of makes a request about one of the last holds that the clients were told of; nil where there is none.
+func (g *group) of(dice *rand.Rand, kind string) *request {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.holds) == 0 {
+		return nil
+	}
+	h := g.holds[len(g.holds)-1-dice.IntN(min(len(g.holds), 5))]
+	q := &request{kind: kind, wallet: h.wallet, seq: h.seq}
+	if kind == oneHold {
+		return q
+	}
+	q.key = fmt.Sprintf("%d-%d", g.id, g.keys.Add(1))
+	if kind == void {
+		return q
+	}
+	q.to, q.partial = h.payee, dice.IntN(2) == 0
+	other := g.wallet((place(h.wallet) + 1 + dice.IntN(groupSize-1)) % groupSize)
+	switch n := dice.IntN(6); {
+	case h.payee == 0 && n < 3 || n == 0: // at times not the one that the hold is for
+		q.to, q.named = other, true
+	case h.payee != 0 && n < 3:
+		q.named = true
+	}
+	if dice.IntN(2) == 0 { // at times more than there is
+		q.cents = 1 + dice.Int64N(h.cents+h.cents/8)
 	}
 	return q
 }
@@ -143,18 +183,22 @@ func (g *group) request(dice *rand.Rand, kind string) *request {
 	i := dice.IntN(groupSize)
 	q := &request{kind: kind, wallet: g.wallet(i)}
 	switch kind {
-	case deposit, withdraw, transfer, create:
+	case deposit, withdraw, transfer, create, hold:
 		return g.write(dice, kind)
+	case capture, void, oneHold:
+		if about := g.of(dice, kind); about != nil {
+			return about
+		}
+		q.kind, q.seq = oneHold, 1+dice.Int64N(2) // mostly none
 	case replay:
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		if len(g.deposits) == 0 {
+		if len(g.answered) == 0 {
 			q.kind = read
 			break
 		}
-		was := g.deposits[dice.IntN(len(g.deposits))]
-		*q = *was.request
-		q.kind, q.before = replay, was.body
+		was := g.answered[dice.IntN(len(g.answered))]
+		return &request{kind: replay, wallet: was.wallet, again: was.request, before: was.body}
 	case balance:
 		if dice.IntN(4) == 0 { // what is known; at times the one after
 			q.minSeq = g.seqs[i].Load() + dice.Int64N(4)/3
@@ -169,7 +213,7 @@ func (g *group) request(dice *rand.Rand, kind string) *request {
 
 // do has one request answered. Reads and replays are sent once.
 func (g *group) do(client int, dice *rand.Rand, q *request) {
-	once := q.kind != deposit && q.kind != withdraw && q.kind != transfer && q.kind != create
+	once := !slices.Contains(writeKinds, q.kind)
 	first, uncertain, notes := g.now(), false, ""
 	for {
 		one := g.replicas[dice.IntN(len(g.replicas))]
@@ -226,6 +270,7 @@ func (g *group) once(client int, q *request, one *replica) {
 func (g *group) add(client int, q *request, call int64, a *response, notes string) {
 	op := porcupine.Operation{ClientId: client, Input: q, Call: call, Output: a, Return: g.now()}
 	op.Metadata = notes
+	g.narrow(&op)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.ops = append(g.ops, op)
@@ -239,9 +284,35 @@ func (g *group) add(client int, q *request, call int64, a *response, notes strin
 		known := &g.seqs[place(wallet)]
 		known.Store(max(known.Load(), saw(q, a, wallet))) // under the lock
 	}
-	if q.kind == deposit {
-		g.deposits = append(g.deposits, before{q, a.body})
+	switch q.kind {
+	case hold:
+		told := *q
+		told.seq = a.receipt.Seq
+		g.holds = append(g.holds, &told)
+		fallthrough
+	case deposit, capture, void:
+		g.answered = append(g.answered, before{q, a.body})
 	}
+}
+
+// clockSlack is more than the machine's clock can have been set by, against the monotonic one that times are
+// counted by.
+const clockSlack = 5 * time.Millisecond
+
+// narrow has a write begin no earlier than its entry's time: the database's clock is read under the wallets'
+// locks, and what comes of it is seen after. So a request that was frozen for seconds, or an expiry, which
+// nobody asked for, is not tried at all the moments before.
+func (r *run) narrow(op *porcupine.Operation) {
+	if !writes(*op) || input(*op).kind == create {
+		return
+	}
+	at, err := time.Parse(timeFormat, output(*op).receipt.CreatedAt)
+	if err != nil {
+		r.t.Errorf("the time of %v: %v", describe(input(*op), output(*op)), err)
+		return
+	}
+	since := at.Sub(r.began.Round(0)) // by the clock, not by the monotonic one
+	op.Call = max(op.Call, (since - clockSlack).Nanoseconds())
 }
 
 // send sends a request once. Nil: it was not answered, or only that the outcome may be unknown.
@@ -252,6 +323,7 @@ func (g *group) send(q *request, one *replica) (*response, string) {
 		g.t.Error(err)
 		return nil, "not sent"
 	}
+	asked := time.Now().UTC().Format(timeFormat)
 	response, err := web.Do(r)
 	if err != nil {
 		return nil, "no answer"
@@ -274,6 +346,7 @@ func (g *group) send(q *request, one *replica) (*response, string) {
 		g.t.Errorf("%s %d: %d %s: %v", q.kind, q.wallet, response.StatusCode, body, err)
 		return nil, "nonsense"
 	}
+	a.asked, a.answered = asked, time.Now().UTC().Format(timeFormat)
 	return a, ""
 }
 
@@ -290,7 +363,32 @@ func (q *request) http(url string) (*http.Request, error) {
 	switch q.kind {
 	case create:
 		return post(url+"/v1/wallets", `{"id":%d,"currency":"USD","idempotency_key":%q}`, q.wallet, q.key)
-	case deposit, replay:
+	case replay:
+		return q.again.http(url)
+	case hold:
+		payee := ""
+		if q.payee != 0 {
+			payee = fmt.Sprintf(`,"to_id":%d`, q.payee)
+		}
+		return post(at("/holds"), `{"amount":%q,"expires_in":"%ds","idempotency_key":%q%s}`,
+			amount(q.cents), int(q.in.Seconds()), q.key, payee)
+	case capture:
+		says := ""
+		if q.named {
+			says = fmt.Sprintf(`,"to_id":%d`, q.to)
+		}
+		if q.cents != 0 {
+			says += fmt.Sprintf(`,"amount":%q`, amount(q.cents))
+		}
+		return post(url+"/v1/holds/"+id(q.wallet, q.seq)+"/capture", `{"final":%v,"idempotency_key":%q%s}`,
+			!q.partial, q.key, says)
+	case void:
+		return post(url+"/v1/holds/"+id(q.wallet, q.seq)+"/void", `{"idempotency_key":%q}`, q.key)
+	case oneHold:
+		path = url + "/v1/holds/" + id(q.wallet, q.seq)
+	case openHolds:
+		path = at("/holds?status=open&limit=1000")
+	case deposit:
 		return post(at("/deposit"), `{"amount":%q,"idempotency_key":%q}`, amount(q.cents), q.key)
 	case withdraw:
 		return post(at("/withdraw"), `{"amount":%q,"idempotency_key":%q}`, amount(q.cents), q.key)
@@ -341,10 +439,20 @@ func (g *group) settle() {
 	for _, op := range g.open {
 		if a := l.answer(input(op)); a != nil {
 			op.Output = a
+			g.narrow(&op)
 			g.ops = append(g.ops, op)
 		}
 	}
 	for wallet, entries := range l.entries {
+		for i := range entries { // what the clock did: after its own time, and before now
+			if e := &entries[i]; e.Reason == "expiry" {
+				q := &request{kind: expire, wallet: wallet, seq: e.OfSeq, key: e.Key}
+				op := porcupine.Operation{ClientId: 2*clients + 1, Input: q, Output: l.answer(q)}
+				op.Return, op.Metadata = g.now(), "read in Postgres"
+				g.narrow(&op)
+				g.ops = append(g.ops, op)
+			}
+		}
 		a := &response{status: 200, entries: int64(len(entries))}
 		if len(entries) > historyMost {
 			g.t.Errorf("wallet %d has more entries than a page holds: make a group's life shorter", wallet)

@@ -302,7 +302,12 @@ type ledger struct {
 const readEntries = `
 SELECT e.wallet_id, e.seq, e.kind::text, e.amount::text, (e.balance - e.amount)::text, e.balance::text,
        coalesce(e.counterparty_id, 0), coalesce(e.counterparty_seq, 0), e.idempotency_key,
-       to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+       to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+       CASE WHEN coalesce(held, 0) <> 0 OR coalesce(held_change, 0) <> 0
+            THEN (coalesce(held, 0) - coalesce(held_change, 0))::text ELSE '' END,
+       CASE WHEN coalesce(held, 0) <> 0 OR coalesce(held_change, 0) <> 0
+            THEN coalesce(held, 0)::text ELSE '' END,
+       coalesce(of_seq, 0), coalesce(remaining::text, ''), coalesce(note, '{}')
 FROM entry e WHERE e.wallet_id = ANY ($1) ORDER BY 1, 2`
 
 const readCreations = `
@@ -320,9 +325,16 @@ func (r *run) readLedger(wallets []int64) (*ledger, error) {
 	l := &ledger{entries: make(map[int64][]entry), creations: make(map[string]standing)}
 	rows, _ := conn.Query(ctx, readEntries, wallets)
 	var e entry
-	var amount, before, after string
+	var amount, before, after, note string
 	_, err = pgx.ForEachRow(rows, []any{&e.WalletID, &e.Seq, &e.Kind, &amount, &before, &after,
-		&e.Counterparty.WalletID, &e.Counterparty.Seq, &e.Key, &e.CreatedAt}, func() error {
+		&e.Counterparty.WalletID, &e.Counterparty.Seq, &e.Key, &e.CreatedAt, &e.HeldBefore, &e.HeldAfter,
+		&e.OfSeq, &e.Remaining, &note}, func() error {
+		e.said = said{}
+		if err := json.Unmarshal([]byte(note), &e.said); err != nil {
+			return err
+		}
+		e.HeldBefore, e.HeldAfter = plain(e.HeldBefore), plain(e.HeldAfter)
+		e.Remaining = plain(e.Remaining)
 		e.Currency, e.Amount = "USD", plain(amount)
 		e.BalanceBefore, e.BalanceAfter = plain(before), plain(after)
 		e.TransactionID = id(e.WalletID, e.Seq)
@@ -343,6 +355,26 @@ func (r *run) readLedger(wallets []int64) (*ledger, error) {
 		return nil
 	})
 	return l, err
+}
+
+// ofHold is the answer to the hold, or to the end of one, that the entry is of.
+func (e *entry) ofHold() receipt {
+	change := cents(e.HeldAfter) - cents(e.HeldBefore)
+	r := receipt{HoldID: id(e.WalletID, e.Seq), WalletID: e.WalletID, Currency: "USD",
+		Remaining: e.Remaining, Status: "open", ExpiresAt: e.ExpiresAt, ToID: e.ToID,
+		Balance: e.BalanceAfter, Held: e.HeldAfter, Seq: e.Seq, CreatedAt: e.CreatedAt}
+	r.Available = amount(cents(e.BalanceAfter) - cents(e.HeldAfter))
+	switch e.Reason {
+	case "":
+		r.Amount = amount(change)
+		return r
+	case "void":
+		r.Status = "voided"
+	case "expiry":
+		r.Status = "expired"
+	}
+	r.HoldID, r.Released = id(e.WalletID, e.OfSeq), amount(-change)
+	return r
 }
 
 // plain takes the trailing zeros off a decimal number.
@@ -367,7 +399,13 @@ func (l *ledger) answer(q *request) *response {
 		}
 		got := receipt{TransactionID: e.TransactionID, Currency: "USD", CreatedAt: e.CreatedAt}
 		got.Amount = strings.TrimPrefix(e.Amount, "-")
-		if q.kind == transfer {
+		if q.kind == hold || q.kind == void || q.kind == expire {
+			return &response{status: q.success(), receipt: e.ofHold()}
+		}
+		if q.kind == capture {
+			got.HoldID, got.Remaining, got.Held = id(q.wallet, e.OfSeq), e.Remaining, e.HeldAfter
+		}
+		if e.Kind == "transfer_out" {
 			got.FromID, got.FromSeq, got.FromBalance = q.wallet, e.Seq, e.BalanceAfter
 			got.ToID, got.ToSeq = q.to, e.Counterparty.Seq
 			for _, other := range l.entries[q.to] {
