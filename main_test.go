@@ -870,7 +870,7 @@ func runBlocks(t *testing.T, blocks [][]string) {
 			t.Errorf("%s: %v\n%s", command, err, out)
 			continue
 		}
-		if got, want := oneLine(string(out)), oneLine(block[3]); block[3] != "" && got != want {
+		if got, want := oneLine(string(out)), oneLine(block[3]); block[3] != "" && (got != want || out[len(out)-1] != '\n') {
 			t.Errorf("%s\nprints\n%s\nthe page says\n%s", command, got, want)
 		}
 		if strings.Contains(command, " events ") {

@@ -79,7 +79,7 @@ func (r *Route) refusals() []string {
 
 // Reply is a successful answer.
 type Reply struct {
-	Body     []byte
+	Body     []byte // JSON without a line's end, which is added, or what Header's Content-Type says
 	Replayed bool // the same request was answered before
 	Header   map[string]string
 	// Results, where there are any, are the body: {"results":[{"status":200,"body":{...}},...]}. An error
@@ -314,8 +314,13 @@ func (s *Server) serve(route Route) http.Handler {
 			}
 		}
 		streams := err == nil && answer.Stream != nil
+		// In a terminal the next prompt begins a line of its own.
+		var end []byte
+		if strings.HasSuffix(h.Get("Content-Type"), "json") {
+			end = lineEnd
+		}
 		if !streams {
-			h.Set("Content-Length", strconv.Itoa(len(body)))
+			h.Set("Content-Length", strconv.Itoa(len(body)+len(end)))
 		}
 		w.WriteHeader(status)
 		switch {
@@ -326,6 +331,7 @@ func (s *Server) serve(route Route) http.Handler {
 			}
 		default:
 			w.Write(body)
+			w.Write(end) // apart: bodies such as Static's are shared
 		}
 		took := time.Since(started)
 		s.observe(route.Path, r.Method, status, took)
@@ -396,6 +402,8 @@ func (w *patientWriter) Write(part []byte) (int, error) {
 
 // Headers that all answers have alike; not to be changed in place.
 var contentJSON, noStore, noSniff = []string{"application/json"}, []string{"no-store"}, []string{"nosniff"}
+
+var lineEnd = []byte{'\n'}
 
 // log writes a request's line, without attributes that say nothing. slog's own functions look up their caller
 // each time.

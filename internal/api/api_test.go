@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -54,9 +55,9 @@ func TestOneAnswer(t *testing.T) {
 		return recorder
 	}
 	body = []byte(`{"open":true}`)
-	for method, want := range map[string]string{"GET": string(body), "HEAD": ""} {
+	for method, want := range map[string]string{"GET": string(body) + "\n", "HEAD": ""} {
 		a := ask(method, "/v1/shop/1")
-		if a.Code != 202 || a.Body.String() != want || a.Header().Get("Content-Length") != "13" ||
+		if a.Code != 202 || a.Body.String() != want || a.Header().Get("Content-Length") != "14" ||
 			a.Header().Get("Idempotent-Replayed") != "true" {
 			t.Errorf("%s: %d %s %v", method, a.Code, a.Body, a.Header())
 		}
@@ -67,7 +68,8 @@ func TestOneAnswer(t *testing.T) {
 		unreadable := json.Unmarshal(a.Body.Bytes(), &p)
 		if unreadable != nil || a.Code != status || p.Status != status || p.Code != code || p.Detail == "" ||
 			p.Error != p.Detail || p.Title != s.Problems[code].Title ||
-			p.RequestID != a.Header().Get("X-Request-Id") {
+			p.RequestID != a.Header().Get("X-Request-Id") || !bytes.HasSuffix(a.Body.Bytes(), []byte("}\n")) ||
+			a.Header().Get("Content-Length") != strconv.Itoa(a.Body.Len()) {
 			t.Errorf("%s: %d %s", name, a.Code, a.Body)
 		}
 	}
