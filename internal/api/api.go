@@ -80,7 +80,7 @@ func (r *Route) refusals() []string {
 // Reply is a successful answer.
 type Reply struct {
 	Body     []byte // JSON without a line's end, which is added, or what Header's Content-Type says
-	Replayed bool // the same request was answered before
+	Replayed bool   // the same request was answered before
 	Header   map[string]string
 	// Results, where there are any, are the body: {"results":[{"status":200,"body":{...}},...]}. An error
 	// becomes the problem document that it would be as an answer of its own.

@@ -68,7 +68,7 @@ func TestOneAnswer(t *testing.T) {
 		unreadable := json.Unmarshal(a.Body.Bytes(), &p)
 		if unreadable != nil || a.Code != status || p.Status != status || p.Code != code || p.Detail == "" ||
 			p.Error != p.Detail || p.Title != s.Problems[code].Title ||
-			p.RequestID != a.Header().Get("X-Request-Id") || !bytes.HasSuffix(a.Body.Bytes(), []byte("}\n")) ||
+			p.RequestID != a.Header().Get("X-Request-Id") || !strings.HasSuffix(a.Body.String(), "}\n") ||
 			a.Header().Get("Content-Length") != strconv.Itoa(a.Body.Len()) {
 			t.Errorf("%s: %d %s", name, a.Code, a.Body)
 		}
