@@ -484,7 +484,7 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 }
 
 func (s *stack) stopping(ctx context.Context) error {
-	s.say("stack")("stopping: %v", context.Cause(ctx))
+	s.say("stack")("stopping: %v (a second Ctrl-C ends at once)", context.Cause(ctx))
 	return nil
 }
 

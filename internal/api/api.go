@@ -342,7 +342,7 @@ func (s *Server) serve(route Route) http.Handler {
 		log(ctx, level, slog.String("method", r.Method), slog.String("path", r.URL.Path),
 			slog.Int("status", status), slog.String("code", code), slog.String("client", client),
 			slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
-			slog.String("trace", Traceparent(r.Header)))
+			slog.String("trace_id", traceID(r.Header)))
 		if code == "broken_off" {
 			panic(http.ErrAbortHandler) // which net/http knows: the client sees that the body has not ended
 		}

@@ -95,6 +95,27 @@ func TestOneAnswer(t *testing.T) {
 	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
 }
 
+// TestTraceID: log lines carry what all of a trace's spans share.
+func TestTraceID(t *testing.T) {
+	for sent, want := range map[string]string{
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01": "0af7651916cd43dd8448eb211c80319c",
+		"00-00000000000000000000000000000000-b7ad6b7169203331-01": "",
+		"": "",
+	} {
+		var out bytes.Buffer
+		was := slog.Default()
+		slog.SetDefault(slog.New(slog.NewTextHandler(&out, nil)))
+		r := httptest.NewRequest("GET", "/v1/none", nil)
+		r.Header.Set("Traceparent", sent)
+		newTestServer(t).Mux(nil).ServeHTTP(httptest.NewRecorder(), r)
+		slog.SetDefault(was)
+		if _, is, there := strings.Cut(out.String(), " trace_id="); there != (want != "") ||
+			strings.TrimSpace(is) != want {
+			t.Errorf("%s: %s", sent, out.String())
+		}
+	}
+}
+
 // TestStream: a body of any length has no length told ahead, its trailer comes after it, HEAD writes none of
 // it, and a client that got a part of it knows.
 func TestStream(t *testing.T) {
