@@ -838,7 +838,8 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
 	w.Gauges("wallet_build_info", "1; the version is the label.", version)
 	w.Runtime("wallet_go")
-	s.WriteMetrics(w, "wallet_http_request_seconds")
+	w.Process()
+	s.WriteMetrics(w, "wallet_http")
 	s.ledger.writeMetrics(w)
 	if s.ledger.cache != nil {
 		s.ledger.cache.writeMetrics(w)
@@ -1056,7 +1057,7 @@ func readConfig(getenv func(string) string) (*config, error) {
 			"postgres://user:password@host:5432/wallet\n" +
 			"  KAFKA_BROKERS=host:9092 lets events out, REDIS_URL=redis://host:6379/0 is a cache; " +
 			"wallet -h lists the rest\n" +
-			"  To start everything on this machine instead, in a checkout: " + startEverything)
+			"  to start everything on this machine instead: `" + startEverything + "` in a checkout")
 	}
 	if c.migrateURL == "" {
 		c.migrateURL = c.databaseURL

@@ -640,7 +640,7 @@ func TestBadConfigurationExits2(t *testing.T) {
 
 	// Who begins with nothing is told what there must be, and how to do without.
 	for command, says := range map[string]string{
-		"":                     "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n.* go run -C dev [.]\n$",
+		"":                     "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n.*`go run -C dev [.]` in a checkout\n$",
 		"-audti":               "^wallet: [^\n]*-audti[^\n]*\n$",
 		"-new-key alice:reed":  `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
 		"-new-key alice+read":  `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
@@ -679,7 +679,6 @@ func TestSecondInterruptEndsAtOnce(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	cmd.Process.Signal(os.Interrupt)
-	cmd.Process.Signal(os.Interrupt) // a supervisor's, at the same time
 	select {
 	case err := <-ended:
 		t.Fatalf("did not drain: %v, %s", err, said.String())

@@ -168,6 +168,7 @@ type Server struct {
 
 	requests   atomic.Int64 // being served
 	statistics sync.Map     // requestLabels -> *metric.Histogram of seconds
+	failures   [len(failureStatuses)]atomic.Int64
 }
 
 // New makes a server that has not started.
@@ -537,12 +538,27 @@ func (s *Server) observe(path, method string, status int, took time.Duration) {
 		h, _ = s.statistics.LoadOrStore(labels, fresh)
 	}
 	h.(*metric.Histogram).Observe(took.Seconds())
+	if i := slices.Index(failureStatuses[:], status); i >= 0 {
+		s.failures[i].Add(1)
+	}
 }
 
-// WriteMetrics writes, under a name, how many requests there were and how long they took.
-func (s *Server) WriteMetrics(w *metric.Writer, name string) {
+// failureStatuses are those that wake somebody up. They are counted apart, without the route: a series that
+// begins with the first failure has no value before it, so a rate does not see that failure.
+var failureStatuses = [...]int{http.StatusInternalServerError, http.StatusServiceUnavailable}
+
+// WriteMetrics writes, under names that begin with prefix, how many requests there were and how long they
+// took.
+func (s *Server) WriteMetrics(w *metric.Writer, prefix string) {
+	failed := make([]metric.Sample, len(s.failures))
+	for i := range s.failures {
+		failed[i].Labels = fmt.Sprintf(`status="%d"`, failureStatuses[i])
+		failed[i].Value = float64(s.failures[i].Load())
+	}
+	w.Counters(prefix+"_failures_total", "Requests that failed by our fault, by status; 0 from the start.",
+		failed...)
 	const help = "Requests by route and status, and how long they took."
-	w.Histograms(name, help, func(yield func(string, *metric.Histogram) bool) {
+	w.Histograms(prefix+"_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
 		s.statistics.Range(func(key, h any) bool {
 			is := key.(requestLabels)
 			labels := fmt.Sprintf(`method="%s",route="%s",status="%d"`, is.method, is.route, is.status)

@@ -19,9 +19,13 @@ const again = 300 * time.Millisecond
 // UntilSignal returns a context that ends at SIGINT or SIGTERM. A Ctrl-C after that is from somebody who does
 // not want to wait: it is said, and the program exits at once, as if killed.
 func UntilSignal(say io.Writer, exit func(int)) context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	return untilSignal(signals, say, exit)
+}
+
+func untilSignal(signals <-chan os.Signal, say io.Writer, exit func(int)) context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		<-signals
 		cancel()
@@ -30,6 +34,7 @@ func UntilSignal(say io.Writer, exit func(int)) context.Context {
 				fmt.Fprintln(say, "interrupted again: ended at once, without waiting for what was open. "+
 					"What was answered is safe; ask again for the rest, with the same keys")
 				exit(130) // 128 and SIGINT, as a shell says it
+				return
 			}
 		}
 	}()
