@@ -640,7 +640,8 @@ func TestBadConfigurationExits2(t *testing.T) {
 
 	// Who begins with nothing is told what there must be, and how to do without.
 	for command, says := range map[string]string{
-		"":                     "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n.*`go run -C dev [.]` in a checkout\n$",
+		"": "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n" +
+			".*`go run -C dev [.]` in a checkout\n$",
 		"-audti":               "^wallet: [^\n]*-audti[^\n]*\n$",
 		"-new-key alice:reed":  `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
 		"-new-key alice+read":  `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
@@ -649,8 +650,8 @@ func TestBadConfigurationExits2(t *testing.T) {
 		"-migrate -version=no": "^wallet: [^\n]*it takes no value[^\n]*\n$",
 	} {
 		said, err := walletCommand(t, nil, strings.Fields(command)...).CombinedOutput()
-		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 || strings.Count(string(said), "\n") > 3 ||
-			!regexp.MustCompile(says).Match(said) {
+		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
+			strings.Count(string(said), "\n") > 3 || !regexp.MustCompile(says).Match(said) {
 			t.Errorf("wallet %s: %v, %s", command, err, said)
 		}
 	}
@@ -661,8 +662,8 @@ func TestSecondInterruptEndsAtOnce(t *testing.T) {
 	listener := newListener(t)
 	address := listener.Addr().String()
 	listener.Close()
-	cmd := walletCommand(t, map[string]string{"DATABASE_URL": "postgres://x@127.0.0.1:1/x", "DRAIN_DELAY": "1m",
-		"LISTEN_ADDR": address})
+	cmd := walletCommand(t, map[string]string{"DATABASE_URL": "postgres://x@127.0.0.1:1/x",
+		"DRAIN_DELAY": "1m", "LISTEN_ADDR": address})
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {

@@ -41,14 +41,15 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *out, *snapshot, strings.Split(*only, ",")); err != nil {
+	if err := run(ctx, ".", *out, *snapshot, strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "release:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, out string, snapshot bool, platforms []string) error {
-	root, err := output(ctx, ".", "git", "rev-parse", "--show-toplevel")
+// run releases the commit that is checked out around dir.
+func run(ctx context.Context, dir, out string, snapshot bool, platforms []string) error {
+	root, err := output(ctx, dir, "git", "rev-parse", "--show-toplevel")
 	if err != nil {
 		return fmt.Errorf("run this in a git checkout: %w", err)
 	}

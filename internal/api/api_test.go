@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"wallet/internal/gate"
+	"wallet/internal/metric"
 )
 
 func TestMain(m *testing.M) {
@@ -54,6 +55,15 @@ func TestOneAnswer(t *testing.T) {
 		mux.ServeHTTP(recorder, httptest.NewRequest(method, path, nil))
 		return recorder
 	}
+	failures := func(want string) {
+		t.Helper()
+		var out strings.Builder
+		s.WriteMetrics(metric.NewWriter(&out), "shop")
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("not measured: %s:\n%s", want, out.String())
+		}
+	}
+	failures("shop_failures_total{status=\"500\"} 0\nshop_failures_total{status=\"503\"} 0\n")
 	body = []byte(`{"open":true}`)
 	for method, want := range map[string]string{"GET": string(body) + "\n", "HEAD": ""} {
 		a := ask(method, "/v1/shop/1")
@@ -93,6 +103,7 @@ func TestOneAnswer(t *testing.T) {
 	refused("before the start", ask("GET", "/v1/shop/1"), 503, "starting")
 	s.RequestsMax = 0
 	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
+	failures("shop_failures_total{status=\"500\"} 1\nshop_failures_total{status=\"503\"} 3\n")
 }
 
 // TestTraceID: log lines carry what all of a trace's spans share.

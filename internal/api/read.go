@@ -380,8 +380,8 @@ func Traceparent(h http.Header) string {
 	return v
 }
 
-// traceID is the part of a Traceparent that all of a trace's spans share, in the form that log tools know. The
-// rest of it is the caller's span, which none of our lines is about.
+// traceID is the part of a Traceparent that all of a trace's spans share, in the form that log tools know.
+// The rest of it is the caller's span, which none of our lines is about.
 func traceID(h http.Header) string {
 	if v := Traceparent(h); v != "" {
 		return v[3:35]
