@@ -62,19 +62,21 @@ func TestCells(t *testing.T) {
 		dropSlotAtEnd(t, env["REPLICATION_SLOT"])
 		cells = append(cells, start(t, env))
 	}
-	if made := texts(t, whole["DATABASE_URL"], `SELECT pubname FROM pg_publication ORDER BY pubname`); !slices.Equal(
-		made, []string{"wallet_outbox", "wallet_outbox_Cell'b", "wallet_outbox_cell_a"}) {
+	made := texts(t, whole["DATABASE_URL"], `SELECT pubname FROM pg_publication ORDER BY pubname COLLATE "C"`)
+	if !slices.Equal(made, []string{"wallet_outbox", "wallet_outbox_Cell'b", "wallet_outbox_cell_a"}) {
 		t.Errorf("publications: %q", made)
 	}
-	if has := texts(t, whole["DATABASE_URL"], `SELECT nspname FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid
-		JOIN pg_namespace n ON n.oid = relnamespace WHERE tgname = 'entry_fits_wallet' ORDER BY nspname`); !slices.
-		Equal(has, []string{"Cell'b", "public"}) {
+	has := texts(t, whole["DATABASE_URL"], `
+SELECT nspname FROM pg_trigger t
+JOIN pg_class c ON c.oid = tgrelid JOIN pg_namespace n ON n.oid = relnamespace
+WHERE tgname = 'entry_fits_wallet' ORDER BY nspname COLLATE "C"`)
+	if !slices.Equal(has, []string{"Cell'b", "public"}) {
 		t.Errorf("with the trigger that can be left out: %q", has)
 	}
 	for cell, mode := range map[int]string{0: "force_generic_plan", 1: "auto"} {
 		var is string
-		if err := cells[cell].writes.QueryRow(context.Background(), `SHOW plan_cache_mode`).Scan(&is); err != nil ||
-			is != mode {
+		err := cells[cell].writes.QueryRow(context.Background(), `SHOW plan_cache_mode`).Scan(&is)
+		if err != nil || is != mode {
 			t.Errorf("plan_cache_mode of cell %d is %s, %v", cell, is, err)
 		}
 	}
@@ -128,8 +130,8 @@ func TestCells(t *testing.T) {
 		t.Fatal(err)
 	}
 	cells[1] = start(t, moved)
-	if again := cells[1].mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"2","idempotency_key":"first d0"}`); again.
-		header.Get("Idempotent-Replayed") != "true" {
+	again := cells[1].mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"2","idempotency_key":"first d0"}`)
+	if again.header.Get("Idempotent-Replayed") != "true" {
 		t.Errorf("a key of before the move: %s", again)
 	}
 	together("second")
@@ -151,8 +153,9 @@ func copyLedger(t *testing.T, from, to string) {
 	t.Helper()
 	source, target := connect(t, from), connect(t, to)
 	for _, table := range []string{"wallet", "entry", "hold", "reversal", "reference", "outbox"} {
-		columns := strings.Join(texts(t, from, `SELECT quote_ident(attname) FROM pg_attribute
-			WHERE attrelid = '`+table+`'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum`), ", ")
+		names := texts(t, from, fmt.Sprintf(`SELECT quote_ident(attname) FROM pg_attribute
+			WHERE attrelid = '%s'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum`, table))
+		columns := strings.Join(names, ", ")
 		reader, writer := io.Pipe()
 		go func() {
 			_, err := source.PgConn().CopyTo(context.Background(), writer,
@@ -163,5 +166,30 @@ func copyLedger(t *testing.T, from, to string) {
 			fmt.Sprintf("COPY %s (%s) FROM STDIN", table, columns)); err != nil {
 			t.Fatalf("%s: %v", table, err)
 		}
+	}
+}
+
+// TestPostgresWithoutLogicalWAL: a server that was found in place of the one that was meant is met with what
+// to do, in the relay's own log line.
+func TestPostgresWithoutLogicalWAL(t *testing.T) {
+	s, err := startServers("-pgset", "wal_level=replica")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	w := start(t, testEnv(t, "DATABASE_URL="+s.database(t)))
+	r := newRelay(&w.cfg.relayConfig, w.reads, nil)
+	conn, _, err := r.connect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	slot, err := r.readSlot(t.Context(), r.db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.makeSlot(t.Context(), conn, slot); err == nil ||
+		!strings.Contains(err.Error(), "run ALTER SYSTEM SET wal_level = logical and restart it") {
+		t.Error(err)
 	}
 }

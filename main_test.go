@@ -657,6 +657,22 @@ func TestBadConfigurationExits2(t *testing.T) {
 	}
 }
 
+// TestPortInUse: whose setting it is, and that somebody has the port.
+func TestPortInUse(t *testing.T) {
+	taken := newListener(t)
+	defer taken.Close()
+	for _, name := range []string{"LISTEN_ADDR", "OPERATE_ADDR"} {
+		env := map[string]string{"DATABASE_URL": "postgres://x@127.0.0.1:1/x", "LISTEN_ADDR": "127.0.0.1:0"}
+		env[name] = taken.Addr().String()
+		said, err := walletCommand(t, env).CombinedOutput()
+		lines := strings.Split(strings.TrimSpace(string(said)), "\n")
+		if last := lines[len(lines)-1]; err == nil || !strings.HasPrefix(last, "wallet: set "+name+" to") ||
+			!strings.Contains(last, "address already in use") {
+			t.Errorf("%v, %s", err, said)
+		}
+	}
+}
+
 // TestSecondInterruptEndsAtOnce: Ctrl-C drains; who does not want to wait says it again.
 func TestSecondInterruptEndsAtOnce(t *testing.T) {
 	listener := newListener(t)

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -237,14 +238,14 @@ func newEventsConfig(args []string) (eventsConfig, error) {
 }
 
 func parse(f *flag.FlagSet, help string, args []string) error {
-	f.Usage = func() {
-		fmt.Fprint(os.Stderr, help, "\nFlags:\n")
-		f.PrintDefaults()
-	}
+	f.SetOutput(io.Discard) // what it has to say is said here: an error last, and not above a list
 	if err := f.Parse(args); errors.Is(err, flag.ErrHelp) {
+		f.SetOutput(os.Stdout)
+		fmt.Fprint(os.Stdout, help, "\nFlags:\n")
+		f.PrintDefaults()
 		return err
 	} else if err != nil {
-		os.Exit(exitUsage) // the flag package has said why
+		return usageError(err.Error() + "; -h lists the flags")
 	}
 	if f.NArg() > 0 {
 		return usageError(fmt.Sprintf("what is %q? see -h", f.Arg(0)))

@@ -13,10 +13,10 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Pool makes a pool of connections. Each setting below may stand in the URL instead, as in
-// ?plan_cache_mode=auto, which a coordinator of several nodes needs. No connection is made before the first is needed; entered is told of each
+// Pool makes a pool of connections. No connection is made before the first is needed; entered is told of each
 // one which ledger of the world it leads to (system, database, schema) and which life of its server
-// (timeline, start). It may be nil.
+// (timeline, start). It may be nil. Each of the settings below may stand in the URL instead, as in
+// ?plan_cache_mode=auto, which a coordinator of several nodes needs.
 func Pool(url, name string, connections int, entered func(database, life string)) (*pgxpool.Pool, error) {
 	pool, err := pgxpool.ParseConfig(url)
 	if err != nil {
