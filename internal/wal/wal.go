@@ -102,8 +102,8 @@ func Make(ctx context.Context, conn *pgconn.PgConn, name string, serverVersion i
 	var refused *pgconn.PgError
 	if errors.As(err, &refused) && strings.Contains(refused.Message, "wal_level") {
 		err = fmt.Errorf("this Postgres keeps no logical WAL: as a superuser run "+
-			"ALTER SYSTEM SET wal_level = logical and restart it, or connect to the server that was meant (one of Docker or Homebrew may "+
-			"have taken its port): %w", err)
+			"ALTER SYSTEM SET wal_level = logical and restart it, or connect to the server that was meant "+
+			"(one of Docker or Homebrew may have taken its port): %w", err)
 	}
 	if err != nil {
 		return 0, "", err
