@@ -75,7 +75,7 @@ import (
 )
 
 const (
-	publication = "wallet_outbox" // schema.sql makes it
+	publication = "wallet_outbox" // what publications are called, or begin with: schema.sql
 
 	// A Kafka transaction takes what has gathered while the one before was under way, up to these; then the
 	// relay stops reading and TCP is the queue. Three such batches may be in memory at once.
@@ -284,7 +284,10 @@ func (r *relay) lead(ctx context.Context) error {
 			return err
 		}
 	}
-	err = wal.Start(ctx, conn, r.cfg.replicationSlot, publication)
+	ours, err := wal.Publication(ctx, r.db, "outbox", publication)
+	if err == nil {
+		err = wal.Start(ctx, conn, r.cfg.replicationSlot, ours)
+	}
 	if err != nil {
 		past.forget()
 		if errors.Is(err, wal.ErrTaken) {
@@ -670,8 +673,8 @@ func (r *receiver) insert(ctx context.Context, data []byte) error {
 	}
 	e, err := r.relations.decode(data)
 	if errors.Is(err, errNotOutbox) {
-		return refusef("publication %s holds more than the outbox: remove the other tables from it",
-			publication)
+		return refusef("the publication %s (or %[1]s_SCHEMA) holds more than the outbox: "+
+			"remove the other tables from it", publication)
 	}
 	if err != nil {
 		return err

@@ -1,7 +1,7 @@
 // Wallet is a wallet service: deposits, withdrawals, transfers, holds and reversals over HTTP, each one
 // Postgres commit and exactly one Kafka event per wallet touched.
 //
-//	wallet            serve; configuration comes from the environment (-h lists it)
+//	wallet            serve; configuration comes from the environment (-settings lists it)
 //	wallet -migrate   apply the schema as the owner (MIGRATE_URL), then exit
 //	wallet -new-key   make an API key for a client: name and scopes, as in checkout:read+write
 //	wallet -audit     compare ledger and topic, then exit: 0 clean, 1 findings
@@ -18,7 +18,6 @@ import (
 	"context"
 	_ "embed"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -28,11 +27,9 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -40,6 +37,7 @@ import (
 
 	"wallet/internal/api"
 	"wallet/internal/book"
+	"wallet/internal/cmdline"
 	"wallet/internal/env"
 	"wallet/internal/export"
 	"wallet/internal/gate"
@@ -52,41 +50,21 @@ import (
 )
 
 func main() {
-	flags := flag.NewFlagSet("wallet", flag.ContinueOnError)
-	migrateOnly := flags.Bool("migrate", false, "apply the schema as the owner (MIGRATE_URL), then exit")
-	auditOnly := flags.Bool("audit", false, "compare ledger and topic, then exit: 0 clean, 1 findings")
-	adoptOnly := flags.Bool("adopt", false,
-		"let the relay go on in another database (a restore, an upgrade), then exit")
-	makeKey := flags.String("new-key", "",
-		"make an API key for a client and its scopes, as in `checkout:read+write`, then exit")
-	version := flags.Bool("version", false, "print the version, then exit")
-	flags.Usage = func() {
-		fmt.Fprintln(flags.Output(),
-			"Usage: wallet [-migrate | -audit | -adopt | -new-key NAME:SCOPES | -version]")
-		fmt.Fprintln(flags.Output())
-		flags.PrintDefaults()
-		fmt.Fprintln(flags.Output(), "\nEnvironment:")
-		env.Print(flags.Output(), new(config).settings())
+	program := cmdline.Program{Name: "wallet", Serves: "serve", Jobs: jobs,
+		Settings: new(config).settings(),
+		Try:      "To start everything on this machine, in a checkout: " + startEverything}
+	job, argument, status, done := program.Parse(os.Args[1:], os.Stdout, os.Stderr)
+	if done {
+		os.Exit(status)
 	}
-	if err := flags.Parse(os.Args[1:]); errors.Is(err, flag.ErrHelp) {
-		os.Exit(0)
-	} else if err != nil {
-		os.Exit(2)
-	}
-	if flags.NArg() > 0 {
-		fmt.Fprintf(os.Stderr, "wallet: leave out %q: there are options and environment variables only "+
-			"(-h lists them)\n", flags.Arg(0))
-		os.Exit(2)
-	}
-	if *version {
+	switch job {
+	case "version":
 		fmt.Println(buildVersion())
 		return
-	}
-	if *makeKey != "" {
-		key, line, err := gate.MakeKey(*makeKey)
+	case "new-key":
+		key, line, err := gate.MakeKey(argument)
 		if err != nil {
-			fmt.Fprintln(os.Stderr,
-				"wallet: name a client and its scopes, as in -new-key checkout:read+write")
+			fmt.Fprintf(os.Stderr, "wallet: %v; say it as in -new-key checkout:read+write\n", err)
 			os.Exit(2)
 		}
 		fmt.Printf("for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
@@ -100,22 +78,21 @@ func main() {
 	log, flush := logs.New(os.Stderr, cfg.logLevel, cfg.logFormat)
 	slog.SetDefault(log)
 
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
+	ctx := parts.UntilSignal(os.Stderr, os.Exit)
 	exit := 0
-	switch {
-	case *migrateOnly:
+	switch job {
+	case "migrate":
 		err = parts.WaitFor(ctx, "Postgres",
 			func(ctx context.Context) error { return migrateSchema(ctx, cfg) })
 		if err == nil {
 			err = validateSchema(ctx, cfg)
 		}
-	case *auditOnly:
+	case "audit":
 		var findings int
 		if findings, err = runAudit(ctx, &cfg.relayConfig, os.Stdout); findings > 0 {
 			exit = 1
 		}
-	case *adoptOnly:
+	case "adopt":
 		err = adopt(ctx, &cfg.relayConfig)
 	default:
 		parts.TuneCollector()
@@ -137,6 +114,17 @@ func main() {
 	}
 	os.Exit(exit)
 }
+
+var jobs = []cmdline.Job{
+	{Name: "migrate", Help: "apply the schema as the owner (MIGRATE_URL), then exit"},
+	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings"},
+	{Name: "adopt", Help: "let the relay go on in another database (say, a restore), then exit"},
+	{Name: "new-key", Argument: "NAME:SCOPES",
+		Help: "make an API key, as in checkout:read+write (also: operate), then exit"},
+	{Name: "version", Help: "print the version, then exit"},
+}
+
+const startEverything = "go run -C dev ."
 
 func buildVersion() string {
 	if info, ok := debug.ReadBuildInfo(); ok && stamp == "" {
@@ -268,7 +256,7 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 	var err error
 	select {
 	case <-ctx.Done():
-		slog.Info("stopping")
+		slog.Info("stopping; a second Ctrl-C ends at once")
 	case err = <-failed:
 		slog.Error("stopping, since a part failed", "error", err)
 	}
@@ -850,7 +838,8 @@ func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
 	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
 	w.Gauges("wallet_build_info", "1; the version is the label.", version)
 	w.Runtime("wallet_go")
-	s.WriteMetrics(w, "wallet_http_request_seconds")
+	w.Process()
+	s.WriteMetrics(w, "wallet_http")
 	s.ledger.writeMetrics(w)
 	if s.ledger.cache != nil {
 		s.ledger.cache.writeMetrics(w)
@@ -944,7 +933,8 @@ type config struct {
 
 func (c *config) settings() []env.Setting {
 	return []env.Setting{
-		{Name: "DATABASE_URL", Secret: true, Set: env.URL(&c.databaseURL, "postgres", "postgresql"),
+		{Name: "DATABASE_URL", Group: "Postgres", Main: true, Secret: true,
+			Set:  env.URL(&c.databaseURL, "postgres", "postgresql"),
 			Help: "Postgres, as the service's role; required. postgres://user:password@host:5432/wallet"},
 		{Name: "MIGRATE_URL", Secret: true, Set: env.URL(&c.migrateURL, "postgres", "postgresql"),
 			Help: "Postgres, as the tables' owner, who applies the schema at start; default: DATABASE_URL"},
@@ -956,16 +946,16 @@ func (c *config) settings() []env.Setting {
 		{Name: "OUTBOX_RETENTION", Default: "24h", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
 			Help: "how long a published outbox row is kept, in whole partitions of an hour"},
 
-		{Name: "REDIS_URL", Secret: true, Set: env.URL(&c.redisURL, "redis", "rediss"),
-			Help: "Redis (6.2 or later), which caches balances; without it there is no cache. " +
-				"redis://host:6379/0"},
+		{Name: "REDIS_URL", Group: "Redis", Main: true, Secret: true,
+			Set:  env.URL(&c.redisURL, "redis", "rediss"),
+			Help: "Redis (6.2 or later) for balances; without it nothing is cached. redis://host:6379/0"},
 		{Name: "CACHE_TTL", Default: "10m", Set: env.Duration(&c.cacheTTL, time.Second, 30*24*time.Hour),
 			Help: "how long a balance stays cached, and so the bound for one that a fault left behind"},
 		{Name: "CACHE_TIMEOUT", Default: "50ms",
 			Set:  env.Duration(&c.cacheTimeout, time.Millisecond, 10*time.Second),
 			Help: "how long a read waits for Redis before it asks Postgres"},
 
-		{Name: "KAFKA_BROKERS", Set: env.HostPorts(&c.kafkaBrokers),
+		{Name: "KAFKA_BROKERS", Group: "Kafka", Main: true, Set: env.HostPorts(&c.kafkaBrokers),
 			Help: "host:port, comma-separated, of some brokers; without it no event leaves the database"},
 		{Name: "KAFKA_TOPIC", Default: "wallet.events", Set: env.Matching(&c.kafkaTopic, 249, topicChars),
 			Help: "topic of the events; made if absent"},
@@ -996,7 +986,7 @@ func (c *config) settings() []env.Setting {
 		{Name: "KAFKA_SASL_PASSWORD", Secret: true, Set: env.Text(&c.kafkaSASLPassword),
 			Help: "SASL password"},
 
-		{Name: "LISTEN_ADDR", Default: "127.0.0.1:8080", Set: env.Text(&c.listenAddr),
+		{Name: "LISTEN_ADDR", Group: "HTTP", Default: "127.0.0.1:8080", Set: env.Text(&c.listenAddr),
 			Help: "address of the HTTP API"},
 		{Name: "OPERATE_ADDR", Set: env.Text(&c.operateAddr),
 			Help: "address for operators: /metrics, /debug/pprof/, /healthz, /readyz; empty: none. Such " +
@@ -1013,7 +1003,7 @@ func (c *config) settings() []env.Setting {
 				"again when it changes"},
 		{Name: "TLS_KEY", Set: env.Text(&c.tlsKey),
 			Help: "file with the certificate's key (PEM)"},
-		{Name: "RATE_LIMIT", Default: "100", Set: env.Int(&c.rateLimit, 0, 1_000_000),
+		{Name: "RATE_LIMIT", Group: "Limits", Default: "100", Set: env.Int(&c.rateLimit, 0, 1_000_000),
 			Help: "requests a second of one client (by key, else by address), in the long run; 0: no limit"},
 		{Name: "RATE_BURST", Default: "200", Set: env.Int(&c.rateBurst, 1, 1_000_000),
 			Help: "requests that a client may send at once"},
@@ -1023,7 +1013,7 @@ func (c *config) settings() []env.Setting {
 			Help: "connections at a time; further ones wait"},
 		{Name: "REQUESTS_MAX", Default: "5000", Set: env.Int(&c.requestsMax, 1, 1_000_000),
 			Help: "requests at a time; further ones are answered 503"},
-		{Name: "DEFAULT_CURRENCY", Default: "USD", Set: env.Text(&c.defaultCurrency),
+		{Name: "DEFAULT_CURRENCY", Group: "Ledger", Default: "USD", Set: env.Text(&c.defaultCurrency),
 			Help: "currency of a wallet that is made by a deposit or transfer that names none"},
 		{Name: "HOLD_TTL", Default: "168h", Set: env.Duration(&c.holdTTL, time.Second, holdTTLMax),
 			Help: "how long a hold stands whose request does not say; at most 8760h (365 days)"},
@@ -1038,7 +1028,8 @@ func (c *config) settings() []env.Setting {
 		{Name: "REQUEST_TIMEOUT", Default: "5s",
 			Set:  env.Duration(&c.requestTimeout, 100*time.Millisecond, time.Minute),
 			Help: "how long a request may take in all"},
-		{Name: "DRAIN_DELAY", Default: "0s", Set: env.Duration(&c.drainDelay, 0, 5*time.Minute),
+		{Name: "DRAIN_DELAY", Group: "Stopping", Default: "0s",
+			Set: env.Duration(&c.drainDelay, 0, 5*time.Minute),
 			Help: "how long to go on serving, not ready, after SIGTERM, so that load balancers look " +
 				"away first"},
 		{Name: "SHUTDOWN_TIMEOUT", Default: "15s",
@@ -1046,7 +1037,7 @@ func (c *config) settings() []env.Setting {
 			Help: "deadline for everything that follows: open requests, batches, the relay's last " +
 				"confirmation"},
 
-		{Name: "LOG_LEVEL", Default: "info", Set: env.Level(&c.logLevel),
+		{Name: "LOG_LEVEL", Group: "Log", Default: "info", Set: env.Level(&c.logLevel),
 			Help: "debug, info, warn or error"},
 		{Name: "LOG_FORMAT", Default: "text", Set: env.OneOf(&c.logFormat, "text", "json"),
 			Help: "text or json"},
@@ -1063,7 +1054,10 @@ func readConfig(getenv func(string) string) (*config, error) {
 	}
 	if c.databaseURL == "" {
 		return nil, errors.New("set DATABASE_URL to a Postgres URL such as " +
-			"postgres://user:password@host:5432/wallet")
+			"postgres://user:password@host:5432/wallet\n" +
+			"  KAFKA_BROKERS=host:9092 lets events out, REDIS_URL=redis://host:6379/0 is a cache; " +
+			"wallet -h lists the rest\n" +
+			"  to start everything on this machine instead: `" + startEverything + "` in a checkout")
 	}
 	if c.migrateURL == "" {
 		c.migrateURL = c.databaseURL

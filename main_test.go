@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -622,14 +623,93 @@ func TestBadConfigurationExits2(t *testing.T) {
 		strings.Count(string(out), "\n") != 1 {
 		t.Errorf("%v: %s", err, out)
 	}
-	help, err := walletCommand(t, nil, "-h").CombinedOutput()
-	if err != nil {
-		t.Errorf("-h: %v", err)
+	help, err := walletCommand(t, nil, "-h").Output()
+	all, err2 := walletCommand(t, nil, "-settings").Output()
+	if err := errors.Join(err, err2); err != nil {
+		t.Error(err)
 	}
 	for _, s := range new(config).settings() {
-		if !strings.Contains(string(help), s.Name) {
-			t.Errorf("-h does not name %s", s.Name)
+		if !strings.Contains(string(help), s.Name) || !strings.Contains(string(all), s.Name+" ") ||
+			!strings.Contains(string(all), s.Help) {
+			t.Errorf("-h or -settings does not name %s, or -settings says not what it is", s.Name)
 		}
+	}
+	if strings.Count(string(help), "\n") > 40 || regexp.MustCompile("(?m)^.{101}").Match(help) {
+		t.Errorf("-h does not fit a screen:\n%s", help)
+	}
+
+	// Who begins with nothing is told what there must be, and how to do without.
+	for command, says := range map[string]string{
+		"": "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n" +
+			".*`go run -C dev [.]` in a checkout\n$",
+		"-audti":               "^wallet: [^\n]*-audti[^\n]*\n$",
+		"-new-key alice:reed":  `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
+		"-new-key alice+read":  `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
+		"-audit -migrate":      "^wallet: say -audit or -migrate, not both[^\n]*\n$",
+		"-adopt somewhere":     `^wallet: leave out "somewhere"[^\n]*\n$`,
+		"-migrate -version=no": "^wallet: [^\n]*it takes no value[^\n]*\n$",
+	} {
+		said, err := walletCommand(t, nil, strings.Fields(command)...).CombinedOutput()
+		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
+			strings.Count(string(said), "\n") > 3 || !regexp.MustCompile(says).Match(said) {
+			t.Errorf("wallet %s: %v, %s", command, err, said)
+		}
+	}
+}
+
+// TestPortInUse: whose setting it is, and that somebody has the port.
+func TestPortInUse(t *testing.T) {
+	taken := newListener(t)
+	defer taken.Close()
+	for _, name := range []string{"LISTEN_ADDR", "OPERATE_ADDR"} {
+		env := map[string]string{"DATABASE_URL": "postgres://x@127.0.0.1:1/x", "LISTEN_ADDR": "127.0.0.1:0"}
+		env[name] = taken.Addr().String()
+		said, err := walletCommand(t, env).CombinedOutput()
+		lines := strings.Split(strings.TrimSpace(string(said)), "\n")
+		if last := lines[len(lines)-1]; err == nil || !strings.HasPrefix(last, "wallet: set "+name+" to") ||
+			!strings.Contains(last, "address already in use") {
+			t.Errorf("%v, %s", err, said)
+		}
+	}
+}
+
+// TestSecondInterruptEndsAtOnce: Ctrl-C drains; who does not want to wait says it again.
+func TestSecondInterruptEndsAtOnce(t *testing.T) {
+	listener := newListener(t)
+	address := listener.Addr().String()
+	listener.Close()
+	cmd := walletCommand(t, map[string]string{"DATABASE_URL": "postgres://x@127.0.0.1:1/x",
+		"DRAIN_DELAY": "1m", "LISTEN_ADDR": address})
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	eventually(t, 10*time.Second, "alive", func() bool {
+		response, err := http.Get("http://" + address + "/healthz")
+		if err == nil {
+			response.Body.Close()
+		}
+		return err == nil
+	})
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	cmd.Process.Signal(os.Interrupt)
+	select {
+	case err := <-ended:
+		t.Fatalf("did not drain: %v, %s", err, said.String())
+	case <-time.After(time.Second):
+	}
+	cmd.Process.Signal(os.Interrupt)
+	select {
+	case err := <-ended:
+		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 130 ||
+			!strings.Contains(said.String(), "\ninterrupted again: ended at once") {
+			t.Errorf("%v, %s", err, said.String())
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("still draining")
 	}
 }
 
@@ -802,7 +882,7 @@ var (
 func TestReadmeRunsAsPrinted(t *testing.T) {
 	for _, name := range pages(t) {
 		blocks := toRun.FindAllStringSubmatch(readPage(t, name), -1)
-		if name == "README.md" && len(blocks) < 5 {
+		if name == "README.md" && len(blocks) < 4 {
 			t.Fatalf("%d blocks of README.md are marked to run", len(blocks))
 		}
 		if len(blocks) > 0 {
@@ -836,6 +916,7 @@ func runBlocks(t *testing.T, blocks [][]string) {
 		"http://127.0.0.1:8081", operators.URL,
 		"go run -C dev . events", fmt.Sprintf("%s events -data . -brokers %s -topic %s", dev,
 			stack(t).KafkaBrokers, w.env["KAFKA_TOPIC"]),
+		"go run -C dev . audit", "wallet -audit", // as dev's own tests say
 		"go build .", "cp "+binary+" wallet",
 		"'wallet_relay'", "'"+w.env["REPLICATION_SLOT"]+"'",
 		"wallet_owner", "wallet_owner"+suffix,
@@ -870,8 +951,12 @@ func runBlocks(t *testing.T, blocks [][]string) {
 			t.Errorf("%s: %v\n%s", command, err, out)
 			continue
 		}
-		if got, want := oneLine(string(out)), oneLine(block[3]); block[3] != "" && got != want {
+		got, want := oneLine(string(out)), oneLine(block[3])
+		if block[3] != "" && (got != want || !bytes.HasSuffix(out, []byte("\n"))) {
 			t.Errorf("%s\nprints\n%s\nthe page says\n%s", command, got, want)
+		}
+		if strings.Contains(command, "-audit") && !strings.Contains(string(out), ": 0 findings") {
+			t.Errorf("%s\nprints\n%s", command, out)
 		}
 		if strings.Contains(command, " events ") {
 			for _, id := range []string{"1-1", "1-2", "2-1"} {

@@ -797,13 +797,13 @@ func TestStatement(t *testing.T) {
 		`","final":true,"opening":{"balance":"99","held":"0"},"closing":{"balance":"101","held":"0"},`+
 		`"first_seq":100,"last_seq":101,"entries":[`+string(untimed(st.Entries[0]))+`,`+
 		string(untimed(st.Entries[1]))+
-		`],"totals":{"deposit":{"count":2,"sum":"2"}},"sha256":"`+hashOf(st.Entries[:2])+"\"}\n")
+		`],"totals":{"deposit":{"count":2,"sum":"2"}},"sha256":"`+hashOf(st.Entries[:2])+`"}`)
 	says(t, v.get("/v1/wallets/1/statement?since=2999-01-01T00:00:00Z&until=1999-01-01T00:00:00Z"), 200,
 		`{"wallet_id":1,"currency":"USD","since":"2999-01-01T00:00:00.000000Z",`+
 			`"until":"1999-01-01T00:00:00.000000Z",`+
 			`"final":true,"opening":{"balance":"0","held":"0"},"closing":{"balance":"0","held":"0"},`+
 			`"entries":[],`+
-			`"totals":{},"sha256":"`+hashOf(nil)+"\"}\n")
+			`"totals":{},"sha256":"`+hashOf(nil)+`"}`)
 	lines := strings.Split(v.get(until, "Accept", "application/x-ndjson").body, "\n")
 	if len(lines) != 4 || lines[0] != string(st.Entries[0]) || !strings.HasPrefix(lines[2],
 		`{"statement":{"wallet_id":1,`) {
@@ -1112,6 +1112,11 @@ func (f *former) do(t testing.TB, method, path, body string) answer {
 	}
 	defer response.Body.Close()
 	read, _ := io.ReadAll(response.Body)
+	// This release's answers end with a line's end, which running.do leaves out. The former release's do not.
+	// Nothing else may differ.
+	if bytes.HasSuffix(read, []byte("\n")) {
+		return answer{body: fmt.Sprintf("the former release ends with a line's end: %q", read)}
+	}
 	return answer{response.StatusCode, response.Header, string(read)}
 }
 

@@ -261,10 +261,13 @@ func TestDashboardAndAlerts(t *testing.T) {
 	if err := w.ledger.countHolds(context.Background()); err != nil { // as every minute
 		t.Fatal(err)
 	}
-	recorder := httptest.NewRecorder()
-	w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
-	measured := recorder.Body.String()
-	well := regexp.MustCompile(`^(# (HELP|TYPE) wallet_\w+ .+|wallet_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`)
+	scrape := func() string {
+		recorder := httptest.NewRecorder()
+		w.api.operator.ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+		return recorder.Body.String()
+	}
+	measured := scrape()
+	well := regexp.MustCompile(`^(# (HELP|TYPE) \w+ .+|(wallet|process|go)_\w+(\{(\w+="[^"]*",?)+\})? \S+)$`)
 	for _, line := range strings.Split(strings.TrimSpace(measured), "\n") {
 		if !well.MatchString(line) {
 			t.Errorf("not Prometheus text: %s", line)
@@ -284,6 +287,27 @@ func TestDashboardAndAlerts(t *testing.T) {
 		if len(asked) < 10 {
 			t.Errorf("%s asks for %d metrics", file, len(asked))
 		}
+	}
+
+	// The first 500 alerts: by the rule's own expression, whose rate is 0 for a series that was not there.
+	alerts := readPage(t, "dev/observe/alerts.yaml")
+	form := `alert: WalletErrors\n +expr: sum\(rate\((\w+\{status="500"\})\[5m\]\)\) > 0\n`
+	rule := regexp.MustCompile(form).FindStringSubmatch(alerts)
+	if rule == nil {
+		t.Fatal("no rule WalletErrors of this form")
+	}
+	series := regexp.MustCompile(`(?m)^` + strings.ReplaceAll(regexp.QuoteMeta(rule[1]), `\{`,
+		`\{(?:[^}]*,)?`) + ` (\S+)$`)
+	if _, err := connect(t, w.env["DATABASE_URL"]).Exec(context.Background(),
+		`ALTER TABLE entry RENAME TO away`); err != nil {
+		t.Fatal(err)
+	}
+	if a := w.get("/v1/wallets/1/history"); a.status != 500 {
+		t.Fatal(a)
+	}
+	was, is := series.FindStringSubmatch(measured), series.FindStringSubmatch(scrape())
+	if was == nil || is == nil || was[1] != "0" || is[1] != "1" {
+		t.Errorf("%s goes from %v to %v: the first 500 does not alert", rule[1], was, is)
 	}
 }
 

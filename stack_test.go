@@ -285,7 +285,8 @@ func start(tb testing.TB, env map[string]string) *running {
 	return w
 }
 
-// answer is a response, read to its end.
+// answer is a response, read to its end. JSON ends with a line's end, which every answer is held to and which
+// is left out here.
 type answer struct {
 	status int
 	header http.Header
@@ -321,6 +322,14 @@ func (w *running) do(r *http.Request) answer {
 	body, err := io.ReadAll(response.Body)
 	if err != nil {
 		return answer{body: err.Error()}
+	}
+	kind := response.Header.Get("Content-Type")
+	if r.Method != http.MethodHead && (kind == "application/json" || kind == "application/problem+json") {
+		line, ok := bytes.CutSuffix(body, []byte("\n"))
+		if !ok || bytes.HasSuffix(line, []byte("\n")) {
+			return answer{body: fmt.Sprintf("not ended by one line's end: %q", body)}
+		}
+		body = line
 	}
 	return answer{response.StatusCode, response.Header, string(body)}
 }

@@ -950,16 +950,15 @@ func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 
 // remedy says what helps against a failed batch: to run it again, to split it, or neither.
 func remedy(err error) (rerun, split bool) {
-	var pgErr *pgconn.PgError
 	switch {
 	case errors.Is(err, book.ErrBroken):
 		return false, true
-	case !errors.As(err, &pgErr):
+	case pg.State(err) == "":
 		return true, false
-	case pgErr.Code == "23505" && (pgErr.ConstraintName == "wallet_pkey" ||
-		pgErr.ConstraintName == "wallet_creation_key_once"):
+	case pg.State(err) == "23505" && slices.Contains([]string{"wallet_pkey", "wallet_creation_key_once"},
+		pg.Constraint(err)):
 		return true, false // another writer made the wallet first: this time we lock it
-	case pgErr.Code == "23514" && strings.HasPrefix(pgErr.Message, "no partition"):
+	case pg.NoPartition(err):
 		return true, false // an outbox without this hour's partition
 	}
 	passes := pg.Passes(err)

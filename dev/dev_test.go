@@ -376,7 +376,8 @@ func TestDataSurvivesUntilFresh(t *testing.T) {
 	r.makeTopic("t")
 	r.produce("t", `{"n":1}`, kgo.TryCommit)
 
-	if text := refused(t, data); strings.Count(text, "\n") != 1 || !strings.Contains(text, "in use") {
+	if text := refused(t, data); strings.Count(text, "\n") != 1 || !strings.Contains(text, "runs already") ||
+		!strings.Contains(text, r.address.DatabaseURL) || !strings.Contains(text, data) {
 		t.Errorf("a second stack on the same folder says %q", text)
 	}
 	r.end()
@@ -463,6 +464,10 @@ func idleCheckout(t *testing.T) (root string) {
 import ("encoding/json"; "net/http"; "os")
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "-audit" {
+		println("audited", os.Getenv("DATABASE_URL"), os.Getenv("KAFKA_BROKERS"), os.Getenv("KAFKA_TOPIC"))
+		os.Exit(1)
+	}
 	http.HandleFunc("GET /readyz", func(http.ResponseWriter, *http.Request) {})
 	http.HandleFunc("GET /environment", func(w http.ResponseWriter, _ *http.Request) {
 		json.NewEncoder(w).Encode(os.Environ())
@@ -503,6 +508,31 @@ func TestWholeStack(t *testing.T) {
 	if wallets, _ := r.address.PIDs["wallet"].([]any); len(wallets) != 2 || len(r.address.PIDs) != 4 {
 		t.Errorf("pids: %v", r.address.PIDs)
 	}
+
+	// Its audit is the service's own, of this stack whatever the environment says; its status is passed on.
+	audit := exec.Command(program, "audit")
+	audit.Dir = root
+	audit.Env = append(os.Environ(), "DATABASE_URL=elsewhere", "KAFKA_TOPIC=elsewhere")
+	said, err := audit.CombinedOutput()
+	want := fmt.Sprintf("audited %s %s \n", r.address.DatabaseURL, r.address.KafkaBrokers)
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 || string(said) != want {
+		t.Errorf("audit: %v, %q", err, said)
+	}
+
+	second := exec.Command(program, "-listen", "127.0.0.1:8790")
+	second.Dir = root
+	if said, err = second.CombinedOutput(); err == nil || strings.Count(string(said), "\n") != 1 ||
+		!strings.Contains(string(said), "runs already (process "+fmt.Sprint(cmd.Process.Pid)+
+			", the service at http://127.0.0.1:8790 ") {
+		t.Errorf("a second stack says %v, %q", err, said)
+	}
+	elsewhere := exec.Command(program, "-listen", "127.0.0.1:8790", "-data", t.TempDir())
+	elsewhere.Dir = root
+	if said, err = elsewhere.CombinedOutput(); err == nil || strings.Count(string(said), "\n") != 1 ||
+		!strings.Contains(string(said), "cannot listen on 127.0.0.1:8790") {
+		t.Errorf("another stack on the same address says %v, %q", err, said)
+	}
+
 	pids := tree(cmd.Process.Pid)
 	http.Get(r.address.HTTP[1] + "/die")
 	if code := r.wait(); code != 1 || !strings.Contains(r.stderr.String(), "the last words") {
@@ -649,7 +679,8 @@ func (r *running) kafkaTime() time.Time {
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x",
-		"services -brokers 3", "services -secure", "events -from x", "-replicas 0", "services more"} {
+		"services -brokers 3", "services -secure", "services -port postgres", "-port redis=70000",
+		"audit more", "events -from x", "-replicas 0", "services more", "-nonsense", "events -n x"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
 			strings.Count(string(out), "\n") != 1 {

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -38,14 +37,9 @@ type event struct {
 // runEvents prints until ctx ends or count events are out.
 func runEvents(ctx context.Context, cfg eventsConfig, out io.Writer) error {
 	if cfg.brokers == "" {
-		var stack addresses
-		file, err := os.ReadFile(filepath.Join(cfg.data, addressFile))
-		if err == nil {
-			err = json.Unmarshal(file, &stack)
-		}
+		stack, err := runningStack(cfg.data)
 		if err != nil {
-			return fmt.Errorf("no stack runs on %s: start one with `go run -C dev .`, "+
-				"or say -data or -brokers", cfg.data)
+			return err
 		}
 		cfg.brokers = stack.KafkaBrokers
 	}

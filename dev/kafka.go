@@ -162,8 +162,9 @@ const (
 // newApache makes a controller and the brokers, and fetches Kafka if need be. It returns the brokers'
 // addresses too and, under -secure, what a client of their secured listeners sets. With a faketime library
 // each has a clock that can be stepped.
-func newApache(ctx context.Context, procs *processes, cfg config, faketime string, port func() int,
-	say func(string, ...any)) ([]*server, string, map[string]string, error) {
+func newApache(ctx context.Context, procs *processes, cfg config, faketime string,
+	port func(name string) (int, error), say func(string, ...any),
+) ([]*server, string, map[string]string, error) {
 	program, err := exec.LookPath("java")
 	if err != nil {
 		return nil, "", nil, errors.New("-kafka apache needs Java 17 or later in PATH; " +
@@ -189,19 +190,27 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 		cmd.Dir = dir
 		return cmd
 	}
-	controller := &broker{name: "controller", node: controllerNode, port: port()}
+	controller := &broker{name: "controller", node: controllerNode}
+	if controller.port, err = port(controller.name); err != nil {
+		return nil, "", nil, err
+	}
 	a.quorum = controller.address()
 	brokers := []*broker{controller}
 	var addresses, securedAddresses []string
 	for i := range cfg.brokers {
-		b := &broker{name: "kafka", node: int32(i + 1), port: port()}
+		b := &broker{name: "kafka", node: int32(i + 1)}
 		if cfg.brokers > 1 {
 			b.name = fmt.Sprintf("kafka%d", b.node)
+		}
+		if b.port, err = port(b.name); err != nil {
+			return nil, "", nil, err
 		}
 		brokers = append(brokers, b)
 		addresses = append(addresses, b.address())
 		if a.secure != nil {
-			b.secured = port()
+			if b.secured, err = port(b.name + "-secure"); err != nil {
+				return nil, "", nil, err
+			}
 			securedAddresses = append(securedAddresses, b.securedAddress())
 		}
 	}
@@ -244,7 +253,7 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
 func (b *broker) log() string    { return filepath.Join(b.data, "log") }
 
-// format writes the configuration, whose ports are always new, and makes the folder a member of the cluster.
+// format writes the configuration, whose ports may be new, and makes the folder a member of the cluster.
 func (a *apache) format(ctx context.Context, b *broker) error {
 	if err := os.MkdirAll(b.data, 0o755); err != nil {
 		return err

@@ -3,8 +3,9 @@
 //
 // File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child
 // processes and leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each;
-// clock.go steps their clocks; secure.go is what Kafka demands under -secure; fetch.go is the cache of
-// downloads; events.go prints a topic.
+// ports.go gives them their ports; clock.go steps their clocks; secure.go is what Kafka demands under
+// -secure; fetch.go is the cache of downloads; events.go prints a topic; audit.go compares it with the
+// ledger; advice.go says what to do about faults.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -26,6 +28,7 @@ const usage = `The development stack of the wallet service.
   go run -C dev . [flags]            everything, and the service; Ctrl-C stops it
   go run -C dev . services [flags]   only the servers, until standard input ends
   go run -C dev . events [flags]     the topic's events as JSON lines, read_committed
+  go run -C dev . audit              the running stack's ledger compared with its topic
   go run -C dev . COMMAND -h         the flags of each
 
 All listen on 127.0.0.1 only. Nothing is left running, however the stack ends.
@@ -63,6 +66,10 @@ Finds the brokers of the running stack by itself.
 Goes on until Ctrl-C, or until -n events are printed. With -from start it begins with what is there already.
 `
 
+const auditUsage = `Compares every entry of the running stack's ledger with every event of its topic, by
+` + "`wallet -audit`" + `, and says what it found. Exit status 0: clean, 1: findings, 2: it could not tell.
+`
+
 // Exit statuses.
 const (
 	exitFailed = 1
@@ -96,6 +103,16 @@ func run(args []string) int {
 			defer release()
 			err = runEvents(untilParentEnds(ctx), cfg, os.Stdout)
 		}
+	case "audit":
+		var data string
+		f := flag.NewFlagSet("audit", flag.ContinueOnError)
+		f.StringVar(&data, "data", "", "data `folder` of the running stack (default dev/.data)")
+		if err = errors.Join(parse(f, auditUsage, args), defaultData(&data)); err == nil {
+			ctx, release := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM,
+				syscall.SIGHUP)
+			defer release()
+			err = runAudit(untilParentEnds(ctx), data)
+		}
 	// What the stack starts of itself.
 	case "_janitor":
 		janitor(os.Stdin)
@@ -111,14 +128,20 @@ func run(args []string) int {
 		err = usageError(fmt.Sprintf("there is no command %q; see go run -C dev . -h", command))
 	}
 	var bad usageError
+	var said exitStatus
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return 0
+	case errors.As(err, &said):
+		return int(said)
 	case errors.As(err, &bad):
 		fmt.Fprintln(os.Stderr, "dev:", bad)
 		return exitUsage
 	default:
 		fmt.Fprintln(os.Stderr, "dev:", err)
+		if advice := advise(err); advice != "" {
+			fmt.Fprintln(os.Stderr, "dev:", advice)
+		}
 		return exitFailed
 	}
 }
@@ -154,6 +177,8 @@ func stackConfig(services bool, args []string) (config, error) {
 	f.StringVar(&c.java, "java", defaultJava, "`options` of the Java machine under -kafka apache")
 	f.BoolVar(&c.clocks, "clocks", false, "obey the line clock, which steps the clock of Postgres or\n"+
 		"Apache Kafka; needs the Debian package libfaketime")
+	f.Var(&c.ports, "port", "fix a server's port, `name=number` as in postgres=5432; may be repeated.\n"+
+		"Otherwise each keeps the port that it had at the last start")
 	f.BoolVar(&c.fresh, "fresh", false, "wipe the data folder's data first")
 	help, dataHelp := usage, "data `folder`, locked while in use (default dev/.data)"
 	if services {
@@ -189,10 +214,7 @@ func stackConfig(services bool, args []string) (config, error) {
 	case !services && c.replicas < 1:
 		return c, usageError("-replicas is at least 1")
 	}
-	if services {
-		return c, nil
-	}
-	if _, err := c.listenAddresses(); err != nil { // now rather than after minutes of downloads
+	if _, err := newPorts(c.data, c.ports, nil); err != nil || services {
 		return c, err
 	}
 	return c, defaultData(&c.data)
@@ -216,14 +238,14 @@ func newEventsConfig(args []string) (eventsConfig, error) {
 }
 
 func parse(f *flag.FlagSet, help string, args []string) error {
-	f.Usage = func() {
-		fmt.Fprint(os.Stderr, help, "\nFlags:\n")
-		f.PrintDefaults()
-	}
+	f.SetOutput(io.Discard) // what it has to say is said here: an error last, and not above a list
 	if err := f.Parse(args); errors.Is(err, flag.ErrHelp) {
+		f.SetOutput(os.Stdout)
+		fmt.Fprint(os.Stdout, help, "\nFlags:\n")
+		f.PrintDefaults()
 		return err
 	} else if err != nil {
-		os.Exit(exitUsage) // the flag package has said why
+		return usageError(err.Error() + "; -h lists the flags")
 	}
 	if f.NArg() > 0 {
 		return usageError(fmt.Sprintf("what is %q? see -h", f.Arg(0)))

@@ -45,10 +45,37 @@ func buildService(
 		return "", err
 	}
 	say("compiling the service (slow the first time)")
-	binary := filepath.Join(data, "wallet")
+	began := time.Now()
+	binary := filepath.Join(data, binaryName)
 	build := exec.Command("go", "build", "-o", binary, ".")
 	build.Dir = root
-	return binary, procs.run(ctx, "go-build", build)
+	defer every(15*time.Second, func() { say("still compiling: all that it is made of, once") })()
+	if err := procs.run(ctx, "go-build", build); err != nil {
+		return "", err
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		say("compiled in %.0f s", took.Seconds())
+	}
+	return binary, nil
+}
+
+// binaryName is the service's program in the data folder.
+const binaryName = "wallet"
+
+// every calls f now and then until stop is called, for who would take silence for an end.
+func every(pause time.Duration, f func()) (stop func()) {
+	ticks, done := time.NewTicker(pause), make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-ticks.C:
+				f()
+			case <-done:
+				return
+			}
+		}
+	}()
+	return func() { ticks.Stop(); close(done) }
 }
 
 // listenAddresses are those of all replicas: -listen and the ports after it.
@@ -63,8 +90,8 @@ func (c config) listenAddresses() ([]string, error) {
 		address := net.JoinHostPort(host, strconv.Itoa(first+i))
 		l, err := net.Listen("tcp", address)
 		if err != nil {
-			return nil, fmt.Errorf("the service cannot listen on %s (%w): choose another place with -listen",
-				address, err)
+			return nil, fmt.Errorf("the service cannot listen on %s (%w): stop what listens there, "+
+				"or choose another place with -listen 127.0.0.1:8090", address, err)
 		}
 		l.Close()
 		all = append(all, address)
@@ -78,18 +105,7 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 	if err != nil {
 		return err
 	}
-	// Whatever of a real deployment stands in a developer's environment must not meet this stack.
-	environment := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return slices.ContainsFunc([]string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS",
-			"TLS_", "OPERATE_ADDR"}, func(prefix string) bool {
-			return strings.HasPrefix(v, prefix)
-		})
-	})
-	environment = append(environment, "DATABASE_URL="+s.address.DatabaseURL, "REDIS_URL="+s.address.RedisURL,
-		"KAFKA_BROKERS="+s.address.KafkaBrokers)
-	for name, value := range s.address.SecureKafka {
-		environment = append(environment, name+"="+value)
-	}
+	environment := s.address.environment()
 	if !s.cfg.rateLimit {
 		environment = append(environment, "RATE_LIMIT=0")
 	}
@@ -106,7 +122,11 @@ func (s *stack) startService(ctx context.Context, binary string) error {
 		if len(listen) > 1 {
 			w.name = fmt.Sprintf("wallet%d", i+1)
 		}
-		operators := fmt.Sprintf("127.0.0.1:%d", s.port())
+		port, err := s.ports.of("operators" + strings.TrimPrefix(w.name, "wallet"))
+		if err != nil {
+			return err
+		}
+		operators := fmt.Sprintf("127.0.0.1:%d", port)
 		w.start = func(context.Context) (*child, error) {
 			cmd := exec.Command(binary)
 			cmd.Dir = s.cfg.data
@@ -165,8 +185,15 @@ func (s *stack) guide() string {
 		key = "-H 'Authorization: Bearer " + s.address.APIKey + "' "
 	}
 	kafka := s.address.KafkaBrokers
-	if s.cfg.secure {
-		kafka += " (the service: " + s.address.SecureKafka["KAFKA_BROKERS"] + ", by TLS and SASL)"
+	if secure := s.address.SecureKafka; secure != nil {
+		kafka += fmt.Sprintf(`
+  by TLS    %s, which the service uses; for another client:
+            CA certificate      %s
+            client certificate  %s
+            its key             %s
+            user and password   %s %s (SASL %s, or PLAIN)`, secure["KAFKA_BROKERS"], secure["KAFKA_TLS_CA"],
+			secure["KAFKA_TLS_CERT"], secure["KAFKA_TLS_KEY"], secure["KAFKA_SASL_USER"],
+			secure["KAFKA_SASL_PASSWORD"], secure["KAFKA_SASL_MECHANISM"])
 	}
 	return fmt.Sprintf(`
 The wallet service is ready.
@@ -186,8 +213,9 @@ Try, in another terminal:
   curl %[8]s%[7]s/v1/wallets/1/history
   curl %[8]s%[10]s/metrics
   go run -C dev . events%[9]s -from start
+  go run -C dev . audit%[9]s
 
-Ctrl-C stops everything; the data stays.
+Ports stay the same at the next start. Ctrl-C stops everything; the data stays.
 `, strings.Join(s.address.HTTP, "  "), strings.Join(s.address.Operate, "  "), s.address.DatabaseURL,
 		s.address.RedisURL, kafka, s.cfg.data, s.address.HTTP[0], key, data, s.address.Operate[0])
 }

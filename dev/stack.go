@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,6 +30,7 @@ const readyWait = 3 * time.Minute
 // config is what the flags say; stackConfig reads them and says what each means.
 type config struct {
 	services bool // servers only, driven by standard input
+	ports    list // name=number, fixed
 
 	data        string // empty: a temporary folder
 	dataNamed   bool   // by a flag: it must be said again where it matters
@@ -64,12 +64,12 @@ type server struct {
 }
 
 type stack struct {
-	cfg     config
-	out     io.Writer // standard output
-	procs   *processes
-	lock    *os.File
-	nextTry int // the next port to try
-	began   time.Time
+	cfg   config
+	out   io.Writer // standard output
+	procs *processes
+	lock  *os.File
+	ports *ports
+	began time.Time
 
 	servers []*server // in the order they start; the reverse is the order they stop
 	died    chan *child
@@ -98,11 +98,6 @@ var ours = []string{"postgres-*", "redis", "kafka-*", "logs", "wallet", addressF
 // runStack is a stack's life. It returns when ctx ends or a server dies, and with services at end of input.
 func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err error) {
 	s := &stack{cfg: cfg, out: out, began: time.Now(), died: make(chan *child, 16)}
-	// Stacks that start at the same time search from different places: between finding a port and using it
-	// another may take it. Below 32768: a client's own port must never be a server's, or it can connect to
-	// itself while the server is down.
-	s.nextTry = 10000 + os.Getpid()%1100*20
-
 	temporary := cfg.data == ""
 	if temporary {
 		if s.cfg.data, err = os.MkdirTemp("", "wallet-dev-"); err != nil {
@@ -117,6 +112,9 @@ func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err
 		return err
 	}
 	defer s.lock.Close()
+	if s.ports, err = newPorts(s.cfg.data, cfg.ports, s.say("stack")); err != nil {
+		return err
+	}
 	if s.procs, err = newProcesses(s.lock, filepath.Join(s.cfg.data, "logs")); err != nil {
 		return err
 	}
@@ -148,7 +146,7 @@ func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err
 		}
 		return err
 	}
-	if err := s.announce(); err != nil {
+	if err := errors.Join(s.ports.keep(s.cfg.data), s.announce()); err != nil {
 		return err
 	}
 	return s.run(ctx, lines)
@@ -156,7 +154,7 @@ func runStack(ctx context.Context, cfg config, in io.Reader, out io.Writer) (err
 
 var errInputEnded = errors.New("standard input ended")
 
-// openData makes the data folder, locks it and wipes it if that was asked for.
+// openData makes the data folder, locks it and wipes it if that was asked for and the stack can start.
 func (s *stack) openData(ctx context.Context) error {
 	var err error
 	if s.cfg.data, err = filepath.Abs(s.cfg.data); err != nil {
@@ -178,10 +176,14 @@ func (s *stack) openData(ctx context.Context) error {
 		owner, _ := os.ReadFile(filepath.Join(s.cfg.data, "lock"))
 		pid, _ := strconv.Atoi(string(owner))
 		if _, alive := processTable()[pid]; alive || time.Since(s.began) > 2*endWait {
-			return fmt.Errorf("the data folder %s is in use by another stack (process %d): "+
-				"stop that one, or give this one its own with -data", s.cfg.data, pid)
+			return inUse(s.cfg.data, pid)
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	if !s.cfg.services {
+		if _, err := s.cfg.listenAddresses(); err != nil { // now rather than after minutes of downloads
 			return err
 		}
 	}
@@ -203,6 +205,19 @@ func (s *stack) openData(ctx context.Context) error {
 	return os.MkdirAll(filepath.Join(s.cfg.data, "logs"), 0o755)
 }
 
+// inUse says of a data folder that a stack runs on it, and where that can be met.
+func inUse(data string, pid int) error {
+	where := "it is starting"
+	if stack, err := runningStack(data); err == nil {
+		where = "Postgres at " + stack.DatabaseURL
+		if len(stack.HTTP) > 0 {
+			where = "the service at " + strings.Join(stack.HTTP, " ")
+		}
+	}
+	return fmt.Errorf("the stack runs already (process %d, %s): use that one or stop it, or start another "+
+		"with its own -data folder and -listen address; the data folder in use is %s", pid, where, data)
+}
+
 func writeAt(f *os.File, text string) error {
 	_, err := f.WriteAt([]byte(text), 0)
 	return err
@@ -216,25 +231,18 @@ func (s *stack) say(name string) func(string, ...any) {
 	}
 }
 
-// port finds a free one on loopback. Not for several goroutines.
-func (s *stack) port() int {
-	for {
-		s.nextTry++
-		if s.nextTry >= 32768 {
-			s.nextTry = 10000
-		}
-		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", s.nextTry)); err == nil {
-			l.Close()
-			return s.nextTry
-		}
-	}
-}
-
 // start brings everything up: the servers side by side, then the service.
 func (s *stack) start(ctx context.Context) error {
+	if _, err := os.Stat(filepath.Join(s.cfg.data, portsFile)); err != nil && !s.cfg.services {
+		s.say("stack")("a first start: it downloads Postgres and compiles the service, " +
+			"which takes a minute or two")
+	}
 	ports := make([]int, 2)
-	for i := range ports {
-		ports[i] = s.port()
+	for i, name := range []string{"postgres", "redis"} {
+		var err error
+		if ports[i], err = s.ports.of(name); err != nil {
+			return err
+		}
 	}
 	// One goroutine makes all Kafka servers and takes all ports from here on.
 	var database, cache *server
@@ -275,11 +283,14 @@ func (s *stack) start(ctx context.Context) error {
 		switch s.cfg.kafka {
 		case "embedded":
 			servers = make([]*server, 1)
-			servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs,
-				filepath.Join(s.cfg.data, "kafka-embedded"), s.port())
+			var port int
+			if port, err = s.ports.of("kafka"); err == nil {
+				servers[0], s.address.KafkaBrokers, err = newEmbedded(s.procs,
+					filepath.Join(s.cfg.data, "kafka-embedded"), port)
+			}
 		case "apache":
 			servers, s.address.KafkaBrokers, s.address.SecureKafka, err = newApache(together, s.procs, s.cfg,
-				faketime, s.port, s.say("kafka"))
+				faketime, s.ports.of, s.say("kafka"))
 		default:
 			s.address.KafkaBrokers = s.cfg.kafka
 		}
@@ -473,7 +484,7 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 }
 
 func (s *stack) stopping(ctx context.Context) error {
-	s.say("stack")("stopping: %v", context.Cause(ctx))
+	s.say("stack")("stopping: %v (a second Ctrl-C ends at once)", context.Cause(ctx))
 	return nil
 }
 

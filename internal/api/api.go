@@ -79,8 +79,8 @@ func (r *Route) refusals() []string {
 
 // Reply is a successful answer.
 type Reply struct {
-	Body     []byte
-	Replayed bool // the same request was answered before
+	Body     []byte // JSON without a line's end, which is added, or what Header's Content-Type says
+	Replayed bool   // the same request was answered before
 	Header   map[string]string
 	// Results, where there are any, are the body: {"results":[{"status":200,"body":{...}},...]}. An error
 	// becomes the problem document that it would be as an answer of its own.
@@ -168,6 +168,7 @@ type Server struct {
 
 	requests   atomic.Int64 // being served
 	statistics sync.Map     // requestLabels -> *metric.Histogram of seconds
+	failures   [len(failureStatuses)]atomic.Int64
 }
 
 // New makes a server that has not started.
@@ -314,8 +315,13 @@ func (s *Server) serve(route Route) http.Handler {
 			}
 		}
 		streams := err == nil && answer.Stream != nil
+		// In a terminal the next prompt begins a line of its own.
+		var end []byte
+		if strings.HasSuffix(h.Get("Content-Type"), "json") {
+			end = lineEnd
+		}
 		if !streams {
-			h.Set("Content-Length", strconv.Itoa(len(body)))
+			h.Set("Content-Length", strconv.Itoa(len(body)+len(end)))
 		}
 		w.WriteHeader(status)
 		switch {
@@ -326,6 +332,7 @@ func (s *Server) serve(route Route) http.Handler {
 			}
 		default:
 			w.Write(body)
+			w.Write(end) // apart: bodies such as Static's are shared
 		}
 		took := time.Since(started)
 		s.observe(route.Path, r.Method, status, took)
@@ -336,7 +343,7 @@ func (s *Server) serve(route Route) http.Handler {
 		log(ctx, level, slog.String("method", r.Method), slog.String("path", r.URL.Path),
 			slog.Int("status", status), slog.String("code", code), slog.String("client", client),
 			slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
-			slog.String("trace", Traceparent(r.Header)))
+			slog.String("trace_id", traceID(r.Header)))
 		if code == "broken_off" {
 			panic(http.ErrAbortHandler) // which net/http knows: the client sees that the body has not ended
 		}
@@ -396,6 +403,8 @@ func (w *patientWriter) Write(part []byte) (int, error) {
 
 // Headers that all answers have alike; not to be changed in place.
 var contentJSON, noStore, noSniff = []string{"application/json"}, []string{"no-store"}, []string{"nosniff"}
+
+var lineEnd = []byte{'\n'}
 
 // log writes a request's line, without attributes that say nothing. slog's own functions look up their caller
 // each time.
@@ -529,12 +538,27 @@ func (s *Server) observe(path, method string, status int, took time.Duration) {
 		h, _ = s.statistics.LoadOrStore(labels, fresh)
 	}
 	h.(*metric.Histogram).Observe(took.Seconds())
+	if i := slices.Index(failureStatuses[:], status); i >= 0 {
+		s.failures[i].Add(1)
+	}
 }
 
-// WriteMetrics writes, under a name, how many requests there were and how long they took.
-func (s *Server) WriteMetrics(w *metric.Writer, name string) {
+// failureStatuses are those that wake somebody up. They are counted apart, without the route: a series that
+// begins with the first failure has no value before it, so a rate does not see that failure.
+var failureStatuses = [...]int{http.StatusInternalServerError, http.StatusServiceUnavailable}
+
+// WriteMetrics writes, under names that begin with prefix, how many requests there were and how long they
+// took.
+func (s *Server) WriteMetrics(w *metric.Writer, prefix string) {
+	failed := make([]metric.Sample, len(s.failures))
+	for i := range s.failures {
+		failed[i].Labels = fmt.Sprintf(`status="%d"`, failureStatuses[i])
+		failed[i].Value = float64(s.failures[i].Load())
+	}
+	w.Counters(prefix+"_failures_total", "Requests that failed by our fault, by status; 0 from the start.",
+		failed...)
 	const help = "Requests by route and status, and how long they took."
-	w.Histograms(name, help, func(yield func(string, *metric.Histogram) bool) {
+	w.Histograms(prefix+"_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
 		s.statistics.Range(func(key, h any) bool {
 			is := key.(requestLabels)
 			labels := fmt.Sprintf(`method="%s",route="%s",status="%d"`, is.method, is.route, is.status)

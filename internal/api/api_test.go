@@ -11,11 +11,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"wallet/internal/gate"
+	"wallet/internal/metric"
 )
 
 func TestMain(m *testing.M) {
@@ -53,10 +55,19 @@ func TestOneAnswer(t *testing.T) {
 		mux.ServeHTTP(recorder, httptest.NewRequest(method, path, nil))
 		return recorder
 	}
+	failures := func(want string) {
+		t.Helper()
+		var out strings.Builder
+		s.WriteMetrics(metric.NewWriter(&out), "shop")
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("not measured: %s:\n%s", want, out.String())
+		}
+	}
+	failures("shop_failures_total{status=\"500\"} 0\nshop_failures_total{status=\"503\"} 0\n")
 	body = []byte(`{"open":true}`)
-	for method, want := range map[string]string{"GET": string(body), "HEAD": ""} {
+	for method, want := range map[string]string{"GET": string(body) + "\n", "HEAD": ""} {
 		a := ask(method, "/v1/shop/1")
-		if a.Code != 202 || a.Body.String() != want || a.Header().Get("Content-Length") != "13" ||
+		if a.Code != 202 || a.Body.String() != want || a.Header().Get("Content-Length") != "14" ||
 			a.Header().Get("Idempotent-Replayed") != "true" {
 			t.Errorf("%s: %d %s %v", method, a.Code, a.Body, a.Header())
 		}
@@ -67,7 +78,8 @@ func TestOneAnswer(t *testing.T) {
 		unreadable := json.Unmarshal(a.Body.Bytes(), &p)
 		if unreadable != nil || a.Code != status || p.Status != status || p.Code != code || p.Detail == "" ||
 			p.Error != p.Detail || p.Title != s.Problems[code].Title ||
-			p.RequestID != a.Header().Get("X-Request-Id") {
+			p.RequestID != a.Header().Get("X-Request-Id") || !strings.HasSuffix(a.Body.String(), "}\n") ||
+			a.Header().Get("Content-Length") != strconv.Itoa(a.Body.Len()) {
 			t.Errorf("%s: %d %s", name, a.Code, a.Body)
 		}
 	}
@@ -91,6 +103,28 @@ func TestOneAnswer(t *testing.T) {
 	refused("before the start", ask("GET", "/v1/shop/1"), 503, "starting")
 	s.RequestsMax = 0
 	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
+	failures("shop_failures_total{status=\"500\"} 1\nshop_failures_total{status=\"503\"} 3\n")
+}
+
+// TestTraceID: log lines carry what all of a trace's spans share.
+func TestTraceID(t *testing.T) {
+	for sent, want := range map[string]string{
+		"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01": "0af7651916cd43dd8448eb211c80319c",
+		"00-00000000000000000000000000000000-b7ad6b7169203331-01": "",
+		"": "",
+	} {
+		var out bytes.Buffer
+		was := slog.Default()
+		slog.SetDefault(slog.New(slog.NewTextHandler(&out, nil)))
+		r := httptest.NewRequest("GET", "/v1/none", nil)
+		r.Header.Set("Traceparent", sent)
+		newTestServer(t).Mux(nil).ServeHTTP(httptest.NewRecorder(), r)
+		slog.SetDefault(was)
+		if _, is, there := strings.Cut(out.String(), " trace_id="); there != (want != "") ||
+			strings.TrimSpace(is) != want {
+			t.Errorf("%s: %s", sent, out.String())
+		}
+	}
 }
 
 // TestStream: a body of any length has no length told ahead, its trailer comes after it, HEAD writes none of

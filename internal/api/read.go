@@ -380,6 +380,15 @@ func Traceparent(h http.Header) string {
 	return v
 }
 
+// traceID is the part of a Traceparent that all of a trace's spans share, in the form that log tools know.
+// The rest of it is the caller's span, which none of our lines is about.
+func traceID(h http.Header) string {
+	if v := Traceparent(h); v != "" {
+		return v[3:35]
+	}
+	return ""
+}
+
 // Printable says whether all of a text is visible, or a space between.
 func Printable(text string) bool {
 	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(c rune) bool {

@@ -20,7 +20,9 @@ type Setting struct {
 	Name    string
 	Default string // as one would write it; empty: none
 	Help    string
-	Secret  bool // no error shows its value
+	Group   string // of this one and of those that follow it, up to the next that names one
+	Main    bool   // one of the few that everybody sets
+	Secret  bool   // no error shows its value
 	// Set takes a value, or says what one should be: "a whole number from 1 to 9".
 	Set func(value string) error
 }
@@ -46,9 +48,49 @@ func Read(settings []Setting, getenv func(string) string) error {
 	return nil
 }
 
+// PrintMain writes a line for each setting that everybody sets.
+func PrintMain(w io.Writer, settings []Setting) {
+	for _, s := range settings {
+		if s.Main {
+			fmt.Fprintf(w, "  %-13s %s\n", s.Name, s.Help)
+		}
+	}
+}
+
+// PrintNames writes the names of all others, group by group, in lines of at most so many characters.
+func PrintNames(w io.Writer, settings []Setting, width int) {
+	const indent = "            "
+	line := ""
+	flush := func() {
+		if line != "" && line != indent {
+			fmt.Fprintln(w, line)
+		}
+		line = indent
+	}
+	for _, s := range settings {
+		if s.Group != "" {
+			flush()
+			line = fmt.Sprintf("  %-*s", len(indent)-2, s.Group)
+		}
+		switch {
+		case s.Main:
+			continue
+		case len(line)+len(s.Name) >= width:
+			flush()
+		case len(line) > len(indent):
+			line += " "
+		}
+		line += s.Name
+	}
+	flush()
+}
+
 // Print writes a line for each setting: its name, help and default.
 func Print(w io.Writer, settings []Setting) {
 	for _, s := range settings {
+		if s.Group != "" {
+			fmt.Fprintf(w, "%s:\n", s.Group)
+		}
 		fmt.Fprintf(w, "  %-23s %s", s.Name, s.Help)
 		if s.Default != "" {
 			fmt.Fprintf(w, " (default %s)", s.Default)

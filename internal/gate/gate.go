@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -26,6 +27,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 )
 
 // Scope is what a key may do: a set of bits.
@@ -133,8 +135,22 @@ func parseKeys(text string) (keys []apiKey, err error) {
 	return keys, nil
 }
 
-// MakeKey makes a key, and the line that admits it. Its error is a MalformedKey.
+// MakeKey makes a key, and the line that admits it. Its error says what is wrong with the name or the scopes.
 func MakeKey(nameAndScopes string) (key, line string, err error) {
+	name, scopes, _ := strings.Cut(nameAndScopes, ":")
+	// It stands in logs, between colons, in lists with commas.
+	if name == "" || strings.ContainsFunc(name, func(r rune) bool {
+		return !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-._@", r)
+	}) {
+		return "", "", fmt.Errorf("%q is no client's name: it has letters, digits and -._@ only, no blanks",
+			name)
+	}
+	for scope := range strings.SplitSeq(scopes, "+") {
+		if scopeNames[scope] == 0 {
+			return "", "", fmt.Errorf("%q is no scope: there are %s, joined by +", scope,
+				strings.Join(slices.Sorted(maps.Keys(scopeNames)), ", "))
+		}
+	}
 	key = rand.Text()
 	line = fmt.Sprintf("%s:%x", nameAndScopes, sha256.Sum256([]byte(key)))
 	_, err = parseKeys(line)

@@ -93,9 +93,14 @@ func TestNewKeyIsAdmitted(t *testing.T) {
 	if strings.Contains(line, key) {
 		t.Error("the line holds the key itself")
 	}
-	for _, bad := range []string{"", "x", "x:", ":read", "x:admin", "x:read+", "a:b:c"} {
-		var malformed MalformedKey
-		if _, _, err := MakeKey(bad); !errors.As(err, &malformed) || malformed != 1 {
+	for bad, says := range map[string]string{
+		"": `"" is no client's name`, ":read": `"" is no client's name`,
+		"al ice:read": `"al ice" is no client's name`, "a,b:read": `"a,b" is no client's name`,
+		"alice:reed": `"reed" is no scope: there are operate, read, write, joined by +`,
+		"x":          `"" is no scope`, "x:": `"" is no scope`, "x:read+": `"" is no scope`,
+		"a:b:c": `"b:c" is no scope`,
+	} {
+		if _, _, err := MakeKey(bad); err == nil || !strings.HasPrefix(err.Error(), says) {
 			t.Errorf("a key for %q: %v", bad, err)
 		}
 	}

@@ -3,6 +3,9 @@ package parts
 import (
 	"context"
 	"errors"
+	"os"
+	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,6 +78,37 @@ func TestWaitFor(t *testing.T) {
 		err = WaitFor(ctx, "a server", func(context.Context) error { return errors.New("not yet") })
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%v", err)
+		}
+	})
+}
+
+func TestUntilSignal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		signals := make(chan os.Signal)
+		var said strings.Builder
+		status := 0
+		ctx := untilSignal(signals, &said, func(is int) { status = is })
+		synctest.Wait()
+		if ctx.Err() != nil {
+			t.Fatal("ended without a signal")
+		}
+		signals <- syscall.SIGTERM
+		synctest.Wait()
+		if ctx.Err() == nil {
+			t.Fatal("not ended by a signal")
+		}
+		time.Sleep(again / 2)
+		signals <- syscall.SIGINT // passed on by a supervisor
+		time.Sleep(time.Hour)
+		signals <- syscall.SIGTERM // an order to stop in order, once more
+		synctest.Wait()
+		if status != 0 || said.Len() > 0 {
+			t.Fatalf("ended at once: %d %s", status, said.String())
+		}
+		signals <- syscall.SIGINT
+		synctest.Wait()
+		if status != 130 || strings.Count(said.String(), "\n") != 1 {
+			t.Errorf("%d %q", status, said.String())
 		}
 	})
 }

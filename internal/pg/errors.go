@@ -7,17 +7,58 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// State is an error's SQLSTATE, or empty where it has none.
+// State is an error's SQLSTATE, or empty where it has none. A coordinator of several nodes passes some errors
+// on as internal ones (XX000, seen of Citus), whose text is still that of the node: then it is that text's.
 func State(err error) string {
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
-		return pgErr.Code
+	if !errors.As(err, &pgErr) {
+		return ""
 	}
-	return ""
+	if pgErr.Code == "XX000" {
+		for text, state := range map[string]string{
+			"duplicate key value violates unique constraint ": "23505",
+			"violates foreign key constraint ":                "23503",
+			"violates check constraint ":                      "23514",
+			"no partition of relation ":                       "23514",
+		} {
+			if strings.Contains(pgErr.Message, text) {
+				return state
+			}
+		}
+	}
+	return pgErr.Code
+}
+
+// Constraint is the name of the constraint that an error is about, or empty. A shard's has its number behind
+// it (wallet_pkey_102216), which is left out, and from a coordinator it may be in the text only.
+func Constraint(err error) string {
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) {
+		return ""
+	}
+	name := pgErr.ConstraintName
+	if name == "" && pgErr.Code == "XX000" {
+		if _, after, found := strings.Cut(pgErr.Message, ` constraint "`); found {
+			name, _, _ = strings.Cut(after, `"`)
+		}
+	}
+	if i := strings.LastIndexByte(name, '_'); i > 0 && len(name)-i > 6 &&
+		strings.Trim(name[i+1:], "0123456789") == "" {
+		name = name[:i] // shards are numbered from 102008 on
+	}
+	return name
+}
+
+// NoPartition says whether a row was for a partition that is not there.
+func NoPartition(err error) bool {
+	var pgErr *pgconn.PgError
+	return State(err) == "23514" && errors.As(err, &pgErr) &&
+		strings.Contains(pgErr.Message, "no partition of relation ")
 }
 
 // Passes says whether a transaction that failed may succeed when it is run again as it was. Of an error

@@ -15,7 +15,8 @@ import (
 
 // Pool makes a pool of connections. No connection is made before the first is needed; entered is told of each
 // one which ledger of the world it leads to (system, database, schema) and which life of its server
-// (timeline, start). It may be nil.
+// (timeline, start). It may be nil. Each of the settings below may stand in the URL instead, as in
+// ?plan_cache_mode=auto, which a coordinator of several nodes needs.
 func Pool(url, name string, connections int, entered func(database, life string)) (*pgxpool.Pool, error) {
 	pool, err := pgxpool.ParseConfig(url)
 	if err != nil {
@@ -42,7 +43,9 @@ func Pool(url, name string, connections int, entered func(database, life string)
 		"tcp_keepalives_interval":             "2",
 		"tcp_keepalives_count":                "3",
 	} {
-		pool.ConnConfig.RuntimeParams[name] = value
+		if _, given := pool.ConnConfig.RuntimeParams[name]; !given { // the URL's own comes first
+			pool.ConnConfig.RuntimeParams[name] = value
+		}
 	}
 	pool.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		// Fails on a standby, as it should. An acknowledged write is on disk: asynchronous commit is not for

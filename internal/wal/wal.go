@@ -99,6 +99,12 @@ func Make(ctx context.Context, conn *pgconn.PgConn, name string, serverVersion i
 	}
 	made, err := pglogrepl.CreateReplicationSlot(ctx, conn, name, "pgoutput",
 		pglogrepl.CreateReplicationSlotOptions{Mode: pglogrepl.LogicalReplication, SnapshotAction: options})
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) && strings.Contains(refused.Message, "wal_level") {
+		err = fmt.Errorf("this Postgres keeps no logical WAL: as a superuser run "+
+			"ALTER SYSTEM SET wal_level = logical and restart it, or connect to the server that was meant "+
+			"(one of Docker or Homebrew may have taken its port): %w", err)
+	}
 	if err != nil {
 		return 0, "", err
 	}
@@ -206,10 +212,28 @@ func Connect(ctx context.Context, url, application string, senderTimeout time.Du
 	return conn, id, nil
 }
 
+// Publication is the name of the publication of a table of the present schema: prefix itself, or
+// prefix_SCHEMA where several schemas of a database have such a table.
+func Publication(ctx context.Context, db Querier, table, prefix string) (name string, err error) {
+	err = db.QueryRow(ctx, `
+SELECT p.pubname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+WHERE r.prrelid = to_regclass($1)
+  AND p.pubname IN ($2::text::name, ($2::text || '_' || current_schema())::name)
+ORDER BY p.pubname LIMIT 1`, table, prefix).Scan(&name)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = fmt.Errorf("%s is in no publication named %s or %[2]s_SCHEMA: create it as schema.sql does",
+			table, prefix)
+	}
+	return name, err
+}
+
 // Start takes the slot and begins its stream. From here on one goroutine may use the connection.
 func Start(ctx context.Context, conn *pgconn.PgConn, slot, publication string) error {
+	// An identifier, within a string:
+	// https://www.postgresql.org/docs/current/protocol-logical-replication.html
+	name := strings.ReplaceAll(pgx.Identifier{publication}.Sanitize(), "'", "''")
 	options := pglogrepl.StartReplicationOptions{
-		PluginArgs: []string{"proto_version '1'", "publication_names '" + publication + "'"}}
+		PluginArgs: []string{"proto_version '1'", "publication_names '" + name + "'"}}
 	// From 0/0, which means from what was confirmed: a start beyond the WAL's end would skip everything
 	// without an error.
 	err := pglogrepl.StartReplication(ctx, conn, slot, 0, options)
