@@ -180,6 +180,7 @@ function findings() {
 
 // Only what has changed is touched: a screen reader's place is kept, and a live region is silent.
 const text = (node, value) => { if (node.textContent !== value) node.textContent = value; };
+const hide = (node, yes) => { if (node.hidden !== yes) node.hidden = yes; };
 const set = (id, value) => text(el(id), value);
 
 // One row an item, its cells' texts.
@@ -222,7 +223,7 @@ function say(found, well) {
   text(verdict, found.length > 0 ? found.map((f) => f.title).join(" ") : well);
   const title = (found.length > 0 ? "⚠ " : "") + "wallet " + location.host;
   if (document.title !== title) document.title = title;
-  list.hidden = found.length === 0;
+  hide(list, found.length === 0);
   while (list.children.length > found.length) list.lastChild.remove();
   found.forEach((f, i) => {
     const item = list.children[i] || list.appendChild(document.createElement("li"));
@@ -303,13 +304,13 @@ function show(s) {
   refused.sort((a, b) => b[1] - a[1] || b[2] - a[2] || (a[0] < b[0] ? -1 : 1));
   set("refusals-rate", seconds() > 0 ? count(refused.reduce((sum, r) => sum + r[1], 0)) : none);
   rows(el("refused"), refused.map(([code, a, all]) => [code, count(a), count(all)]));
-  el("no-refusals").hidden = refused.length > 0;
+  hide(el("no-refusals"), refused.length > 0);
 
-  el("amount-head").hidden = !amounts;
+  hide(el("amount-head"), !amounts);
   rows(el("published"), s.events.map((e) => [e.id, e.kind || none,
     ...(amounts ? [e.amount === undefined ? none : `${e.amount} ${e.currency}`] : []),
     clock(new Date(e.published_at))]));
-  el("no-events").hidden = s.events.length > 0;
+  hide(el("no-events"), s.events.length > 0);
 
   lines.movements.push(perSecond(writes) || 0);
   lines.lag.push(sample(s, "wallet_relay_lag_bytes") || 0);
@@ -356,9 +357,9 @@ async function ask() {
   lostSince = null;
   if (asked !== key) return; // forgotten or replaced meanwhile
   if (response.ok) {
-    el("door").hidden = true;
-    el("cards").hidden = false;
-    el("forget").hidden = key === "";
+    hide(el("door"), true);
+    hide(el("cards"), false);
+    hide(el("forget"), key === "");
     take(body);
     show(body);
   } else if (response.status === 403 && amounts) {
