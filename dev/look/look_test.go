@@ -1,5 +1,5 @@
-// Package look opens the operators' page in a real Chromium, as a person would: two replicas under load, Kafka
-// stopped, the leader killed, a phone, the keyboard, a key.
+// Package look opens the operators' page in a real Chromium, as a person would: two replicas under load,
+// Kafka stopped, the leader killed, a phone, the keyboard, a key.
 //
 //	go test -C dev ./look -v
 //
@@ -68,10 +68,11 @@ func numbersMove(t *testing.T, _ *rig, one, two *replica) {
 	two.within("movements of the other replica", 5*time.Second, func() bool {
 		return two.number("#movements-rate") == 0
 	})
-	for _, id := range []string{"write-p50", "write-p99", "batch-mean", "batch-p50", "batch-p99", "commit-p50",
-		"commit-p99", "txn", "slot", "retained", "outbox", "partitions"} {
-		one.within(id, 10*time.Second, func() bool { return strings.ContainsAny(one.text("#"+id), "123456789hr") })
+	for _, id := range []string{"write-p50", "write-p99", "batch-mean", "batch-p50", "batch-p99",
+		"commit-p50", "commit-p99", "txn", "retained", "outbox", "partitions"} {
+		one.within(id, 10*time.Second, func() bool { return one.number("#"+id) > 0 })
 	}
+	one.await("slot", "#slot", "reserved, held")
 	one.await("cache", "#cache-state", "In use")
 	one.within("events a second", 10*time.Second, func() bool {
 		shown := one.number("#events-rate")
@@ -89,7 +90,8 @@ func numbersMove(t *testing.T, _ *rig, one, two *replica) {
 	one.click("#amounts")
 	one.await("amounts", "#published tr", "7.25 USD")
 	one.click("#amounts")
-	one.within("no amounts", 5*time.Second, func() bool { return !strings.Contains(one.text("#published"), "USD") })
+	one.within("no amounts", 5*time.Second,
+		func() bool { return !strings.Contains(one.text("#published"), "USD") })
 
 	one.post("/v1/wallets/1/withdraw", `{"amount":"1000000000","idempotency_key":"too much"}`)
 	one.await("refusals", "#refused", "insufficient_funds")
@@ -124,8 +126,13 @@ func arithmetic(t *testing.T, _ *rig, one, _ *replica) {
 	}
 }
 
-// findings: each of them, from a healthy snapshot in which one thing is changed.
+// findings: each of them, from a healthy snapshot in which one thing is changed; and docs/operate.md says
+// more of each.
 func findings(t *testing.T, _ *rig, one, _ *replica) {
+	operate, err := os.ReadFile("../../docs/operate.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for change, want := range map[string]string{
 		``:                            "",
 		`s.phase = "starting"`:        "starting",
@@ -151,10 +158,14 @@ func findings(t *testing.T, _ *rig, one, _ *replica) {
 			a.uptime_seconds -= 5;
 			` + change + `;
 			snapshots = [a, s];
-			try { return findings().map((f) => f.id).join(); } finally { snapshots = real; }
+			try { return findings().map((f) => f.id + "|" + f.see).join(); } finally { snapshots = real; }
 		})()`)
-		if got != want {
+		id, see, _ := strings.Cut(got, "|")
+		if id != want {
 			t.Errorf("%q: found %q, want %q", change, got, want)
+		}
+		if id != "" && !strings.Contains(string(operate), "\n## "+see+"\n") {
+			t.Errorf("docs/operate.md has no heading %q", see)
 		}
 	}
 }
@@ -253,7 +264,8 @@ func leaderKilled(t *testing.T, _ *rig, one, two *replica) {
 	leader.clean(t)
 	leader.kill()
 	other.await("takes over", "#verdict", "All is well. This replica leads.")
-	leader.await("the page of one that is gone", "#advice", "does not answer since", "Look at the page of another replica")
+	leader.await("the page of one that is gone", "#advice", "does not answer since",
+		"Look at the page of another replica")
 	other.post("/v1/wallets/7/deposit", `{"amount":"1","idempotency_key":"after"}`)
 	other.await("publishes", "#published", "7-1")
 	other.clean(t)
@@ -293,8 +305,8 @@ func keyNeeded(t *testing.T, r *rig, _, _ *replica) {
 	three.forgive()
 
 	everywhere := three.eval(`JSON.stringify([Object.entries(localStorage), Object.entries(sessionStorage),
-		document.cookie, location.href, document.documentElement.outerHTML, document.querySelector("#key").value,
-		history.state, performance.getEntries().map((e) => e.name)])`)
+		document.cookie, location.href, document.documentElement.outerHTML,
+		document.querySelector("#key").value, history.state, performance.getEntries().map((e) => e.name)])`)
 	if strings.Contains(everywhere, key) {
 		t.Errorf("the key is kept: %s", everywhere)
 	}

@@ -189,11 +189,13 @@ func (r *rig) newReplica(name string, more ...string) *replica {
 	p.url = "http://" + api
 	// Whatever of a real deployment stands in the environment must not meet these replicas.
 	p.env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		foreign := []string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
+		foreign := []string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_",
+			"OPERATE_ADDR"}
 		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
 	})
 	p.env = append(p.env, "DATABASE_URL="+r.DatabaseURL, "REDIS_URL="+r.RedisURL,
-		"KAFKA_BROKERS="+r.KafkaBrokers, "RATE_LIMIT=0", "LOG_LEVEL=warn", "LISTEN_ADDR="+api, "OPERATE_ADDR="+p.operate)
+		"KAFKA_BROKERS="+r.KafkaBrokers, "RATE_LIMIT=0", "LOG_LEVEL=warn", "LISTEN_ADDR="+api,
+		"OPERATE_ADDR="+p.operate)
 	p.env = append(p.env, more...)
 	return p
 }
@@ -301,7 +303,8 @@ func (p *replica) forgive() {
 	time.Sleep(100 * time.Millisecond)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.wrong = slices.DeleteFunc(p.wrong, func(wrong string) bool { return strings.Contains(wrong, "status of 40") })
+	p.wrong = slices.DeleteFunc(p.wrong,
+		func(wrong string) bool { return strings.Contains(wrong, "status of 40") })
 }
 
 func (p *replica) run(steps ...chromedp.Action[chromedp.Void]) {
@@ -342,7 +345,8 @@ func (p *replica) text(selector string) string {
 	return p.eval(fmt.Sprintf(`document.querySelector(%q)?.innerText ?? ""`, selector))
 }
 
-// number is the number that an element's text begins with, in seconds where it is a time; -1 where there is none.
+// number is the number that an element's text begins with, in seconds where it is a time; -1 where there is
+// none.
 func (p *replica) number(selector string) float64 {
 	p.t.Helper()
 	value, unit, _ := strings.Cut(strings.ReplaceAll(p.text(selector), ",", ""), " ")

@@ -11,8 +11,8 @@ import (
 	"wallet/internal/metric"
 )
 
-// Progress is how far a consumer is, as it last showed it: received, published, confirmed. The three belong to
-// one moment. Safe for concurrent use; empty until Show, and after Forget.
+// Progress is how far a consumer is, as it last showed it: received, published, confirmed. The three belong
+// to one moment. Safe for concurrent use; empty until Show, and after Forget.
 type Progress struct {
 	shown atomic.Pointer[[3]pglogrepl.LSN]
 }
@@ -39,10 +39,13 @@ FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`
 
 // WriteMetrics writes, under names that begin with prefix, how far a slot and its consumer here are, and what
 // the slot costs its server. What the server does not tell is left out.
-func WriteMetrics(ctx context.Context, w *metric.Writer, prefix string, db Querier, slot string, p *Progress) {
+func WriteMetrics(
+	ctx context.Context, w *metric.Writer, prefix string, db Querier, slot string, p *Progress,
+) {
 	var status string
 	var active, retained, unconfirmed, confirmed, end float64
-	err := db.QueryRow(ctx, queryRetained, slot).Scan(&status, &active, &retained, &unconfirmed, &confirmed, &end)
+	err := db.QueryRow(ctx, queryRetained, slot).Scan(
+		&status, &active, &retained, &unconfirmed, &confirmed, &end)
 	var positions []metric.Sample
 	at := func(of string, lsn float64) {
 		positions = append(positions, metric.Sample{Labels: `of="` + of + `"`, Value: lsn})
@@ -59,8 +62,8 @@ func WriteMetrics(ctx context.Context, w *metric.Writer, prefix string, db Queri
 	if err == nil {
 		at("end", end)
 	}
-	w.Gauges(prefix+"_position_bytes", "Positions in the WAL, as bytes since its begin: X/X is the upper and the "+
-		"lower 32 bits. The leader has all, others those that Postgres tells.", positions...)
+	w.Gauges(prefix+"_position_bytes", "Positions in the WAL, in bytes since its begin: X/X is the upper and "+
+		"the lower 32 bits. The leader has all, others those that Postgres tells.", positions...)
 	if err != nil {
 		return
 	}
