@@ -62,7 +62,7 @@ func TestManyLookersOneReading(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := api.New(api.Config{Keys: keys, Timeout: time.Second, RequestsMax: 100})
+	server := api.New(api.Config{Problems: map[string]api.Problem{}, Keys: keys, Timeout: time.Second, RequestsMax: 100})
 	readings := 0
 	p := New(Source{Server: server, Metrics: func(w *metric.Writer) {
 		readings++

@@ -62,8 +62,8 @@ func WriteMetrics(
 	if err == nil {
 		at("end", end)
 	}
-	w.Gauges(prefix+"_position_bytes", "Positions in the WAL, in bytes since its begin: X/X is the upper and "+
-		"the lower 32 bits. The leader has all, others those that Postgres tells.", positions...)
+	w.Gauges(prefix+"_position_bytes", "Positions in the WAL, in bytes since its begin: X/X is the upper "+
+		"and the lower 32 bits. The leader has all, others those that Postgres tells.", positions...)
 	if err != nil {
 		return
 	}
