@@ -62,13 +62,15 @@ func TestManyLookersOneReading(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := api.New(api.Config{Problems: map[string]api.Problem{}, Keys: keys, Timeout: time.Second, RequestsMax: 100})
+	server := api.New(api.Config{Problems: map[string]api.Problem{}, Keys: keys, Timeout: time.Second,
+		RequestsMax: 100})
 	readings := 0
 	p := New(Source{Server: server, Metrics: func(w *metric.Writer) {
 		readings++
 		w.Gauge("g", "G.", float64(readings))
 	}})
-	mux := server.Mux([]api.Route{{Method: "GET", Path: "/status.json", Scope: gate.Operate, Handle: p.Status}})
+	mux := server.Mux([]api.Route{
+		{Method: "GET", Path: "/status.json", Scope: gate.Operate, Handle: p.Status}})
 	type answer struct {
 		Metrics map[string]float64
 		Events  []any
