@@ -973,7 +973,7 @@ func (p *publisher) commit(b *batch) error {
 	p.batches.Add(1)
 	p.events.Add(int64(len(b.events)))
 	for _, e := range b.events[max(0, len(b.events)-look.RecentMax):] {
-		p.recent.Add(entryID(e.walletID, e.seq), e.payload)
+		p.recent.Add(book.EntryID(e.walletID, e.seq), e.payload)
 	}
 	p.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",

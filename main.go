@@ -859,7 +859,7 @@ func (s *server) writeMetrics(w *metric.Writer) {
 	w.Runtime("wallet_go")
 	s.WriteMetrics(w, "wallet_http")
 	s.ledger.writeMetrics(w)
-	w.Gauge("wallet_queue_operations_max", "WRITE_QUEUE_MAX.", float64(cap(s.ledger.queue.Queue)))
+	w.Gauge("wallet_queue_operations_max", "WRITE_QUEUE_MAX.", float64(s.ledger.queue.Queue))
 	if s.ledger.cache != nil {
 		s.ledger.cache.writeMetrics(w)
 	}

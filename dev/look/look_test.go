@@ -112,9 +112,9 @@ func arithmetic(t *testing.T, _ *rig, one, _ *replica) {
 		`duration(0.00125)`:  "1.3 ms",
 		`duration(61)`:       "1 min 1 s",
 		`duration(7260)`:     "2 h 1 min",
-		`isMovement('method="POST",route="/v1/wallets/{id}/deposit",status="200"')`: "true",
-		`isMovement('method="POST",route="/v1/wallets",status="201"')`:              "false",
-		`isMovement('method="POST",route="/v1/wallets/{id}/deposit",status="422"')`: "false",
+		`isWrite('method="POST",route="/v1/wallets/{id}/deposit",status="200"')`: "true",
+		`isWrite('method="GET",route="/v1/wallets/{id}/balance",status="200"')`:  "false",
+		`isWrite('method="POST",route="/v1/wallets/{id}/deposit",status="422"')`: "false",
 		// Ten up to 1, ninety up to 2: the median is 4/9 of the way between.
 		`quantile({bounds: [1, 2], counts: [10, 90, 0], total: 100}, .5).toFixed(3)`: "1.444",
 		`quantile({bounds: [1, 2], counts: [10, 0, 90], total: 100}, .5)`:            "Infinity",

@@ -65,7 +65,7 @@ function quantile(h, q) {
   return undefined;
 }
 
-const isMovement = (labels) => /^method="POST",route="\/v1\/.+\/[a-z]+",status="2/.test(labels);
+const isWrite = (labels) => /^method="POST",route="\/v1\/.*",status="2/.test(labels);
 const isRead = (labels) => /^method="GET",route="\/v1\/.*",status="2/.test(labels);
 
 // The one label that is 1, such as the state of state="leader".
@@ -241,10 +241,11 @@ function show(s) {
   set("about", `Version ${build.replace(/^version="|"$/g, "")}, ${s.phase} for ${
     duration(Math.floor(s.uptime_seconds / 60) * 60 || s.uptime_seconds)}`);
 
-  const writes = counted("wallet_http_request_seconds", isMovement);
+  const movements = rate("wallet_operations_total");
+  const writes = counted("wallet_http_request_seconds", isWrite);
   const reads = counted("wallet_http_request_seconds", isRead);
   const perSecond = (h) => seconds() > 0 ? h.total / seconds() : undefined;
-  set("movements-rate", count(perSecond(writes)));
+  set("movements-rate", count(movements));
   set("write-p50", duration(quantile(writes, .5)));
   set("write-p99", duration(quantile(writes, .99)));
   set("reads-rate", count(perSecond(reads)));
@@ -312,7 +313,7 @@ function show(s) {
     clock(new Date(e.published_at))]));
   hide(el("no-events"), s.events.length > 0);
 
-  lines.movements.push(perSecond(writes) || 0);
+  lines.movements.push(movements || 0);
   lines.lag.push(sample(s, "wallet_relay_lag_bytes") || 0);
   for (const points of Object.values(lines)) while (points.length > sparkPoints) points.shift();
   draw("movements-spark", lines.movements);
