@@ -194,7 +194,6 @@ func (r *relay) run(ctx context.Context) error {
 	for failures := 0; ; failures++ {
 		began := time.Now()
 		err := r.lead(ctx)
-		r.pendingSince.Store(0)
 		r.progress.Forget()
 		r.state.Store("starting")
 		if ctx.Err() != nil {
@@ -235,8 +234,9 @@ func (r *relay) enter(state string, args ...any) {
 	if r.state.Swap(state) != state {
 		slog.Info("relay "+state, args...)
 	}
-	if state != "refused" {
+	if state != "refused" { // another leads, or we do: what could not be published is so no longer, or anew
 		r.refusal.Store("")
+		r.pendingSince.Store(0)
 	}
 }
 
@@ -702,6 +702,7 @@ func (r *receiver) hand(ctx context.Context) error {
 	b := r.building
 	r.building = new(batch)
 	r.handedAt = time.Now()
+	r.progress.Show(r.received, pglogrepl.LSN(r.published.Load()), r.confirmed)
 	select {
 	case waiting := <-r.mail:
 		if len(waiting.events)+len(b.events) <= batchEventsMax && waiting.bytes+b.bytes <= batchBytesMax {
@@ -1370,7 +1371,7 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 		return seconds(min(since, 1) * (int64(r.age()) - since))
 	}
 	w.Gauge("wallet_relay_lag_seconds",
-		"Leader: age of the oldest commit that is being published; 0 when none is.",
+		"Age of the oldest commit that is being published, or could not be by this replica; 0 if none.",
 		ago(r.pendingSince.Load()))
 	w.Gauge("wallet_relay_kafka_silent_seconds",
 		"How long Kafka has owed this replica an answer; 0 while it owes none.", ago(r.silent.Load()))

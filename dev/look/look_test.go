@@ -330,6 +330,7 @@ func takePicture(t *testing.T, _ *rig, one, _ *replica) {
 	time.Sleep(45 * time.Second)
 	command(one, emulation.SetDeviceMetricsOverride, emulation.SetDeviceMetricsOverrideParams{
 		Width: 1120, Height: 880, DeviceScaleFactor: 1})
+	one.eval(`scrollTo(0, 0)`)
 	time.Sleep(1500 * time.Millisecond)
 	png, err := chromedp.Run(one.tab, chromedp.CaptureScreenshot())
 	if err != nil {

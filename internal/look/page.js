@@ -126,7 +126,8 @@ function findings() {
   } else if (kafkaAway) {
     const since = clock(new Date(Date.parse(s.at) - silent * 1000));
     add("kafka", 1, `Kafka is away since ${since}.`, "Nothing is lost: Postgres keeps the WAL for the " +
-      "slot, and the relay catches up by itself. Mend Kafka.", "The lag grows", "kafka", "lag-bytes");
+      "slot, and the relay catches up by itself. Mend Kafka.", "The lag grows", "kafka", "lag",
+      "lag-bytes");
   } else if (slot !== undefined && sample(s, "wallet_relay_slot_active") === 0 && state !== "leader") {
     add("no-leader", 4, "No relay leads.", "Events wait in Postgres, none is lost. The log line \"relay " +
       "starts over\" of each replica says why.", "No relay leads", "relay-state");
@@ -287,7 +288,7 @@ function show(s) {
       at >= before ? "level" : `${bytes(before - at)} behind`);
     before = at === undefined ? before : at;
   }
-  set("lag", state === "leader" ? duration(lag) : none);
+  set("lag", state === "leader" || lag > 0 ? duration(lag) : none);
   set("lag-bytes", bytes(sample(s, "wallet_relay_lag_bytes")));
   set("events-rate", count(rate("wallet_relay_events_total")));
   set("kafka", duration(sample(s, "wallet_relay_kafka_silent_seconds")));
