@@ -74,10 +74,9 @@ func TestPageIsClosed(t *testing.T) {
 	}
 	elsewhere := regexp.MustCompile(`(?i)https?:|//[a-z]+\.|\bon[a-z]+=|\bstyle=|\bsrc=|@import|innerHTML|` +
 		`Storage|eval\(`)
-	for _, found := range elsewhere.FindAllString(page.body, -1) {
-		if found != "http:" || strings.Count(page.body, "http:") != 1 { // the icon's xmlns
-			t.Errorf("the page has %q", found)
-		}
+	icon := "xmlns='http://www.w3.org/2000/svg'" // a name, no address
+	for _, found := range elsewhere.FindAllString(strings.Replace(page.body, icon, "", 1), -1) {
+		t.Errorf("the page has %q", found)
 	}
 	answers := []answer{page, w.ask("GET", "/status.json"), w.ask("HEAD", "/"), w.ask("HEAD", "/status.json")}
 	for _, a := range answers {
@@ -132,11 +131,11 @@ func TestSnapshotIsTheMetrics(t *testing.T) {
 	}
 	s = w.status(t, "/status.json")
 	for name, want := range map[string]string{
-		"wallet_http_refusals_total":  `{"code=\"insufficient_funds\"":1}`,
+		"wallet_http_refusals_total":  `"code=\"insufficient_funds\"":1`,
 		"wallet_queue_operations_max": "4000",
 		"wallet_relay_slot_active":    "1",
 	} {
-		if got := string(s.Metrics[name]); got != want {
+		if got := string(s.Metrics[name]); !strings.Contains(got, want) {
 			t.Errorf("%s is %s, want %s", name, got, want)
 		}
 	}
