@@ -125,7 +125,7 @@ function findings() {
       `It needs you: ${s.refusal}. It tries again every 15 s.`, "The relay refuses", "relay-state");
   } else if (kafkaAway) {
     const since = clock(new Date(Date.parse(s.at) - silent * 1000));
-    add("kafka", 1, `Kafka is away since ${since}.`, "Nothing is lost: Postgres keeps the WAL for the " +
+    add("kafka", 2, `Kafka is away since ${since}.`, "Nothing is lost: Postgres keeps the WAL for the " +
       "slot, and the relay catches up by itself. Mend Kafka.", "The lag grows", "kafka", "lag",
       "lag-bytes");
   } else if (slot !== undefined && sample(s, "wallet_relay_slot_active") === 0 && state !== "leader") {
