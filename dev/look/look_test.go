@@ -95,6 +95,11 @@ func numbersMove(t *testing.T, _ *rig, one, two *replica) {
 
 	one.post("/v1/wallets/1/withdraw", `{"amount":"1000000000","idempotency_key":"too much"}`)
 	one.await("refusals", "#refused", "insufficient_funds")
+	t.Logf("of the snapshots: %s", one.eval(`(() => {
+		const all = performance.getEntriesByType("resource").filter((e) => e.name.includes("status.json"));
+		const times = all.map((e) => e.duration).sort((a, b) => a - b);
+		return all.at(-1).encodedBodySize + " bytes, median " + times[times.length >> 1] + " ms";
+	})()`))
 	stop()
 	one.within("movements end", 15*time.Second, func() bool { return one.number("#movements-rate") == 0 })
 	one.await("positions level", "#behind-confirmed", "level")
