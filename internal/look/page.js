@@ -347,6 +347,7 @@ function lock(words) {
   rows(el("published"), []);
   el("door").hidden = false;
   say([], words);
+  el("key").focus();
 }
 
 async function ask() {
@@ -403,7 +404,6 @@ el("door").addEventListener("submit", (event) => {
 });
 el("forget").addEventListener("click", () => {
   lock("The key is forgotten.");
-  el("key").focus();
 });
 el("amounts").addEventListener("change", () => {
   amounts = el("amounts").checked;
@@ -416,7 +416,6 @@ set("host", location.host);
 if (document.documentElement.hasAttribute("data-key")) {
   el("amounts-need").hidden = false;
   lock("A key is needed.");
-  el("key").focus();
 } else {
   poll();
 }
