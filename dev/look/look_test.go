@@ -289,10 +289,13 @@ func keyNeeded(t *testing.T, r *rig, _, _ *replica) {
 	if got := three.eval(`document.activeElement.id`); got != "key" {
 		t.Errorf("%q has the focus", got)
 	}
-	three.eval(`document.activeElement.blur()`)
-	three.run(chromedp.KeyEvent(kb.Tab))
-	if got := three.eval(`document.activeElement.id`); got != "key" {
-		t.Errorf("the first Tab leads to %q", got)
+	// By Tab alone, from wherever that one leads: there are two things that can have the focus.
+	presses := 0
+	for three.run(chromedp.KeyEvent(kb.Tab)); three.eval(`document.activeElement.id`) != "key"; presses++ {
+		if presses > 4 {
+			t.Fatal("Tab does not lead to the key's field")
+		}
+		three.run(chromedp.KeyEvent(kb.Tab))
 	}
 	three.accessible(t, "the door")
 	three.width(320)
