@@ -10,10 +10,17 @@
 package look
 
 import (
+	"bytes"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"image"
+	"image/color"
+	"image/draw"
+	"image/png"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -69,7 +76,8 @@ func numbersMove(t *testing.T, _ *rig, one, two *replica) {
 		return two.number("#movements-rate") == 0
 	})
 	for _, id := range []string{"write-p50", "write-p99", "batch-mean", "batch-p50", "batch-p99",
-		"commit-p50", "commit-p99", "txn", "retained", "outbox", "partitions"} {
+		"commit-p50", "commit-p99", "reads-rate", "read-p50", "read-p99", "cache-hits", "txn", "retained",
+		"outbox", "partitions"} {
 		one.within(id, 10*time.Second, func() bool { return one.number("#"+id) > 0 })
 	}
 	one.await("slot", "#slot", "reserved, held")
@@ -344,17 +352,41 @@ func takePicture(t *testing.T, _ *rig, one, _ *replica) {
 		Width: 1120, Height: 880, DeviceScaleFactor: 1})
 	one.eval(`scrollTo(0, 0)`)
 	time.Sleep(1500 * time.Millisecond)
-	png, err := chromedp.Run(one.tab, chromedp.CaptureScreenshot())
+	shot, err := chromedp.Run(one.tab, chromedp.CaptureScreenshot())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(*picture, png, 0o644); err != nil {
+	if shot, err = fewColours(shot); err == nil {
+		err = os.WriteFile(*picture, shot, 0o644)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	one.width(1280)
 }
 
-// axe runs axe-core on what is shown.
+// fewColours makes a picture a third as large: its 255 most frequent colours will do.
+func fewColours(in []byte) ([]byte, error) {
+	all, err := png.Decode(bytes.NewReader(in))
+	if err != nil {
+		return nil, err
+	}
+	counts := make(map[color.Color]int)
+	for y := range all.Bounds().Dy() {
+		for x := range all.Bounds().Dx() {
+			counts[all.At(x, y)]++
+		}
+	}
+	more := func(a, b color.Color) int { return counts[b] - counts[a] }
+	palette := slices.SortedFunc(maps.Keys(counts), more)
+	few := image.NewPaletted(all.Bounds(), palette[:min(255, len(palette))])
+	draw.Draw(few, few.Bounds(), all, image.Point{}, draw.Src)
+	var out bytes.Buffer
+	err = (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&out, few)
+	return out.Bytes(), err
+}
+
+// accessible runs axe-core on what is shown.
 func (p *replica) accessible(t *testing.T, what string) {
 	t.Helper()
 	p.eval(p.axe + `; ""`)

@@ -401,14 +401,19 @@ func (p *replica) scheme(scheme string) {
 }
 
 func (p *replica) post(path, body string) {
-	response, err := http.Post(p.url+path, "application/json", strings.NewReader(body))
+	discard(http.Post(p.url+path, "application/json", strings.NewReader(body)))
+}
+
+func (p *replica) get(path string) { discard(http.Get(p.url + path)) }
+
+func discard(response *http.Response, err error) {
 	if err == nil {
 		io.Copy(io.Discard, response.Body)
 		response.Body.Close()
 	}
 }
 
-// load sends deposits of 7.25, so many a second, until stop is called.
+// load sends deposits of 7.25, so many a second, and reads a balance after each, until stop is called.
 func (p *replica) load(perSecond int) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var sending sync.WaitGroup
@@ -422,6 +427,7 @@ func (p *replica) load(perSecond int) (stop func()) {
 					n := p.sent.Add(1)
 					p.post(fmt.Sprintf("/v1/wallets/%d/deposit", 1+n%5),
 						fmt.Sprintf(`{"amount":"7.25","idempotency_key":"%s-%d"}`, p.name, n))
+					p.get(fmt.Sprintf("/v1/wallets/%d/balance", 1+n%5))
 				})
 			case <-ctx.Done():
 			}
