@@ -69,6 +69,7 @@ import (
 	"wallet/internal/audit"
 	"wallet/internal/book"
 	"wallet/internal/kafka"
+	"wallet/internal/look"
 	"wallet/internal/metric"
 	"wallet/internal/parts"
 	"wallet/internal/wal"
@@ -144,8 +145,11 @@ type relay struct {
 	// gap is the start of a slot that misses events. The next attempt replaces it, if nobody has done so.
 	gap atomic.Uint64
 
-	// What writeMetrics shows.
-	state                                 atomic.Value // string
+	// What writeMetrics and the operators' page show.
+	state, refusal                        atomic.Value // string; of the last refusal, until it is over
+	progress                              wal.Progress
+	silent                                atomic.Int64 // since when Kafka owes an answer: ns since born, or 0
+	recent                                look.Recent  // events
 	batches, events, skipped              atomic.Int64
 	takeovers, recoveries, restarts       atomic.Int64
 	pendingSince, checkpointAt, lastBatch atomic.Int64 // ns since born or 0; Unix ns; ns
@@ -180,17 +184,17 @@ type relayConfig struct {
 func newRelay(cfg *relayConfig, db *pgxpool.Pool, cache *cache) *relay {
 	r := &relay{cfg: cfg, db: db, cache: cache, born: time.Now()}
 	r.state.Store("starting")
+	r.refusal.Store("")
 	return r
 }
 
 // run leads or stands by until ctx ends; then a leader publishes what it is at, confirms it and frees the
 // slot.
 func (r *relay) run(ctx context.Context) error {
-	var lastRefusal string
 	for failures := 0; ; failures++ {
 		began := time.Now()
 		err := r.lead(ctx)
-		r.pendingSince.Store(0)
+		r.progress.Forget()
 		r.state.Store("starting")
 		if ctx.Err() != nil {
 			r.enter("stopped")
@@ -206,10 +210,10 @@ func (r *relay) run(ctx context.Context) error {
 		refusal, refused := refusalIn(err)
 		switch {
 		case refused:
-			if lastRefusal != string(refusal) {
+			if r.refusal.Swap(string(refusal)) != string(refusal) {
 				slog.Error("relay refuses to publish", "reason", string(refusal))
-				lastRefusal = string(refusal)
 			}
+			r.silent.Store(0)
 			r.enter("refused")
 			wait = refusalInterval
 		case errors.Is(err, errSlotTaken), errors.Is(err, errGap), errors.Is(err, errClockBack):
@@ -230,6 +234,10 @@ func (r *relay) enter(state string, args ...any) {
 	if r.state.Swap(state) != state {
 		slog.Info("relay "+state, args...)
 	}
+	if state != "refused" { // another leads, or we do: what could not be published is so no longer, or anew
+		r.refusal.Store("")
+		r.pendingSince.Store(0)
+	}
 }
 
 // lead waits for the slot, then publishes until something fails or ctx ends.
@@ -238,10 +246,12 @@ func (r *relay) lead(ctx context.Context) error {
 	s := &stay{relay: r,
 		mail: make(chan *batch, 1), ready: make(chan wal.Position), ended: make(chan error, 1)}
 	open := func() (*kafka.Client, error) { return kafka.Open(kafkaConfig(r.cfg, s.waitKafka)) }
+	r.silent.CompareAndSwap(0, max(1, int64(r.age())))
 	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
 	}
+	r.silent.Store(0)
 	defer func() { go k.Close() }()
 
 	slot, err := r.awaitSlot(ctx)
@@ -695,6 +705,7 @@ func (r *receiver) hand(ctx context.Context) error {
 	b := r.building
 	r.building = new(batch)
 	r.handedAt = time.Now()
+	r.progress.Show(r.received, pglogrepl.LSN(r.published.Load()), r.confirmed)
 	select {
 	case waiting := <-r.mail:
 		if len(waiting.events)+len(b.events) <= batchEventsMax && waiting.bytes+b.bytes <= batchBytesMax {
@@ -737,6 +748,7 @@ func (r *receiver) sendStatus() error {
 			r.confirmed, published, r.received))
 	}
 	r.confirmed = published // from here on Postgres may forget everything that ends before
+	r.progress.Show(r.received, published, r.confirmed)
 	return wal.Confirm(r.conn, published, postgresPatience)
 }
 
@@ -827,8 +839,13 @@ func (s *stay) waitKafka(op func() error) error {
 	if !s.waiting.CompareAndSwap(0, max(1, int64(s.age()))) {
 		return op()
 	}
+	s.silent.CompareAndSwap(0, s.waiting.Load())
 	defer s.waiting.Store(0)
-	return op()
+	err := op()
+	if err == nil {
+		s.silent.Store(0)
+	}
+	return err
 }
 
 // fence makes the producer: from here on no former leader can publish, and what it last tried is committed
@@ -959,6 +976,9 @@ func (p *publisher) commit(b *batch) error {
 	p.pendingSince.Store(0)
 	p.batches.Add(1)
 	p.events.Add(int64(len(b.events)))
+	for _, e := range b.events[max(0, len(b.events)-look.RecentMax):] {
+		p.recent.Add(book.EntryID(e.walletID, e.seq), e.payload)
+	}
 	p.lastBatch.Store(int64(time.Since(began)))
 	slog.Debug("batch published",
 		"events", len(b.events), "end", b.upTo.End, "seconds", time.Since(began).Seconds())
@@ -1215,20 +1235,14 @@ func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
 // kafkaConfig is for kafka.Open. busy may be nil.
 func kafkaConfig(cfg *relayConfig, busy func(func() error) error) kafka.Config {
 	return kafka.Config{
-		Brokers:       cfg.kafkaBrokers,
-		ClientID:      "wallet-relay",
-		Topic:         cfg.kafkaTopic,
-		Checkpoints:   cfg.kafkaCheckpointTopic,
-		Partitions:    cfg.kafkaPartitions,
-		Replication:   cfg.kafkaReplication,
-		Retention:     cfg.kafkaRetention,
-		TLS:           cfg.kafkaTLS,
-		TLSCA:         cfg.kafkaTLSCA,
-		TLSCert:       cfg.kafkaTLSCert,
-		TLSKey:        cfg.kafkaTLSKey,
+		Brokers:     cfg.kafkaBrokers,
+		ClientID:    "wallet-relay",
+		Topic:       cfg.kafkaTopic,
+		Checkpoints: cfg.kafkaCheckpointTopic,
+		Partitions:  cfg.kafkaPartitions, Replication: cfg.kafkaReplication, Retention: cfg.kafkaRetention,
+		TLS: cfg.kafkaTLS, TLSCA: cfg.kafkaTLSCA, TLSCert: cfg.kafkaTLSCert, TLSKey: cfg.kafkaTLSKey,
 		SASLMechanism: cfg.kafkaSASLMechanism,
-		SASLUser:      cfg.kafkaSASLUser,
-		SASLPassword:  cfg.kafkaSASLPassword,
+		SASLUser:      cfg.kafkaSASLUser, SASLPassword: cfg.kafkaSASLPassword,
 		Settings: kafka.Settings{Checkpoints: "KAFKA_CHECKPOINT_TOPIC", Retention: "KAFKA_RETENTION",
 			TLSCA: "KAFKA_TLS_CA", TLSCert: "KAFKA_TLS_CERT", TLSKey: "KAFKA_TLS_KEY"},
 		MetadataMaxAge:     10 * time.Minute,
@@ -1356,12 +1370,14 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 	w.States("wallet_relay_state",
 		"1 for what this replica's relay is; refused needs an operator, and the log says why.",
 		r.state.Load().(string), "starting", "standby", "recovering", "leader", "refused", "stopped")
-	lag := 0.0
-	if since := r.pendingSince.Load(); since != 0 {
-		lag = (r.age() - time.Duration(since)).Seconds()
+	ago := func(since int64) float64 { // ns since born, or 0, which stays 0
+		return seconds(min(since, 1) * (int64(r.age()) - since))
 	}
 	w.Gauge("wallet_relay_lag_seconds",
-		"Leader: age of the oldest commit that is being published; 0 when none is.", lag)
+		"Age of the oldest commit that is being published, or could not be by this replica; 0 if none.",
+		ago(r.pendingSince.Load()))
+	w.Gauge("wallet_relay_kafka_silent_seconds",
+		"How long Kafka has owed this replica an answer; 0 while it owes none.", ago(r.silent.Load()))
 	w.Gauge("wallet_relay_checkpoint_timestamp_seconds",
 		"Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
 	w.Gauge("wallet_relay_last_batch_seconds",
@@ -1379,18 +1395,9 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	kept, err := wal.ReadRetained(ctx, r.db, r.cfg.replicationSlot)
-	partitions, size, err2 := outboxSize(ctx, r.db)
-	if err != nil || err2 != nil {
-		return // what cannot be known is left out
+	wal.WriteMetrics(ctx, w, "wallet_relay", r.db, r.cfg.replicationSlot, &r.progress)
+	if partitions, size, err := outboxSize(ctx, r.db); err == nil { // what cannot be known is left out
+		w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead too.", partitions)
+		w.Gauge("wallet_outbox_bytes", "Size of the outbox.", size)
 	}
-	w.Gauges("wallet_relay_slot",
-		"1 for the slot's wal_status: reserved, extended, unreserved, lost; or missing.",
-		metric.Sample{Labels: `status="` + kept.Status + `"`, Value: 1})
-	w.Gauge("wallet_relay_slot_active", "1 while some replica holds the slot.", kept.Active)
-	w.Gauge("wallet_relay_slot_retained_bytes", "WAL that Postgres keeps for the slot.", kept.Bytes)
-	w.Gauge("wallet_relay_lag_bytes",
-		"WAL between the last confirmed position and the end.", kept.Unconfirmed)
-	w.Gauge("wallet_outbox_partitions", "Partitions of the outbox, those made ahead included.", partitions)
-	w.Gauge("wallet_outbox_bytes", "Size of the outbox.", size)
 }

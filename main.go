@@ -13,7 +13,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	_ "embed"
@@ -43,6 +42,7 @@ import (
 	"wallet/internal/gate"
 	"wallet/internal/jsontext"
 	"wallet/internal/logs"
+	"wallet/internal/look"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
 	"wallet/internal/parts"
@@ -388,6 +388,7 @@ type server struct {
 	public   *http.ServeMux
 	operator *http.ServeMux
 	document []byte // OpenAPI
+	page     *look.Page
 }
 
 func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
@@ -403,6 +404,12 @@ func newServer(cfg *config, l *ledger, r *relay, keys *gate.Keyring) *server {
 	if cfg.rateLimit > 0 {
 		s.Limits = gate.NewLimiter(float64(cfg.rateLimit), float64(cfg.rateBurst))
 	}
+	source := look.Source{Server: s.Server, Metrics: s.writeMetrics,
+		Plain: []string{"kind"}, Private: []string{"currency", "amount"}}
+	if r != nil {
+		source.Events, source.Refusal = &r.recent, &r.refusal
+	}
+	s.page = look.New(source)
 	s.document = s.OpenAPI(s.routes(), apiContract)
 	s.public = s.Mux(s.routes())
 	s.operator = s.Mux(s.operatorRoutes())
@@ -475,7 +482,9 @@ func (s *server) routes() []api.Route {
 // operatorRoutes are those of OPERATE_ADDR; the profiles (/debug/pprof/) come on top.
 func (s *server) operatorRoutes() []api.Route {
 	return []api.Route{
-		{Method: "GET", Path: "/metrics", Scope: gate.Operate, Handle: s.getMetrics},
+		{Method: "GET", Path: "/{$}", Scope: gate.Open, Handle: s.page.HTML},
+		{Method: "GET", Path: "/status.json", Scope: gate.Operate, Handle: s.page.Status},
+		{Method: "GET", Path: "/metrics", Scope: gate.Operate, Handle: api.Metrics(s.writeMetrics)},
 		{Method: "GET", Path: "/healthz", Scope: gate.Open, Handle: alive},
 		{Method: "GET", Path: "/readyz", Scope: gate.Open, Handle: s.readyz},
 	}
@@ -832,23 +841,20 @@ func (s *server) readyz(r *http.Request) (*api.Reply, error) {
 	return &api.Reply{Body: []byte(`{"status":"ready"}`)}, nil
 }
 
-func (s *server) getMetrics(*http.Request) (*api.Reply, error) {
-	var out bytes.Buffer
-	w := metric.NewWriter(&out)
+func (s *server) writeMetrics(w *metric.Writer) {
 	version := metric.Sample{Labels: fmt.Sprintf("version=%q", buildVersion()), Value: 1}
 	w.Gauges("wallet_build_info", "1; the version is the label.", version)
 	w.Runtime("wallet_go")
 	w.Process()
 	s.WriteMetrics(w, "wallet_http")
 	s.ledger.writeMetrics(w)
+	w.Gauge("wallet_queue_operations_max", "WRITE_QUEUE_MAX.", float64(s.ledger.queue.Queue))
 	if s.ledger.cache != nil {
 		s.ledger.cache.writeMetrics(w)
 	}
 	if s.relay != nil {
 		s.relay.writeMetrics(w)
 	}
-	kind := map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-	return &api.Reply{Body: out.Bytes(), Header: kind}, nil
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -989,8 +995,8 @@ func (c *config) settings() []env.Setting {
 		{Name: "LISTEN_ADDR", Group: "HTTP", Default: "127.0.0.1:8080", Set: env.Text(&c.listenAddr),
 			Help: "address of the HTTP API"},
 		{Name: "OPERATE_ADDR", Set: env.Text(&c.operateAddr),
-			Help: "address for operators: /metrics, /debug/pprof/, /healthz, /readyz; empty: none. Such " +
-				"as 127.0.0.1:8081"},
+			Help: "address for operators: a page to look at, /status.json, /metrics, /debug/pprof/, " +
+				"/healthz, /readyz; empty: none. Such as 127.0.0.1:8081"},
 		{Name: "API_KEYS", Secret: true, Set: env.Text(&c.apiKeys),
 			Help: "keys that clients must send, NAME:SCOPES:HASH, comma-separated (wallet -new-key " +
 				"makes one); without any, loopback only"},

@@ -253,11 +253,12 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestDashboardAndAlerts: what they ask for is measured.
+// TestDashboardAndAlerts: what they ask for is measured, and so is what the operators' page shows.
 func TestDashboardAndAlerts(t *testing.T) {
 	w := start(t, testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers))
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"k"}`)
 	w.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"0.5","idempotency_key":"h"}`)
+	w.mustPost(t, 422, "/v1/wallets/1/withdraw", `{"amount":"9","idempotency_key":"w"}`)
 	if err := w.ledger.countHolds(context.Background()); err != nil { // as every minute
 		t.Fatal(err)
 	}
@@ -273,7 +274,8 @@ func TestDashboardAndAlerts(t *testing.T) {
 			t.Errorf("not Prometheus text: %s", line)
 		}
 	}
-	for _, file := range []string{"dev/observe/grafana.json", "dev/observe/alerts.yaml"} {
+	observers := []string{"dev/observe/grafana.json", "dev/observe/alerts.yaml", "internal/look/page.js"}
+	for _, file := range observers {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)

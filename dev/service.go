@@ -198,9 +198,9 @@ func (s *stack) guide() string {
 	return fmt.Sprintf(`
 The wallet service is ready.
 
-  service   %s
-  operators %s
-  postgres  %s
+  look here %[2]s (a page that shows it at work; metrics and profiles too)
+  service   %[1]s
+  postgres  %[3]s
   redis     %s
   kafka     %s
   data      %s (logs in logs/)

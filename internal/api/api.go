@@ -8,6 +8,7 @@
 package api
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -102,6 +103,16 @@ func Static(body []byte) func(*http.Request) (*Reply, error) {
 	return func(*http.Request) (*Reply, error) { return &Reply{Body: body}, nil }
 }
 
+// Metrics is the Handle of a route that tells what write writes, as Prometheus reads it.
+func Metrics(write func(*metric.Writer)) func(*http.Request) (*Reply, error) {
+	return func(*http.Request) (*Reply, error) {
+		var out bytes.Buffer
+		write(metric.NewWriter(&out))
+		kind := map[string]string{"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+		return &Reply{Body: out.Bytes(), Header: kind}, nil
+	}
+}
+
 // Refusal is a clear no: a stable code, which Config.Problems has, and a sentence that says what to do.
 type Refusal interface {
 	error
@@ -169,6 +180,7 @@ type Server struct {
 	requests   atomic.Int64 // being served
 	statistics sync.Map     // requestLabels -> *metric.Histogram of seconds
 	failures   [len(failureStatuses)]atomic.Int64
+	refused    sync.Map // code -> *atomic.Int64
 }
 
 // New makes a server that has not started.
@@ -176,6 +188,17 @@ func New(c Config) *Server {
 	c.Problems = maps.Clone(c.Problems)
 	maps.Copy(c.Problems, own)
 	return &Server{Config: c}
+}
+
+// Phase is starting, ready or stopping.
+func (s *Server) Phase() string {
+	switch {
+	case s.Draining.Load():
+		return "stopping"
+	case s.Started.Load():
+		return "ready"
+	}
+	return "starting"
 }
 
 // Mux serves routes, and answers what is none of them. A route that may refuse with what is no problem is a
@@ -211,7 +234,7 @@ func (s *Server) Mux(routes []Route) *http.ServeMux {
 // document.
 func (s *Server) Guard(path string, needed gate.Scope, handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, err := s.admit(r, needed); err != nil {
+		if _, err := s.Admit(r, needed); err != nil {
 			no := func(*http.Request) (*Reply, error) { return nil, err }
 			s.serve(Route{Path: path, Handle: no}).ServeHTTP(w, r)
 			return
@@ -336,6 +359,9 @@ func (s *Server) serve(route Route) http.Handler {
 		}
 		took := time.Since(started)
 		s.observe(route.Path, r.Method, status, took)
+		if code != "" {
+			s.countRefusal(code)
+		}
 		level := slog.LevelInfo
 		if !route.versioned() && status < 400 {
 			level = slog.LevelDebug // probes and scrapes
@@ -434,7 +460,7 @@ func (s *Server) admitAndHandle(
 	if s.requests.Add(1) > s.RequestsMax && route.Scope != gate.Open {
 		return nil, "", s.Overloaded
 	}
-	client, err = s.admit(r, route.Scope)
+	client, err = s.Admit(r, route.Scope)
 	if client == "" {
 		client = gate.Client(r, s.Proxies)
 	} else {
@@ -462,8 +488,8 @@ func (s *Server) admitAndHandle(
 	return answer, client, err
 }
 
-// admit names the client whose key a request carries; its error is a refusal.
-func (s *Server) admit(r *http.Request, needed gate.Scope) (client string, err error) {
+// Admit names the client whose key a request carries; its error is a refusal.
+func (s *Server) Admit(r *http.Request, needed gate.Scope) (client string, err error) {
 	switch client, err = s.Keys.Admit(r.Header, needed); {
 	case errors.Is(err, gate.ErrUnauthenticated):
 		err = refuse("unauthenticated", "Send a valid API key as \"Authorization: Bearer KEY\".")
@@ -547,8 +573,17 @@ func (s *Server) observe(path, method string, status int, took time.Duration) {
 // begins with the first failure has no value before it, so a rate does not see that failure.
 var failureStatuses = [...]int{http.StatusInternalServerError, http.StatusServiceUnavailable}
 
-// WriteMetrics writes, under names that begin with prefix, how many requests there were and how long they
-// took.
+// countRefusal counts what was not answered with success. Codes are bounded: they are those of Problems.
+func (s *Server) countRefusal(code string) {
+	n, ok := s.refused.Load(code)
+	if !ok {
+		n, _ = s.refused.LoadOrStore(code, new(atomic.Int64))
+	}
+	n.(*atomic.Int64).Add(1)
+}
+
+// WriteMetrics writes, under names that begin with prefix, how many requests there were, how long they took,
+// how many failed and how many were refused.
 func (s *Server) WriteMetrics(w *metric.Writer, prefix string) {
 	failed := make([]metric.Sample, len(s.failures))
 	for i := range s.failures {
@@ -557,6 +592,13 @@ func (s *Server) WriteMetrics(w *metric.Writer, prefix string) {
 	}
 	w.Counters(prefix+"_failures_total", "Requests that failed by our fault, by status; 0 from the start.",
 		failed...)
+	var refusals []metric.Sample
+	s.refused.Range(func(code, n any) bool {
+		value := float64(n.(*atomic.Int64).Load())
+		refusals = append(refusals, metric.Sample{Labels: fmt.Sprintf("code=%q", code), Value: value})
+		return true
+	})
+	w.Counters(prefix+"_refusals_total", "Requests not answered with success, by code.", refusals...)
 	const help = "Requests by route and status, and how long they took."
 	w.Histograms(prefix+"_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
 		s.statistics.Range(func(key, h any) bool {

@@ -1,9 +1,9 @@
 // Package metric writes Prometheus' text format
-// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+// (https://prometheus.io/docs/instrumenting/exposition_formats/), or the same samples as values for JSON.
 //
 // It touches only the writer it is given, and keeps nothing but a histogram's counts: every other value
 // belongs to whoever counts it. It promises that a metric's help and type stand once, before all of its
-// samples.
+// samples, and that no sample is in one form only.
 package metric
 
 import (
@@ -23,10 +23,28 @@ type Sample struct {
 }
 
 // Writer writes metrics one after another. A failed write is not reported: write into memory.
-type Writer struct{ to io.Writer }
+type Writer struct {
+	to     io.Writer
+	values Values // where it is set, nothing is written
+}
 
 // NewWriter makes a Writer that writes to w.
-func NewWriter(w io.Writer) *Writer { return &Writer{w} }
+func NewWriter(w io.Writer) *Writer { return &Writer{to: w} }
+
+// Values are metrics by their names, for JSON. One that has no labels is a float64, or Counts; one that has
+// is a map of those by Sample.Labels.
+type Values map[string]any
+
+// Counts is a histogram: how many observations were up to each bound and above the bound before, then those
+// above all bounds.
+type Counts struct {
+	Bounds []float64 `json:"bounds"`
+	Counts []int64   `json:"counts"`
+	Sum    float64   `json:"sum"`
+}
+
+// Collect makes a Writer that adds to v.
+func (v Values) Collect() *Writer { return &Writer{values: v} }
 
 // Counter writes a counter of one value. Its name ends in _total.
 func (w *Writer) Counter(name, help string, value float64) { w.Counters(name, help, Sample{"", value}) }
@@ -45,6 +63,14 @@ func (w *Writer) Gauges(name, help string, samples ...Sample) {
 }
 
 func (w *Writer) write(name, typ, help string, samples []Sample) {
+	if w.values != nil {
+		collect(w.values, name, func(yield func(string, float64) bool) {
+			for _, s := range samples {
+				yield(s.Labels, s.Value)
+			}
+		})
+		return
+	}
 	fmt.Fprintf(w.to, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, typ)
 	for _, s := range samples {
 		labels := ""
@@ -52,6 +78,18 @@ func (w *Writer) write(name, typ, help string, samples []Sample) {
 			labels = "{" + s.Labels + "}"
 		}
 		fmt.Fprintf(w.to, "%s%s %s\n", name, labels, strconv.FormatFloat(s.Value, 'g', -1, 64))
+	}
+}
+
+// collect adds one metric. A name without any sample stands for an empty map.
+func collect[T any](to Values, name string, each func(yield func(labels string, value T) bool)) {
+	labelled := make(map[string]T)
+	to[name] = labelled
+	for labels, value := range each {
+		if labels == "" {
+			to[name] = value
+		}
+		labelled[labels] = value
 	}
 }
 
@@ -86,6 +124,12 @@ func (w *Writer) Histogram(name, help string, h *Histogram) {
 
 // Histograms writes histograms that share a name, each with its labels as in Sample.
 func (w *Writer) Histograms(name, help string, each func(yield func(labels string, h *Histogram) bool)) {
+	if w.values != nil {
+		collect(w.values, name, func(yield func(string, Counts) bool) {
+			each(func(labels string, h *Histogram) bool { return yield(labels, h.read()) })
+		})
+		return
+	}
 	fmt.Fprintf(w.to, "# HELP %s %s\n# TYPE %s histogram\n", name, help, name)
 	for labels, h := range each {
 		comma := ""
@@ -107,6 +151,14 @@ func (w *Writer) Histograms(name, help string, each func(yield func(labels strin
 		sum := math.Float64frombits(h.sum.Load())
 		fmt.Fprintf(w.to, "%s_sum%s %g\n%s_count%s %d\n", name, labels, sum, name, labels, total)
 	}
+}
+
+func (h *Histogram) read() Counts {
+	c := Counts{h.bounds, make([]int64, len(h.counts)), math.Float64frombits(h.sum.Load())}
+	for i := range h.counts {
+		c.Counts[i] = h.counts[i].Load()
+	}
+	return c
 }
 
 // Runtime writes what Go's runtime says of itself, under names that begin with prefix.

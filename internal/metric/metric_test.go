@@ -1,12 +1,14 @@
 package metric
 
 import (
+	"encoding/json"
 	"strings"
 	"sync"
 	"testing"
 )
 
-func TestText(t *testing.T) {
+// TestTextAndValues: the same samples in both forms.
+func TestTextAndValues(t *testing.T) {
 	h := NewHistogram(.5, 2)
 	var observers sync.WaitGroup
 	for range 4 {
@@ -17,14 +19,16 @@ func TestText(t *testing.T) {
 		})
 	}
 	observers.Wait()
+	write := func(w *Writer) {
+		w.Counter("a_total", "A.", 12345678)
+		w.Gauges("b", "B.", Sample{`x="1"`, .5}, Sample{`x="2"`, 1})
+		w.Gauge("c", "C.", 1e21)
+		w.Counters("d_total", "D.")
+		w.Histogram("e", "E.", h)
+		w.Histograms("f", "F.", func(yield func(string, *Histogram) bool) { yield(`r="/"`, h) })
+	}
 	var out strings.Builder
-	w := NewWriter(&out)
-	w.Counter("a_total", "A.", 12345678)
-	w.Gauges("b", "B.", Sample{`x="1"`, .5}, Sample{`x="2"`, 1})
-	w.Gauge("c", "C.", 1e21)
-	w.Counters("d_total", "D.")
-	w.Histogram("e", "E.", h)
-	w.Histograms("f", "F.", func(yield func(string, *Histogram) bool) { yield(`r="/"`, h) })
+	write(NewWriter(&out))
 	const want = `# HELP a_total A.
 # TYPE a_total counter
 a_total 1.2345678e+07
@@ -54,5 +58,15 @@ f_count{r="/"} 12
 `
 	if out.String() != want {
 		t.Errorf("got:\n%s", out.String())
+	}
+
+	values := make(Values)
+	write(values.Collect())
+	got, err := json.Marshal(values)
+	const counts = `{"bounds":[0.5,2],"counts":[8,0,4],"sum":15}`
+	const object = `{"a_total":12345678,"b":{"x=\"1\"":0.5,"x=\"2\"":1},"c":1e+21,"d_total":{},` +
+		`"e":` + counts + `,"f":{"r=\"/\"":` + counts + `}}`
+	if err != nil || string(got) != object {
+		t.Errorf("%v: got:\n%s\nwant:\n%s", err, got, object)
 	}
 }

@@ -70,24 +70,6 @@ func ReadSlot(ctx context.Context, db Querier, name string) (Slot, error) {
 	return s, err
 }
 
-// Retained is what a slot costs its server, in numbers for a gauge.
-type Retained struct {
-	Status             string  // Postgres' wal_status, or missing
-	Active             float64 // 1 while somebody holds it
-	Bytes, Unconfirmed float64 // of WAL that is kept for it; between the last confirmation and the end
-}
-
-// ReadRetained looks at a slot, which need not exist.
-func ReadRetained(ctx context.Context, db Querier, name string) (r Retained, err error) {
-	err = db.QueryRow(ctx, `
-SELECT coalesce(s.wal_status, 'missing'), coalesce(s.active, false)::int::float8,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn), 0)::float8,
-       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn), 0)::float8
-FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1`, name).Scan(
-		&r.Status, &r.Active, &r.Bytes, &r.Unconfirmed)
-	return r, err
-}
-
 // Make makes a slot for pgoutput, which must not exist, and exports a snapshot of the data as of exactly its
 // begin, at. The snapshot lives until the connection's next command. It waits for the transactions that are
 // under way.
