@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"strings"
@@ -12,8 +13,13 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/shopspring/decimal"
 
+	"wallet/internal/book"
+	"wallet/internal/kafka"
+	"wallet/internal/proctest"
 	"wallet/internal/rebuild"
+	"wallet/internal/wal"
 )
 
 // ledgerTables is all that a ledger says, a line a row. Of wallets only what comes back: no key of a
@@ -378,4 +384,101 @@ func TestRebuildWithoutTheTopicsHead(t *testing.T) {
 	t.Log(mustRebuild(t, restored))
 	sameLedger(t, original, ledgerTables(t, between))
 	startRelay(t, restored).await(t, "leader")
+}
+
+// BenchmarkRebuild makes a ledger out of a topic that a producer has filled: 600,000 events of 200,000
+// wallets, with -large 10,000,000 of 10,000,000 and of 1,000,000. The schema's constraints and triggers are
+// in
+// force, and the program is a process of its own.
+func BenchmarkRebuild(b *testing.B) {
+	sizes := [][2]int{{600_000, 200_000}}
+	if *large {
+		sizes = [][2]int{{10_000_000, 1_000_000}, {10_000_000, 10_000_000}}
+	}
+	for _, size := range sizes {
+		b.Run(fmt.Sprintf("%d events of %d wallets", size[0], size[1]), func(b *testing.B) {
+			if b.N > 1 {
+				b.Skip("pass -benchtime 1x: it is made once")
+			}
+			env := testEnv(b, "KAFKA_BROKERS="+stack(b).KafkaBrokers)
+			dropSlotAtEnd(b, env["REPLICATION_SLOT"])
+			cfg, err := readConfig(func(name string) string { return env[name] })
+			if err == nil {
+				err = migrateSchema(context.Background(), cfg)
+			}
+			if err == nil {
+				err = fillTopic(cfg, size[0], size[1])
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			cmd := walletCommand(b, env, "-rebuild")
+			var said bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &said, &said
+			b.ResetTimer()
+			if err := cmd.Start(); err != nil {
+				b.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			most := 0.0
+			for running := true; running; {
+				select {
+				case err = <-ended:
+					running = false
+				case <-time.After(20 * time.Millisecond):
+					most = max(most, proctest.Memory(cmd.Process.Pid, "VmHWM"))
+				}
+			}
+			b.StopTimer()
+			if err != nil || !strings.Contains(said.String(), fmt.Sprintf(" %d entries added", size[0])) {
+				b.Fatalf("%v\n%s", err, said.String())
+			}
+			b.Log(said.String())
+			b.ReportMetric(float64(size[0])/b.Elapsed().Seconds(), "events/s")
+			b.ReportMetric(most, "MB")
+		})
+	}
+}
+
+// fillTopic publishes deposits, wallet after wallet and round after round, as some relay's.
+func fillTopic(cfg *config, events, wallets int) error {
+	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	producer, err := k.NewProducer(transactionalID("1", "gone"))
+	if err != nil {
+		return err
+	}
+	last := checkpoint{Mark: wal.Mark{System: "1", Timeline: 1, Slot: "gone", EndLSN: "0/1"},
+		Partitions: k.Partitions(), Events: int64(events)}
+	record, err := json.Marshal(last)
+	if err != nil {
+		return err
+	}
+	var records eventRecords
+	for done := 0; done < events; {
+		list := make([]event, 0, batchEventsMax)
+		for ; len(list) < cap(list) && done < events; done++ {
+			e := book.Entry{WalletID: int64(1 + done%wallets), Seq: int64(1 + done/wallets),
+				Kind:     book.KindDeposit,
+				Currency: "USD", Amount: decimal.New(1050, -2), Key: fmt.Sprintf("key-%012d", done),
+				CreatedAt: time.Now().UTC().Truncate(time.Microsecond)}
+			e.Balance = e.Amount.Mul(decimal.New(e.Seq, 0))
+			list = append(list, event{walletID: e.WalletID, seq: e.Seq, payload: book.AppendEvent(nil, &e)})
+		}
+		messages, err := records.of(list)
+		if err == nil {
+			err = producer.Send(messages, record)
+		}
+		if err == nil {
+			err = producer.Commit()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
