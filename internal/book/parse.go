@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/shopspring/decimal"
 
 	"wallet/internal/jsontext"
+	"wallet/internal/money"
 )
 
 // ErrNotEvent is ParseEvent's: the text is not what AppendEvent writes.
@@ -231,6 +234,12 @@ func interned(text []byte) string {
 	return string(text)
 }
 
+// Bounds of schema.sql's.
+const (
+	noteLenMax      = 8192
+	referenceLenMax = 255
+)
+
 // Misfit says what is wrong with an entry by itself, or nothing. It has the rules that schema.sql's
 // constraints on entry have, and those that a chain does not ask.
 func (e *Entry) Misfit() string {
@@ -255,6 +264,19 @@ func (e *Entry) Misfit() string {
 	switch {
 	case e.WalletID < 1 || e.Seq < 1:
 		return "it has no number"
+	case !utf8.ValidString(e.Key) || !utf8.ValidString(d.NoteText) || strings.Contains(e.Key, "\x00") ||
+		strings.Contains(d.NoteText, `\u0000`):
+		return "it is no text that a database takes"
+	case len(d.NoteText) > noteLenMax || len(d.Note.Reference) > referenceLenMax:
+		return "it says too much"
+	case e.Amount.Exponent() < -money.DecimalsMax || e.Balance.GreaterThanOrEqual(money.Limit):
+		return "its amount has too many decimals, or its balance too many digits"
+	case e.Kind == KindState && !slices.Contains(WalletStates, d.Note.State):
+		return "it sets no known state"
+	case e.Kind == KindState && d.Note.State == StateClosed && !e.Balance.IsZero():
+		return "it closes a wallet that is not empty"
+	case e.Kind == KindHold && d.Note.ExpiresAt.IsZero():
+		return "it holds for ever"
 	case transfer != (e.CounterpartyID > 0 && e.CounterpartySeq > 0) || e.CounterpartyID == e.WalletID:
 		return "its counterparty is none"
 	case len(e.Key) == 0 || len(e.Key) > KeyLenMax:

@@ -123,3 +123,62 @@ func BenchmarkParseEvent(b *testing.B) {
 		}
 	}
 }
+
+// TestMisfits: what no constraint of the schema would let in is told before it is tried.
+func TestMisfits(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	n := func(s string) decimal.Decimal { return decimal.RequireFromString(s) }
+	deposit := Entry{WalletID: 7, Seq: 3, Kind: KindDeposit, Currency: "USD", Amount: n("1"), Balance: n("2"),
+		Key: "k", CreatedAt: at}
+	hold := deposit
+	hold.Kind, hold.Amount = KindHold, decimal.Decimal{}
+	hold.More = &Details{HeldChange: n("1"), Held: n("1"), Remaining: n("1"), Note: Note{ExpiresAt: at}}
+	state := deposit
+	state.Kind, state.Amount, state.More = KindState, decimal.Decimal{},
+		&Details{Note: Note{State: StateOpen}}
+	capture := deposit
+	capture.Kind, capture.Amount = KindWithdrawal, n("-1")
+	capture.More = &Details{OfSeq: 2, HeldChange: n("-1")}
+	for _, e := range []Entry{deposit, hold, state, capture} {
+		if wrong := e.Misfit(); wrong != "" {
+			t.Fatalf("%+v: %s", e, wrong)
+		}
+	}
+	for i, c := range []struct {
+		e     Entry
+		alter func(e *Entry, d *Details)
+	}{
+		{deposit, func(e *Entry, _ *Details) { e.Kind = "gift" }},
+		{deposit, func(e *Entry, _ *Details) { e.Amount = n("-1") }},
+		{deposit, func(e *Entry, _ *Details) { e.Amount = n("0.0000000000000000001") }},
+		{deposit, func(e *Entry, _ *Details) { e.Balance = n("0.5") }},
+		{deposit, func(e *Entry, _ *Details) { e.Balance = n("100000000000000000000") }},
+		{deposit, func(e *Entry, _ *Details) { e.Seq = 0 }},
+		{deposit, func(e *Entry, _ *Details) { e.Key = "" }},
+		{deposit, func(e *Entry, _ *Details) { e.Key = "a\x00" }},
+		{deposit, func(e *Entry, _ *Details) { e.Key = "a\xff" }},
+		{deposit, func(e *Entry, _ *Details) { e.CounterpartyID, e.CounterpartySeq = 9, 1 }},
+		{deposit, func(e *Entry, d *Details) { e.More = d; d.OfSeq = 3 }},
+		{deposit, func(e *Entry, d *Details) { e.More = d; d.NoteText = strings.Repeat("x", 9000) }},
+		{deposit, func(e *Entry, d *Details) { e.More = d; d.OfSeq, d.HeldChange = 2, n("-1") }},
+		{hold, func(e *Entry, d *Details) { d.HeldChange = n("-1") }},
+		{hold, func(e *Entry, d *Details) { d.Remaining = n("0.5") }},
+		{hold, func(e *Entry, d *Details) { d.Note.ExpiresAt = time.Time{} }},
+		{hold, func(e *Entry, _ *Details) { e.Amount = n("1") }},
+		{hold, func(e *Entry, _ *Details) { e.Kind = KindRelease }},
+		{state, func(e *Entry, d *Details) { d.Note.State = "odd" }},
+		{state, func(e *Entry, d *Details) { d.Note.State = StateClosed }},
+		{capture, func(e *Entry, d *Details) { d.HeldChange = n("-0.5") }},
+		{capture, func(e *Entry, d *Details) { d.OfSeq = 0 }},
+		{capture, func(e *Entry, d *Details) { d.Remaining = n("-1") }},
+	} {
+		d := *c.e.Says()
+		if c.e.More != nil {
+			c.e.More = &d
+		}
+		c.alter(&c.e, &d)
+		if c.e.Misfit() == "" {
+			t.Errorf("%d: %+v %+v fits", i, c.e, c.e.Says())
+		}
+	}
+}

@@ -38,7 +38,12 @@ WHERE datname = current_database() AND application_name IN ('wallet read', 'wall
 
 // KeepOut takes the ledger for itself, as the owner of its tables. It fails where a service is at work.
 func KeepOut(ctx context.Context, ownerURL string) (*Guard, error) {
-	conn, err := pgx.Connect(ctx, ownerURL)
+	cfg, err := pgx.ParseConfig(ownerURL)
+	if err != nil {
+		return nil, fmt.Errorf("MIGRATE_URL: %w", err)
+	}
+	cfg.RuntimeParams["tcp_keepalives_idle"] = "10" // it says nothing for as long as the check takes
+	conn, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect with MIGRATE_URL: %w", err)
 	}
