@@ -171,6 +171,43 @@ func TestRebuild(t *testing.T) {
 	}
 }
 
+// TestBothWays: Kafka is lost, and new topics get the whole ledger; then Postgres is lost, and an empty
+// database gets it back out of these. The ledger is what it was, and so is each event.
+func TestBothWays(t *testing.T) {
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=3")
+	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
+	w := start(t, env)
+	moveAtRandom(t, 6, 50, 8, func() *running { return w })
+	w.end()
+	original := published(t, w.cfg)
+	events := func(cfg *config) map[string]string {
+		found := make(map[string]string)
+		for m := range consume(t, cfg, len(original["entry"])) {
+			found[string(m.Headers[1].Value)] = string(m.Value)
+		}
+		return found
+	}
+	before := events(w.cfg)
+
+	env = maps.Clone(env)
+	env["KAFKA_TOPIC"] += "-new"
+	env["KAFKA_CHECKPOINT_TOPIC"] += "-new"
+	cfg, err := readConfig(func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameLedger(t, original, published(t, cfg))
+	if after := events(cfg); !maps.Equal(before, after) || len(after) != len(original["entry"]) {
+		t.Errorf("%d events in the former topic, %d in the new one, of %d entries, or some differ",
+			len(before),
+			len(after), len(original["entry"]))
+	}
+	_, cfg = elsewhere(t, env, stack(t).database(t))
+	migrated(t, cfg)
+	mustRebuild(t, cfg)
+	sameLedger(t, original, published(t, cfg))
+}
+
 // TestRebuildRefuses: each thing that is in the way is said in one sentence, and nothing is written.
 func TestRebuildRefuses(t *testing.T) {
 	g := newRig(t)
