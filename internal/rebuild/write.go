@@ -18,7 +18,6 @@ import (
 	"github.com/shopspring/decimal"
 
 	"wallet/internal/book"
-	"wallet/internal/jsontext"
 	"wallet/internal/money"
 )
 
@@ -171,17 +170,20 @@ func (l *Postgres) Open(ctx context.Context, id int64) (map[int64]decimal.Decima
 
 const (
 	queryNumbers = `
-SELECT w.id, w.seq FROM unnest($1::bigint[]) AS u (id) JOIN wallet w ON w.id = u.id WHERE w.seq > 0`
+SELECT w.id, w.seq FROM unnest($1::bigint[]) AS u (id) JOIN wallet w ON w.id = u.id`
 
-	// First, since entry_fits_wallet asks that a wallet's row is at its last entry when that comes.
-	upsertWallets = `
-INSERT INTO wallet (id, currency, balance, seq, entry_at, created_at, held, state, state_seq)
-SELECT unnest($1::bigint[]), unnest($2::text[]), unnest($3::text[])::numeric, unnest($4::bigint[]),
-       unnest($5::timestamptz[]), unnest($6::timestamptz[]), unnest($7::text[])::numeric,
-       nullif(unnest($8::text[]), ''), nullif(unnest($9::bigint[]), 0)
-ON CONFLICT (id) DO UPDATE SET balance = excluded.balance, seq = excluded.seq, entry_at = excluded.entry_at,
-    held = excluded.held, state = coalesce(excluded.state, wallet.state),
-    state_seq = coalesce(excluded.state_seq, wallet.state_seq)`
+	// Wallets come first, since entry_fits_wallet asks that a wallet's row is at its last entry when that
+	// comes.
+	copyWallets = `
+COPY wallet (id, currency, balance, seq, entry_at, created_at, held, state, state_seq) FROM STDIN`
+
+	updateWallets = `
+UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at, held = n.held,
+    state = coalesce(n.state, wallet.state), state_seq = coalesce(n.state_seq, wallet.state_seq)
+FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
+             unnest($4::timestamptz[]) AS entry_at, unnest($5::text[])::numeric AS held,
+             nullif(unnest($6::text[]), '') AS state, nullif(unnest($7::bigint[]), 0) AS state_seq) n
+WHERE wallet.id = n.id`
 
 	insertHolds = `
 INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
@@ -213,23 +215,11 @@ COPY entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind,
 // Write is Ledger's.
 func (l *Postgres) Write(ctx context.Context, events []Event) (written int, err error) {
 	err = pgx.BeginFunc(ctx, l.Pool, func(tx pgx.Tx) error {
-		numbers := make(map[int64]int64)
-		if !l.empty {
-			for i := range events {
-				numbers[events[i].WalletID] = 0
-			}
-			ids := make([]int64, 0, len(numbers))
-			for id := range numbers {
-				ids = append(ids, id)
-			}
-			rows, _ := tx.Query(ctx, queryNumbers, ids)
-			var id, seq int64
-			_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error { numbers[id] = seq; return nil })
-			if err != nil {
-				return err
-			}
+		numbers, err := l.numbers(ctx, tx, events)
+		if err != nil {
+			return err
 		}
-		c := newChunk(len(events))
+		c := newChunk(len(events), numbers)
 		for i := range events {
 			if events[i].Seq <= numbers[events[i].WalletID] {
 				continue
@@ -254,29 +244,52 @@ func (l *Postgres) Write(ctx context.Context, events []Event) (written int, err 
 	return written, nil
 }
 
+// numbers are those of the last entries of the wallets that are there.
+func (l *Postgres) numbers(ctx context.Context, tx pgx.Tx, events []Event) (map[int64]int64, error) {
+	if l.empty {
+		return nil, nil
+	}
+	met := make(map[int64]bool, len(events))
+	ids := make([]int64, 0, len(events))
+	for i := range events {
+		if id := events[i].WalletID; !met[id] {
+			met[id] = true
+			ids = append(ids, id)
+		}
+	}
+	numbers := make(map[int64]int64, len(ids))
+	rows, _ := tx.Query(ctx, queryNumbers, ids)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error { numbers[id] = seq; return nil })
+	return numbers, err
+}
+
 // chunk is what some events come to.
 type chunk struct {
+	numbers    map[int64]int64 // of the wallets that are there, as far as was looked
 	entries    int
 	wallets    map[int64]*book.Wallet
 	holds      map[book.EntryKey]*book.Hold
 	reversals  map[book.EntryKey]*book.Reversal
-	text       buffer // of COPY
+	text       buffer // of COPY: entries
 	references buffer
 }
 
-func newChunk(n int) *chunk {
-	return &chunk{wallets: make(map[int64]*book.Wallet, n/2), holds: make(map[book.EntryKey]*book.Hold),
-		reversals: make(map[book.EntryKey]*book.Reversal), text: buffer{make([]byte, 0, n*140)}}
+func newChunk(n int, numbers map[int64]int64) *chunk {
+	return &chunk{numbers: numbers, wallets: make(map[int64]*book.Wallet, n/2),
+		holds:     make(map[book.EntryKey]*book.Hold),
+		reversals: make(map[book.EntryKey]*book.Reversal), text: buffer{bytes: make([]byte, 0, n*140)}}
 }
 
 // add takes an entry up. It follows from those before it.
 func (c *chunk) add(e *book.Entry) {
 	c.entries++
-	c.copyEntry(e)
+	c.text.entry(e)
 	d := e.Says()
 	w := c.wallets[e.WalletID]
 	if w == nil {
-		w = &book.Wallet{ID: e.WalletID, CreatedAt: e.CreatedAt} // of one that is there, its own is kept
+		_, there := c.numbers[e.WalletID]
+		w = &book.Wallet{ID: e.WalletID, CreatedAt: e.CreatedAt, Exists: there || e.Seq > 1}
 		c.wallets[e.WalletID] = w
 	}
 	w.Currency, w.Seq, w.EntryAt, w.Balance, w.Held = e.Currency, e.Seq, e.CreatedAt, e.Balance, d.Held
@@ -300,12 +313,7 @@ func (c *chunk) add(e *book.Entry) {
 		r.Reversed = r.Reversed.Add(e.Amount.Abs())
 	}
 	if d.Note.Reference != "" && e.Kind != book.KindTransferIn {
-		c.references.text(d.Note.Reference)
-		c.references.next()
-		c.references.integer(e.WalletID)
-		c.references.next()
-		c.references.integer(e.Seq)
-		c.references.end()
+		c.references.reference(e.WalletID, e.Seq, d.Note.Reference)
 	}
 }
 
@@ -332,36 +340,65 @@ func (c *chunk) endHold(e *book.Entry, d *book.Details) {
 
 func (c *chunk) write(ctx context.Context, tx pgx.Tx) error {
 	b := new(pgx.Batch)
-	c.queueWallets(b)
+	made := c.queueWallets(b)
 	c.queueHolds(b)
 	c.queueReversals(b)
-	if err := tx.SendBatch(ctx, b).Close(); err != nil {
-		return err
+	if b.Len() > 0 {
+		if err := tx.SendBatch(ctx, b).Close(); err != nil {
+			return err
+		}
 	}
-	conn := tx.Conn().PgConn()
-	tag, err := conn.CopyFrom(ctx, c.text.reader(), copyEntries)
-	if err == nil && tag.RowsAffected() != int64(c.entries) {
-		err = fmt.Errorf("%d of %d entries were taken", tag.RowsAffected(), c.entries)
+	for _, rows := range []struct {
+		sql string
+		buffer
+	}{{copyWallets, made}, {copyEntries, c.text}, {copyReferences, c.references}} {
+		if rows.n == 0 {
+			continue
+		}
+		tag, err := tx.Conn().PgConn().CopyFrom(ctx, rows.reader(), rows.sql)
+		if err == nil {
+			err = all(rows.n, "rows are taken")(tag)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	if err == nil && len(c.references.bytes) > 0 {
-		_, err = conn.CopyFrom(ctx, c.references.reader(), copyReferences)
-	}
-	return err
+	return nil
 }
 
-func (c *chunk) queueWallets(b *pgx.Batch) {
-	n := len(c.wallets)
-	ids, seqs, stateSeqs := make([]int64, 0, n), make([]int64, 0, n), make([]int64, 0, n)
-	currencies, balances := make([]string, 0, n), make([]string, 0, n)
-	helds, states := make([]string, 0, n), make([]string, 0, n)
-	ats, createdAts := make([]time.Time, 0, n), make([]time.Time, 0, n)
-	for _, w := range c.wallets {
-		ids, seqs, stateSeqs = append(ids, w.ID), append(seqs, w.Seq), append(stateSeqs, w.StateSeq)
-		currencies, balances = append(currencies, w.Currency), append(balances, money.Text(w.Balance))
-		helds, states = append(helds, money.Text(w.Held)), append(states, w.State)
-		ats, createdAts = append(ats, w.EntryAt), append(createdAts, w.CreatedAt)
+// all checks that a command was about as many rows as it should.
+func all(n int, what string) func(pgconn.CommandTag) error {
+	return func(tag pgconn.CommandTag) error {
+		if tag.RowsAffected() != int64(n) {
+			return fmt.Errorf("%d of %d %s: this ledger is damaged, rebuild into an empty database",
+				tag.RowsAffected(), n, what)
+		}
+		return nil
 	}
-	b.Queue(upsertWallets, ids, currencies, balances, seqs, ats, createdAts, helds, states, stateSeqs)
+}
+
+// queueWallets moves on the wallets that are there, and returns the rows of the others.
+func (c *chunk) queueWallets(b *pgx.Batch) (made buffer) {
+	var moved struct {
+		ids, seqs, stateSeqs    []int64
+		balances, helds, states []string
+		ats                     []time.Time
+	}
+	for _, w := range c.wallets {
+		if !w.Exists {
+			made.wallet(w)
+			continue
+		}
+		moved.ids, moved.seqs = append(moved.ids, w.ID), append(moved.seqs, w.Seq)
+		moved.balances = append(moved.balances, money.Text(w.Balance))
+		moved.helds, moved.ats = append(moved.helds, money.Text(w.Held)), append(moved.ats, w.EntryAt)
+		moved.states, moved.stateSeqs = append(moved.states, w.State), append(moved.stateSeqs, w.StateSeq)
+	}
+	if n := len(moved.ids); n > 0 {
+		b.Queue(updateWallets, moved.ids, moved.balances, moved.seqs, moved.ats, moved.helds, moved.states,
+			moved.stateSeqs).Exec(all(n, "wallets are there"))
+	}
+	return made
 }
 
 func (c *chunk) queueHolds(b *pgx.Batch) {
@@ -388,13 +425,7 @@ func (c *chunk) queueHolds(b *pgx.Batch) {
 	}
 	if s := &moved; len(s.seqs) > 0 {
 		b.Queue(updateHolds, s.wallets, s.seqs, s.captured, s.remaining, s.statuses, s.lastSeqs).Exec(
-			func(tag pgconn.CommandTag) error {
-				if tag.RowsAffected() != int64(len(s.seqs)) {
-					return fmt.Errorf("%d of %d holds are there: this ledger is damaged, rebuild into an "+
-						"empty database", tag.RowsAffected(), len(s.seqs))
-				}
-				return nil
-			})
+			all(len(s.seqs), "holds are there"))
 	}
 }
 
@@ -408,45 +439,4 @@ func (c *chunk) queueReversals(b *pgx.Batch) {
 	if len(seqs) > 0 {
 		b.Queue(upsertReversals, wallets, seqs, amounts, reversed)
 	}
-}
-
-// copyEntry appends a row in COPY's text format, its columns in copyEntries' order.
-func (c *chunk) copyEntry(e *book.Entry) {
-	t, d := &c.text, e.Says()
-	t.integer(e.WalletID)
-	t.next()
-	t.integer(e.Seq)
-	t.next()
-	t.integerOrNull(e.CounterpartyID)
-	t.next()
-	t.integerOrNull(e.CounterpartySeq)
-	t.next()
-	t.bytes = e.CreatedAt.UTC().AppendFormat(t.bytes, jsontext.TimeFormat)
-	t.next()
-	t.text(e.Kind)
-	t.next()
-	t.number(e.Amount)
-	t.next()
-	t.number(e.Balance)
-	t.next()
-	t.text(e.Key)
-	t.next()
-	t.integerOrNull(d.OfSeq)
-	t.next()
-	t.numberOrNull(d.HeldChange)
-	t.next()
-	t.numberOrNull(d.Held)
-	t.next()
-	if d.OfSeq != 0 || e.Kind == book.KindHold {
-		t.number(d.Remaining)
-	} else {
-		t.null()
-	}
-	t.next()
-	if d.NoteText != "" {
-		t.text(d.NoteText)
-	} else {
-		t.null()
-	}
-	t.end()
 }
