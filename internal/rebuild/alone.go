@@ -24,8 +24,8 @@ type Guard struct {
 	conn *pgx.Conn
 }
 
-// Every batch adds to the outbox, and nothing in the world is posted without. So a service that is started
-// meanwhile waits, and what it is asked to do is refused. Two rebuilds exclude each other as well.
+// Every batch adds to the outbox, so a service that is started meanwhile posts nothing: its clients are told
+// to try again. Two rebuilds exclude each other as well.
 const lockOutbox = `
 BEGIN;
 SET LOCAL idle_in_transaction_session_timeout = 0;
