@@ -139,6 +139,7 @@ type relay struct {
 	db       *pgxpool.Pool
 	cache    *cache // may be nil
 	adopting bool   // -adopt: accept another database, recover, and end
+	rebuilt  bool   // -rebuild, at its end: nothing need be compared any more
 
 	born time.Time // what is timed counts from here, untouched by steps of the clock
 
@@ -1128,6 +1129,10 @@ const horizonDoubt = 24 * time.Hour
 func (p *publisher) recover(ctx context.Context) error {
 	p.enter("recovering", "slot_begins", p.past.at, "checkpoint", p.last.EndLSN)
 	p.recoveries.Add(1)
+	if p.rebuilt { // and nobody writes
+		p.last.Timeline = p.id.Timeline
+		return p.commit(&batch{upTo: wal.Position{End: p.past.at}})
+	}
 	h := p.last.Horizon
 	if h != nil {
 		var distance int64

@@ -6,6 +6,7 @@
 //	wallet -new-key   make an API key for a client: name and scopes, as in checkout:read+write
 //	wallet -audit     compare ledger and topic, then exit: 0 clean, 1 findings
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
+//	wallet -rebuild   make the ledger whole out of the topic, in an empty or restored database, then exit
 //
 // This file: configuration, start and stop, the table of routes and their handlers. It holds no rule about
 // money (wallet.go), no event or answer (outbox.go), no relay (cdc.go), no read (cache.go). What stands
@@ -41,28 +42,31 @@ import (
 	"wallet/internal/export"
 	"wallet/internal/gate"
 	"wallet/internal/jsontext"
+	"wallet/internal/kafka"
 	"wallet/internal/logs"
 	"wallet/internal/look"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
 	"wallet/internal/parts"
 	"wallet/internal/pg"
+	"wallet/internal/rebuild"
+	"wallet/internal/wal"
 )
 
 func main() {
 	program := cmdline.Program{Name: "wallet", Serves: "serve", Jobs: jobs,
 		Settings: new(config).settings(),
 		Try:      "To start everything on this machine, in a checkout: " + startEverything}
-	job, argument, status, done := program.Parse(os.Args[1:], os.Stdout, os.Stderr)
+	asked, status, done := program.Parse(os.Args[1:], os.Stdout, os.Stderr)
 	if done {
 		os.Exit(status)
 	}
-	switch job {
+	switch asked.Job {
 	case "version":
 		fmt.Println(buildVersion())
 		return
 	case "new-key":
-		key, line, err := gate.MakeKey(argument)
+		key, line, err := gate.MakeKey(asked.Argument)
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "wallet: %v; say it as in -new-key checkout:read+write\n", err)
 			os.Exit(2)
@@ -80,7 +84,7 @@ func main() {
 
 	ctx := parts.UntilSignal(os.Stderr, os.Exit)
 	exit := 0
-	switch job {
+	switch asked.Job {
 	case "migrate":
 		err = parts.WaitFor(ctx, "Postgres",
 			func(ctx context.Context) error { return migrateSchema(ctx, cfg) })
@@ -94,6 +98,9 @@ func main() {
 		}
 	case "adopt":
 		err = adopt(ctx, &cfg.relayConfig)
+	case "rebuild":
+		parts.LimitMemory(rebuildMemory)
+		err = rebuildLedger(ctx, cfg, asked.Options["rebuild-skip"], os.Stdout)
 	default:
 		parts.TuneCollector()
 		var s *service
@@ -119,6 +126,9 @@ var jobs = []cmdline.Job{
 	{Name: "migrate", Help: "apply the schema as the owner (MIGRATE_URL), then exit"},
 	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings"},
 	{Name: "adopt", Help: "let the relay go on in another database (say, a restore), then exit"},
+	{Name: "rebuild", Help: "make the ledger whole out of the topic, then exit",
+		Options: []cmdline.Job{{Name: "rebuild-skip", Argument: "IDS",
+			Help: "wallets to leave as they are, comma-separated"}}},
 	{Name: "new-key", Argument: "NAME:SCOPES",
 		Help: "make an API key, as in checkout:read+write (also: operate), then exit"},
 	{Name: "version", Help: "print the version, then exit"},
@@ -326,6 +336,106 @@ func validateSchema(ctx context.Context, cfg *config) error {
 	}
 	defer conn.Close(context.Background())
 	return schema.Validate(ctx, conn)
+}
+
+// rebuildMemory is above what a rebuild has live at a time, and leaves room below 200 MB for what the
+// collector does not see.
+const rebuildMemory = 150 << 20
+
+// rebuildLedger is `wallet -rebuild`: it adds to the ledger what the topic holds beyond it, and then makes
+// this database the topic's.
+func rebuildLedger(ctx context.Context, cfg *config, skipped string, out io.Writer) error {
+	skip, err := rebuild.ParseSkip(skipped)
+	if err != nil {
+		return err
+	}
+	if len(cfg.kafkaBrokers) == 0 {
+		return errors.New("set KAFKA_BROKERS to host:port of a broker: the ledger is rebuilt out of the " +
+			"topic")
+	}
+	pool, err := rebuild.Pool(cfg.databaseURL)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	if has, err := schema.Has(ctx, pool); err != nil {
+		return err
+	} else if has != schema.Version {
+		return fmt.Errorf("the schema is at version %d and this program needs %d: run `wallet -migrate` "+
+			"first",
+			has, schema.Version)
+	}
+	r := newRelay(&cfg.relayConfig, pool, nil)
+	r.adopting, r.rebuilt = true, true
+	if _, err := r.awaitSlot(ctx); err != nil {
+		return err
+	}
+	guard, err := rebuild.KeepOut(ctx, cfg.migrateURL)
+	if err != nil {
+		return err
+	}
+	defer guard.Release()
+	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
+	if err != nil {
+		return fmt.Errorf("kafka: %w", err)
+	}
+	defer k.Close()
+	topic, last, err := r.takeTopic(ctx, k)
+	if err != nil {
+		return err
+	}
+	ledger, err := rebuild.NewPostgres(ctx, pool, guard.Check)
+	if err != nil {
+		return err
+	}
+	totals, err := rebuild.Run(ctx, topic, ledger,
+		rebuild.Options{Skip: skip, Published: last.Events, Out: out, Progress: os.Stderr})
+	if err != nil {
+		return err
+	}
+	if err := topic.Unchanged(k); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "%d wallets and %d events in the topic, %d entries added\n", totals.Wallets,
+		totals.Events,
+		totals.Written)
+	if totals.NotSeen > 0 {
+		fmt.Fprintf(out, "%d wallets of this ledger have no event in what is left of the topic\n",
+			totals.NotSeen)
+	}
+	if len(skip) > 0 {
+		fmt.Fprintf(out, "%d events of %d wallets were left out: give the ledger new topics (KAFKA_TOPIC, "+
+			"KAFKA_CHECKPOINT_TOPIC) before the service starts, since their numbers will be used again\n",
+			totals.Skipped, len(skip))
+	} else if err := r.lead(ctx); err != nil { // to the point where slot and checkpoint are this database's
+		return err
+	}
+	fmt.Fprintln(out, "not in the topic, and so not here unless a backup had them: wallets that were "+
+		"created and never used, the keys that created wallets, and what was not yet published when the "+
+		"data were lost")
+	return nil
+}
+
+// takeTopic fences the topic's relay, whichever database it is of, and reads how far the topic goes.
+func (r *relay) takeTopic(ctx context.Context, k *kafka.Client) (topic rebuild.Topic, last checkpoint,
+	err error,
+) {
+	found, err := lastCheckpoint(k, r.cfg.kafkaCheckpointTopic)
+	if err == nil {
+		err = r.fits(ctx, found, wal.Identity{}, k)
+	}
+	if err == nil && found != nil {
+		last = *found
+		_, err = k.NewProducer(transactionalID(last.System, last.Slot))
+	}
+	if err == nil {
+		topic, err = rebuild.ReadTopic(ctx, k, r.cfg.kafkaTopic, eventIDOf)
+	}
+	if err == nil && topic.Empty() {
+		err = fmt.Errorf("topic %s holds no event: set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to the "+
+			"topics that this ledger published to", topic.Name)
+	}
+	return topic, last, err
 }
 
 // prepare makes the database ready for writes.

@@ -912,7 +912,6 @@ func runBlocks(t *testing.T, blocks [][]string) {
 	}
 	suffix := fmt.Sprintf("_%d_%d", os.Getpid(), names.Add(1)) // roles belong to the whole cluster
 	ours := strings.NewReplacer(
-		"http://127.0.0.1:8080", w.http.URL,
 		"http://127.0.0.1:8081", operators.URL,
 		"go run -C dev . events", fmt.Sprintf("%s events -data . -brokers %s -topic %s", dev,
 			stack(t).KafkaBrokers, w.env["KAFKA_TOPIC"]),
@@ -927,7 +926,21 @@ func runBlocks(t *testing.T, blocks [][]string) {
 	)
 	folder := t.TempDir()
 	for _, block := range blocks {
-		command := ours.Replace(block[2])
+		command := strings.ReplaceAll(ours.Replace(block[2]), "http://127.0.0.1:8080", w.http.URL)
+		switch strings.TrimSpace(command) { // what no shell can do to a service within this process
+		case "systemctl stop wallet":
+			checkAudit(t, w.cfg) // which waits until all is published
+			w.end()
+			// Its server is lost, and the slot with it.
+			connect(t, w.env["DATABASE_URL"]).Exec(context.Background(),
+				`SELECT pg_drop_replication_slot($1)`, w.env["REPLICATION_SLOT"])
+			continue
+		case "systemctl start wallet":
+			database.Path = "/wallet" + suffix // that the page has made
+			w.env["DATABASE_URL"] = database.String()
+			w = start(t, w.env)
+			continue
+		}
 		if block[1] == "sql" {
 			conn := connect(t, w.env["DATABASE_URL"])
 			for _, statement := range strings.Split(command, ";\n") {

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	apps "k8s.io/api/apps/v1"
+	batch "k8s.io/api/batch/v1"
 	core "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
 	policy "k8s.io/api/policy/v1"
@@ -178,6 +179,15 @@ func TestEachFaultIsRefused(t *testing.T) {
 		{"\n  KAFKA_CONTROLLER_QUORUM_VOTERS: 0@", "\n  KAFKA_CONTROLLER_QUORUM_VOTERS: 1@", "QUORUM_VOTERS"},
 		{"KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"false\"", "KAFKA_AUTO_CREATE_TOPICS_ENABLE: \"true\"",
 			"AUTO_CREATE"},
+		// Backups.
+		{"  suspend: true\n", "  suspend: false\n", "CronJob wallet-backup is not suspended"},
+		{"concurrencyPolicy: Forbid", "concurrencyPolicy: Allow", "CronJob wallet-backup may run twice"},
+		{"claimName: wallet-backup", "claimName: wallet-backups", "no claim wallet-backups"},
+		{"              value: wallet_owner\n", "              value: wallet_service\n", "as its owner"},
+		{"args: [-rebuild]", "args: [-adopt]", "does not rebuild"},
+		{"          restartPolicy: Never", "          restartPolicy: OnFailure", "ends must be seen"},
+		{"image: postgres:18.4     # not", "image: postgres:17.9     # not", "image postgres:17.9 is not " +
+			"postgres:18.4"},
 		// Who may talk to whom.
 		{"  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: redis",
 			"  name: redis\n  namespace: wallet\nspec:\n  podSelector:\n    matchLabels:\n      app: rediss",
@@ -355,6 +365,8 @@ type manifest struct {
 	secrets    map[string]map[string]string
 	services   map[string]*core.Service
 	workloads  []*workload
+	jobs       []*batch.CronJob
+	claims     map[string]bool // that are no templates
 	deployment *apps.Deployment
 	budgets    []*policy.PodDisruptionBudget
 	ingresses  []*networking.Ingress
@@ -374,9 +386,13 @@ type workload struct {
 
 func (w *workload) String() string { return w.kind + " " + w.name }
 
+// ends says that its pods do their work and go.
+func (w *workload) ends() bool { return w.kind == "CronJob" }
+
 func parse(text string, known map[string]string) (*manifest, error) {
 	m := &manifest{settings: known, names: make(map[string]bool), configs: make(map[string]map[string]string),
-		secrets: make(map[string]map[string]string), services: make(map[string]*core.Service)}
+		secrets: make(map[string]map[string]string), services: make(map[string]*core.Service),
+		claims: make(map[string]bool)}
 	for i, document := range regexp.MustCompile(`(?m)^---$`).Split(text, -1) {
 		if err := m.add([]byte(document)); err != nil {
 			return nil, fmt.Errorf("document %d: %w", i+1, err)
@@ -438,6 +454,17 @@ func (m *manifest) add(document []byte) error {
 			m.workloads = append(m.workloads,
 				&workload{o.Kind, o.Name, int(*o.Spec.Replicas), o.Spec.Selector, o.Spec.Template, nil, ""})
 		}
+	case "v1 PersistentVolumeClaim":
+		o := new(core.PersistentVolumeClaim)
+		err = strict(o)
+		m.claims[o.Name] = true
+	case "batch/v1 CronJob":
+		o := new(batch.CronJob)
+		if err = strict(o); err == nil {
+			m.jobs = append(m.jobs, o)
+			m.workloads = append(m.workloads,
+				&workload{o.Kind, o.Name, 1, nil, o.Spec.JobTemplate.Spec.Template, nil, ""})
+		}
 	case "policy/v1 PodDisruptionBudget":
 		o := new(policy.PodDisruptionBudget)
 		err = strict(o)
@@ -493,10 +520,13 @@ func (m *manifest) check() error {
 			m.checkResources(w, c)
 		}
 		for i := range w.pods.Spec.Containers {
-			m.checkProbes(w, &w.pods.Spec.Containers[i])
+			if !w.ends() {
+				m.checkProbes(w, &w.pods.Spec.Containers[i])
+			}
 		}
 	}
 	m.checkServices()
+	m.checkJobs()
 	m.checkAddresses()
 	m.checkWayIn()
 	m.checkPolicies()
@@ -560,7 +590,7 @@ func (m *manifest) selected(s *meta.LabelSelector) []*workload {
 }
 
 func (m *manifest) checkSelectors(w *workload) {
-	m.must(w.matches(w.selector), "%v: its selector does not match its own pods", w)
+	m.must(w.ends() || w.matches(w.selector), "%v: its selector does not match its own pods", w)
 	m.must(w.serviceName == "" || m.services[w.serviceName] != nil, "%v: there is no Service %s", w,
 		w.serviceName)
 	for _, s := range w.pods.Spec.TopologySpreadConstraints {
@@ -615,7 +645,10 @@ func (m *manifest) checkVolumes(w *workload) {
 			files[v.Name] = m.secrets[v.Secret.SecretName]
 			m.must(files[v.Name] != nil, "%v: there is no Secret %s", w, v.Secret.SecretName)
 		}
-		m.must(v.PersistentVolumeClaim == nil, "%v: volume %s: the claims here are templates", w, v.Name)
+		if claim := v.PersistentVolumeClaim; claim != nil {
+			m.must(w.ends(), "%v: volume %s: the claims here are templates", w, v.Name)
+			m.must(m.claims[claim.ClaimName], "%v: there is no claim %s", w, claim.ClaimName)
+		}
 	}
 	for _, c := range w.claims {
 		volumes[c.Name] = false
@@ -697,7 +730,11 @@ var roles = map[string]string{"DATABASE_URL": "wallet_service", "REPLICATION_URL
 
 func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 	seen := m.environment(w, c)
-	if w.name != "wallet-server" {
+	if w.ends() && strings.HasPrefix(c.Image, "postgres:") {
+		m.must(seen["PGUSER"] == "wallet_owner" && seen["PGPASSWORD"] == "<OWNER_PASSWORD>" &&
+			m.services[seen["PGHOST"]] != nil, "%v, %s does not come to the database as its owner", w, c.Name)
+	}
+	if w.name != "wallet-server" && w.name != "wallet-restore" || !strings.HasPrefix(c.Image, "wallet:") {
 		return
 	}
 	used := make(map[string]bool)
@@ -720,6 +757,10 @@ func (m *manifest) checkEnvironment(w *workload, c *core.Container) {
 	allowed := []string{"<SERVICE_PASSWORD>", "<RELAY_PASSWORD>"}
 	if c != w.container() {
 		allowed = []string{"<OWNER_PASSWORD>"}
+	} else if w.ends() {
+		allowed = append(allowed, "<OWNER_PASSWORD>")
+		m.must(slices.Equal(c.Args, []string{"-rebuild"}) && seen["MIGRATE_URL"] != "" &&
+			seen["KAFKA_BROKERS"] != "", "%v, %s does not rebuild", w, c.Name)
 	}
 	for _, value := range seen {
 		for _, secret := range regexp.MustCompile(`<[A-Z_]+>`).FindAllString(value, -1) {
@@ -803,6 +844,27 @@ func (m *manifest) checkServices() {
 				"PodDisruptionBudget %s: a node could never be drained", b.Name)
 		}
 	}
+}
+
+// checkJobs: they are there for the day when somebody asks.
+func (m *manifest) checkJobs() {
+	for _, j := range m.jobs {
+		m.must(j.Spec.Suspend != nil && *j.Spec.Suspend, "CronJob %s is not suspended", j.Name)
+		m.must(j.Spec.ConcurrencyPolicy == batch.ForbidConcurrent, "CronJob %s may run twice at a time",
+			j.Name)
+		pod := &j.Spec.JobTemplate.Spec.Template.Spec
+		m.must(pod.RestartPolicy == core.RestartPolicyNever && j.Spec.JobTemplate.Spec.BackoffLimit != nil,
+			"CronJob %s: its pods' ends must be seen, and their number bounded", j.Name)
+		for _, c := range append(slices.Clone(pod.InitContainers), pod.Containers...) {
+			own := strings.HasPrefix(c.Image, "wallet:")
+			image := m.workload("postgres").container().Image
+			if own {
+				image = m.workload("wallet-server").container().Image
+			}
+			m.must(c.Image == image, "CronJob %s, %s: image %s is not %s", j.Name, c.Name, c.Image, image)
+		}
+	}
+	m.must(len(m.jobs) == 2, "there are %d CronJobs", len(m.jobs))
 }
 
 // checkAddresses: where the service is told that the others are, a Service is.
@@ -899,7 +961,8 @@ func (m *manifest) checkPolicies() {
 				for _, peer := range rule.From {
 					known := peer.PodSelector != nil && peer.NamespaceSelector == nil &&
 						peer.IPBlock == nil &&
-						(wallet.matches(peer.PodSelector) || w.matches(peer.PodSelector))
+						(wallet.matches(peer.PodSelector) || w.matches(peer.PodSelector) ||
+							name != "redis" && m.workload("wallet-restore").matches(peer.PodSelector))
 					m.must(known, "NetworkPolicy %s lets others in than the service", p.Name)
 					walletMay = walletMay || known && wallet.matches(peer.PodSelector)
 				}

@@ -14,6 +14,24 @@ type Chain struct {
 	state string
 }
 
+// ChainAt is the chain of a wallet that stands there. Open is left to the caller, and what was undone in part
+// before is not known.
+func ChainAt(w *Wallet) Chain {
+	c := Chain{state: w.State, Last: Entry{WalletID: w.ID, Seq: w.Seq, Currency: w.Currency,
+		Balance: w.Balance, CreatedAt: w.EntryAt}}
+	if !w.Held.IsZero() {
+		c.Last.More = &Details{Held: w.Held}
+	}
+	return c
+}
+
+// State is what the wallet's last entry of that kind set.
+func (c *Chain) State() string { return c.state }
+
+// Extras is how much is known besides the last entry and the state: of a chain without any these two are
+// all there is.
+func (c *Chain) Extras() int { return len(c.Open) + len(c.left) }
+
 // Follow says what is wrong with the chain's next entry, or nothing.
 func (c *Chain) Follow(e *Entry) string {
 	last, d := &c.Last, e.Says()

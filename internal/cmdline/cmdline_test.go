@@ -10,7 +10,8 @@ import (
 
 var shop = Program{
 	Name: "shop", Serves: "sell",
-	Jobs: []Job{{"close", "", "close the shop"}, {"order", "WHAT", "order something"}},
+	Jobs: []Job{{Name: "close", Help: "close the shop", Options: []Job{{Name: "until", Argument: "WHEN",
+		Help: "then open it"}}}, {Name: "order", Argument: "WHAT", Help: "order something"}},
 	Settings: []env.Setting{
 		{Name: "TILL", Group: "Money", Main: true, Help: "where money goes; required. Or not"},
 		{Name: "COINS", Default: "5", Help: "how many"}, {Name: "DOOR", Group: "House", Help: "which"}},
@@ -18,9 +19,12 @@ var shop = Program{
 }
 
 func TestParse(t *testing.T) {
-	for _, c := range []struct{ args, job, argument, ends, says string }{
+	for _, c := range []struct{ args, job, argument, option, ends, says string }{
 		{args: ""},
 		{args: "-close", job: "close"},
+		{args: "-close -until noon", job: "close", option: "noon"},
+		{args: "-until noon", ends: "2 true", says: "say -until with -close"},
+		{args: "-order tea -until noon", ends: "2 true", says: "say -until with -close"},
 		{args: "--order tea", job: "order", argument: "tea"},
 		{args: "-order=tea", job: "order", argument: "tea"},
 		{args: "-h", ends: "0 true", says: "Usage:"},
@@ -33,12 +37,13 @@ func TestParse(t *testing.T) {
 		{args: "-close -order tea", ends: "2 true", says: "say -close or -order, not both"},
 	} {
 		var stdout, stderr strings.Builder
-		job, argument, status, done := shop.Parse(strings.Fields(c.args), &stdout, &stderr)
+		asked, status, done := shop.Parse(strings.Fields(c.args), &stdout, &stderr)
 		if c.ends == "" {
 			c.ends = "0 false"
 		}
-		if ends := fmt.Sprint(status, done); job != c.job || argument != c.argument || ends != c.ends {
-			t.Errorf("%s: %q %q %s", c.args, job, argument, ends)
+		if ends := fmt.Sprint(status, done); asked.Job != c.job ||
+			asked.Argument != c.argument || asked.Options["until"] != c.option || ends != c.ends {
+			t.Errorf("%s: %+v %s", c.args, asked, ends)
 		}
 		said, other := &stdout, &stderr
 		if status != 0 {
@@ -59,6 +64,7 @@ func TestHelp(t *testing.T) {
 	const want = `Usage:
   shop                         sell
   shop -close                  close the shop
+      -until WHEN              then open it
   shop -order WHAT             order something
   shop -settings               print each setting with its default and meaning, then exit
 

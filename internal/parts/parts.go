@@ -100,6 +100,13 @@ func TuneCollector() {
 	}
 }
 
+// LimitMemory makes the collector work harder from there on, unless GOMEMLIMIT says where.
+func LimitMemory(bytes int64) {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(bytes)
+	}
+}
+
 // Sleep waits that long, unless ctx ends before: then its error is ctx's.
 func Sleep(ctx context.Context, d time.Duration) error {
 	select {
