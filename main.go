@@ -410,9 +410,8 @@ func rebuildLedger(ctx context.Context, cfg *config, skipped string, out io.Writ
 	} else if err := r.lead(ctx); err != nil { // to the point where slot and checkpoint are this database's
 		return err
 	}
-	fmt.Fprintln(out, "not in the topic, and so not here unless a backup had them: wallets that were "+
-		"created and never used, the keys that created wallets, and what was not yet published when the "+
-		"data were lost")
+	fmt.Fprintln(out, "not in the topic, so here only if a backup had them: wallets never used, keys that "+
+		"created wallets\nlost: what was not yet published when the data were lost")
 	return nil
 }
 

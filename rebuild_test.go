@@ -31,7 +31,7 @@ func ledgerTables(tb testing.TB, databaseURL string) map[string][]string {
 	for table, columns := range map[string]string{
 		"wallet": "id, seq, entry_at, currency, balance, held, state, state_seq, " +
 			"(SELECT e.created_at FROM entry e WHERE e.wallet_id = id AND e.seq = 1)",
-		"entry": "*", "hold": "*", "reversal": "*", "reference": "*"} {
+		"entry": "entry.*", "hold": "hold.*", "reversal": "reversal.*", "reference": "reference.*"} {
 		rows, _ := conn.Query(context.Background(), "SELECT ROW("+columns+")::text FROM "+table+
 			map[bool]string{true: " WHERE seq > 0"}[table == "wallet"]+" ORDER BY 1")
 		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
