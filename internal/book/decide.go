@@ -317,11 +317,12 @@ func (w *Wallet) takes(amount decimal.Decimal, currency string, from *Wallet) er
 // details of the operation's initiating entry, or nil where it says nothing.
 func (op *Operation) details(d Details) *Details {
 	d.Note = op.Note
-	d.NoteText = d.Note.json()
 	if d == nothingMore {
-		return nil
+		return nil // as most; nothing is allocated for them
 	}
-	return &d
+	more := d
+	more.NoteText = more.Note.json()
+	return &more
 }
 
 // post makes the operation's initiating entry the next one of w.
