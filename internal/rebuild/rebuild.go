@@ -73,7 +73,8 @@ type Ledger interface {
 	Heads(ctx context.Context, ids []int64) (map[int64]Head, error)
 	// Open gives what remains of each open hold of a wallet, by its number.
 	Open(ctx context.Context, id int64) (map[int64]decimal.Decimal, error)
-	// Write adds what the events say, in one commit. Those that the ledger has already are left out.
+	// Write adds what the events say, in one commit. Those that the ledger has already are left out. It may
+	// sort them.
 	Write(ctx context.Context, events []Event) (written int, err error)
 }
 
