@@ -240,7 +240,8 @@ func (p *progress) run() {
 func (p *progress) show() {
 	step, done, perSecond, left := p.now()
 	if p.terminal {
-		fmt.Fprintf(p.out, "\r\x1b[K%s: %.0f%% of the topic, %.0f events/s, %v left\r", step, 100*done, perSecond,
+		fmt.Fprintf(p.out, "\r\x1b[K%s: %.0f%% of the topic, %.0f events/s, %v left\r", step, 100*done,
+			perSecond,
 			left)
 		return
 	}
