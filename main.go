@@ -340,7 +340,7 @@ func validateSchema(ctx context.Context, cfg *config) error {
 
 // rebuildMemory is above what a rebuild has live at a time, and leaves room below 200 MB for what the
 // collector does not see.
-const rebuildMemory = 150 << 20
+const rebuildMemory = 120 << 20
 
 // rebuildLedger is `wallet -rebuild`: it adds to the ledger what the topic holds beyond it, and then makes
 // this database the topic's.
@@ -375,7 +375,9 @@ func rebuildLedger(ctx context.Context, cfg *config, skipped string, out io.Writ
 		return err
 	}
 	defer guard.Release()
-	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
+	brokers := kafkaConfig(&cfg.relayConfig, nil)
+	brokers.FetchBytes = 128 << 10 // a MB or two unpacked, for each of several readers
+	k, err := kafka.Open(brokers)
 	if err != nil {
 		return fmt.Errorf("kafka: %w", err)
 	}

@@ -545,7 +545,7 @@ func TestEveryProblemIsDocumentedOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		refuses := regexp.MustCompile(`refuse\(\s*"([a-z_]+)"`)
+		refuses := regexp.MustCompile(`[rR]efuse\(\s*"([a-z_]+)"`)
 		for _, match := range refuses.FindAllStringSubmatch(string(source), -1) {
 			used[match[1]] = true
 		}

@@ -51,6 +51,7 @@ type Config struct {
 	SASLUser       string
 	SASLPassword   string
 	MetadataMaxAge time.Duration // how late we may hear of partitions that were added
+	FetchBytes     int32         // asked for at a time, compressed; 0 is 1 MB. It bounds a reader's memory
 
 	// Settings are what an operator knows some of these fields by, for the sentences of a ConfigError.
 	Settings Settings

@@ -202,7 +202,7 @@ func (c *Client) fetchOnce(topic string, partition int32, offset int64) (*sarama
 		return nil, err
 	}
 	// In small pieces: on a busy machine, unpacking 8 MB was seen to take longer than 10 s.
-	const bytesMax = 1 << 20
+	bytesMax := cmp.Or(c.cfg.FetchBytes, 1<<20)
 	request := &sarama.FetchRequest{Version: 11, MaxBytes: bytesMax, MaxWaitTime: 100,
 		Isolation: sarama.ReadCommitted}
 	request.AddBlock(topic, partition, offset, bytesMax, -1)

@@ -73,7 +73,8 @@ type Ledger interface {
 	Heads(ctx context.Context, ids []int64) (map[int64]Head, error)
 	// Open gives what remains of each open hold of a wallet, by its number.
 	Open(ctx context.Context, id int64) (map[int64]decimal.Decimal, error)
-	// Write adds what the events say, in one commit. Those that the ledger has already are left out.
+	// Write adds what the events say, in one commit. Those that the ledger has already are left out. It may
+	// sort them.
 	Write(ctx context.Context, events []Event) (written int, err error)
 }
 
@@ -226,16 +227,7 @@ func (p *progress) run() {
 	for {
 		select {
 		case <-tick.C:
-			step, done, perSecond, left := p.now()
-			if p.terminal {
-				fmt.Fprintf(p.out, "\r\x1b[K%s: %.0f%% of the topic, %.0f events/s, %v left\r", step,
-					100*done,
-					perSecond, left)
-			} else {
-				slog.Info("rebuild", "step", step, "percent", int(100*done), "events_per_second",
-					int(perSecond),
-					"left", left)
-			}
+			p.show()
 		case <-p.ended:
 			if p.terminal {
 				fmt.Fprint(p.out, "\r\x1b[K")
@@ -243,6 +235,18 @@ func (p *progress) run() {
 			return
 		}
 	}
+}
+
+func (p *progress) show() {
+	step, done, perSecond, left := p.now()
+	if p.terminal {
+		fmt.Fprintf(p.out, "\r\x1b[K%s: %.0f%% of the topic, %.0f events/s, %v left\r", step, 100*done,
+			perSecond,
+			left)
+		return
+	}
+	slog.Info("rebuild", "step", step, "percent", int(100*done), "events_per_second", int(perSecond),
+		"left", left)
 }
 
 // ParseSkip reads the wallets of -rebuild-skip: ids, comma-separated.

@@ -384,6 +384,25 @@ func TestSkippedWallets(t *testing.T) {
 	}
 }
 
+// TestProgress: a partition counts by its size, and what is left is told from what has been done.
+func TestProgress(t *testing.T) {
+	w := newWorld()
+	w.publish(0, entries(2, 3, false)...)
+	w.publish(1, entries(3, 9, false)...)
+	var said bytes.Buffer
+	p := newProgress(w.topic(), &said)
+	p.stop() // it shows itself no more
+	p.terminal = true
+	p.set(1, 1)
+	p.began = time.Now().Add(-90 * time.Second)
+	p.events.Store(900)
+	p.show()
+	if got, want := said.String(), "\r\x1b[Kchecking: 75% of the topic, 10 events/s, 30s "+
+		"left\r"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
 func TestFailedWriteEndsTheRun(t *testing.T) {
 	w := newWorld()
 	w.publish(0, entries(2, 4, false)...)

@@ -7,8 +7,10 @@
 package rebuild
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -72,6 +74,7 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 	}()
 	span := w.topic.Partitions[p]
 	for chunk := range chunks {
+		last := chunk[len(chunk)-1].Offset
 		n, err := w.ledger.Write(ctx, chunk)
 		if err != nil {
 			return err
@@ -79,7 +82,7 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 		w.events.Add(int64(len(chunk)))
 		w.written.Add(int64(n))
 		w.progress.events.Add(int64(len(chunk)))
-		w.progress.set(p, float64(chunk[len(chunk)-1].Offset+1-span.From)/float64(span.To-span.From))
+		w.progress.set(p, float64(last+1-span.From)/float64(span.To-span.From))
 	}
 	return context.Cause(ctx)
 }
@@ -220,6 +223,8 @@ func (l *Postgres) Write(ctx context.Context, events []Event) (written int, err 
 			return err
 		}
 		c := newChunk(len(events), numbers)
+		// By wallet, so that its entries are neighbours in table and index. Each one's stay in order.
+		slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.WalletID, b.WalletID) })
 		for i := range events {
 			if events[i].Seq <= numbers[events[i].WalletID] {
 				continue
