@@ -1106,6 +1106,9 @@ func TestContract(t *testing.T) {
 				"seq=1&at=" + now} {
 				h.get(t, "/v1/wallets/1/balance?"+query)
 			}
+			if a := h.get(t, "/v1/wallets/1/balance?seq=&at="+now); a.status != 200 {
+				t.Errorf("an empty parameter: %s", a)
+			}
 		}},
 		{"holds", h.holds},
 		{"reversals", h.reversals},

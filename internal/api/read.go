@@ -320,7 +320,7 @@ func parseKeyHeader(value string) (string, error) {
 	return "", refuse("idempotency_key_malformed", "A quoted Idempotency-Key ends with a quote.")
 }
 
-// Query is a request's query parameters, each at most once.
+// Query is a request's query parameters, each at most once, but for those that are empty.
 type Query map[string]string
 
 // ReadQuery reads a query string with no other parameters than those allowed.
@@ -338,7 +338,9 @@ func ReadQuery(r *http.Request, allowed ...string) (Query, error) {
 		if len(v) > 1 {
 			return nil, refuse("parameter_malformed", "The parameter %q is there twice.", name)
 		}
-		q[name] = v[0]
+		if v[0] != "" { // else it is as if left out
+			q[name] = v[0]
+		}
 	}
 	return q, nil
 }
