@@ -47,6 +47,7 @@ import (
 	"wallet/internal/look"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
+	"wallet/internal/moved"
 	"wallet/internal/parts"
 	"wallet/internal/pg"
 	"wallet/internal/rebuild"
@@ -291,9 +292,9 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 //go:embed schema.sql
 var schemaSQL string
 
-// schema is what the database must have. It is at version 3: that of schema.sql's last step.
+// schema is what the database must have. It is at version 4: that of schema.sql's last step.
 var schema = migrate.Schema{
-	File: schemaSQL, Version: 3, ServerMin: 150000, Table: "wallet_schema",
+	File: schemaSQL, Version: 4, ServerMin: 150000, Table: "wallet_schema",
 	Tables: []string{"wallet", "entry", "currency", "outbox"},
 }
 
@@ -456,7 +457,8 @@ func (s *service) keep(ctx context.Context) error {
 		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx),
 			s.ledger.countHolds(ctx)}
 		if s.relay == nil {
-			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0))
+			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0),
+				moved.Forget(ctx, s.reads, math.MaxInt64, movedKept))
 		}
 		for _, err := range work {
 			if err != nil && ctx.Err() == nil {

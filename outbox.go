@@ -487,9 +487,12 @@ type querier interface {
 }
 
 // readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any,
-	visit func(*book.Entry) error) error {
-	rows, _ := db.Query(ctx, queryEntries+where, args...)
+func readEntries(ctx context.Context, db querier, where string, args []any, visit entryVisit) error {
+	return streamEntries(ctx, db, queryEntries+where, args, visit)
+}
+
+func streamEntries(ctx context.Context, db querier, query string, args []any, visit entryVisit) error {
+	rows, _ := db.Query(ctx, query, args...)
 	var e book.Entry
 	s := entryScan{e: &e}
 	_, err := pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
@@ -765,7 +768,7 @@ WHERE e.counterparty_id IS NOT NULL
 func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
 	var last int64
 	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
+	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, n)
 	return a.seqs, last, err
 }
 
@@ -798,7 +801,7 @@ func (a *auditedLedger) events(ctx context.Context, after, last int64, visit fun
 			a.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
 		}
 	}
-	err := readChains(ctx, a.past, after, last, 0, func(e *book.Entry) error {
+	err := readChains(ctx, a.past, after, last, func(e *book.Entry) error {
 		a.entries++
 		if a.entries%50_000 == 0 {
 			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
@@ -905,28 +908,14 @@ FULL JOIN (SELECT * FROM reference WHERE wallet_id > $1 AND wallet_id <= $2) f
 WHERE e.seq IS NULL OR f.seq IS NULL`},
 }
 
-// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
-// above.
-const (
-	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
+type entryVisit = func(*book.Entry) error
 
-// writtenSince adds a condition and its argument; from 0 on, everything was written.
-func writtenSince(xid int64, condition string, args ...any) (string, []any) {
-	if xid == 0 {
-		return "", args
-	}
-	return condition, append(args, strconv.FormatInt(xid, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
+// readWalletSeqs reads the wallets after lo that have entries, at most n of them by id, with the seq of each
+// one's last entry; hi is the last one's id.
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, n int) (
 	seqs map[int64]int64, hi int64, err error) {
-	where, args := writtenSince(xid, walletSince, lo, n, 0)
 	rows, _ := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
+SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > 0 ORDER BY w.id LIMIT $2`, lo, n)
 	seqs = make(map[int64]int64)
 	var seq int64
 	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
@@ -936,18 +925,39 @@ SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER B
 	return seqs, hi, nil
 }
 
-// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
-// wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*book.Entry) error) error {
-	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
-	// to an entry that was written earlier.
-	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
+// readChains streams the entries of the wallets after lo and up to hi, wallet by wallet, in order. visit's
+// entry is used again.
+func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, visit entryVisit) error {
 	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
+WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2
+ORDER BY e.wallet_id, e.seq`, []any{lo, hi}, visit)
+}
+
+// readChainsFrom streams the ends of wallets' chains, from an entry of each on, as readChains does. ids are in
+// order. It reads nothing else, whatever is in the tables: the plan is a probe of the primary key for each.
+func readChainsFrom(ctx context.Context, db *pgx.Conn, ids, seqs []int64, visit entryVisit) error {
+	const some = 10_000
+	_, err := db.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off`, pgx.QueryExecModeSimpleProtocol)
+	if err != nil {
+		return err
+	}
+	last := book.Entry{}
+	inOrder := func(e *book.Entry) error {
+		if e.WalletID < last.WalletID || e.WalletID == last.WalletID && e.Seq <= last.Seq {
+			return fmt.Errorf("entry %s came after entry %s", book.EntryID(e.WalletID, e.Seq),
+				book.EntryID(last.WalletID, last.Seq))
+		}
+		last.WalletID, last.Seq = e.WalletID, e.Seq
+		return visit(e)
+	}
+	for ; len(ids) > 0 && err == nil; ids, seqs = ids[min(some, len(ids)):], seqs[min(some, len(seqs)):] {
+		err = streamEntries(ctx, db, `
+SELECT `+entryColumns+`, w.currency
+FROM (SELECT m.id, m.first, (SELECT w.currency FROM wallet w WHERE w.id = m.id) AS currency
+      FROM unnest($1::bigint[], $2::bigint[]) AS m (id, first) OFFSET 0) w
+CROSS JOIN LATERAL (SELECT * FROM entry e WHERE e.wallet_id = w.id AND e.seq >= w.first ORDER BY e.seq) e`,
+			[]any{ids[:min(some, len(ids))], seqs[:min(some, len(seqs))]}, inOrder)
+	}
+	return err
 }
