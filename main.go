@@ -1061,8 +1061,8 @@ func (c *config) settings() []env.Setting {
 		{Name: "REPLICATION_SLOT", Default: "wallet_relay",
 			Set:  env.Matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_"),
 			Help: "name of the relay's replication slot (unique in the Postgres cluster)"},
-		{Name: "OUTBOX_RETENTION", Default: "24h", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
-			Help: "how long a published outbox row is kept, in whole partitions of an hour"},
+		{Name: "OUTBOX_RETENTION", Default: "10m", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
+			Help: "how long a published outbox row is kept, in whole partitions of ten minutes"},
 
 		{Name: "REDIS_URL", Group: "Redis", Main: true, Secret: true,
 			Set:  env.URL(&c.redisURL, "redis", "rediss"),

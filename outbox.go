@@ -654,10 +654,10 @@ func (c *outboxColumns) decode(data []byte) (e event, err error) {
 }
 
 // outboxAhead is how far ahead partitions exist: how long a broken keeper may go unnoticed.
-const outboxAhead = 48 * time.Hour
+const outboxAhead = 12 * time.Hour
 
-// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present
-// hour no write succeeds, so main calls it before it serves and every minute after.
+// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for now
+// no write succeeds, so main calls it before it serves and every minute after.
 func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
 	var made int
 	if err := db.QueryRow(ctx, `SELECT outbox_make_partitions($1)`, outboxAhead).Scan(&made); err != nil {
@@ -669,7 +669,7 @@ func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
 	return nil
 }
 
-// outboxPartition is one hour of the outbox.
+// outboxPartition is ten minutes of the outbox; an hour, where schema version 3 made it.
 type outboxPartition struct {
 	Name             string
 	StartsAt, EndsAt time.Time
@@ -686,10 +686,11 @@ SELECT name, starts_at, ends_at, bytes FROM outbox_partition ORDER BY starts_at`
 	return parts, nil
 }
 
-// dropOutboxPartitions drops the hours that ended more than retention ago and of which published is true:
+// dropOutboxPartitions drops those that ended more than retention ago and of which published is true:
 // the relay's leader says so of what its checkpoint is past; without a relay, age alone decides. closed
-// remembers, between calls, the end of the WAL that everything in an hour was committed before; a nil
-// closed means that nobody is to publish the rows.
+// remembers, between calls, the end of the WAL that everything in one was committed before; a nil closed
+// means that nobody is to publish the rows. Nothing needs them once they are dropped: the relay reads the WAL,
+// and a recovery the ledger.
 func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration,
 	closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
 	parts, err := listOutboxPartitions(ctx, db)
