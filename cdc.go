@@ -56,7 +56,6 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -107,7 +106,8 @@ const (
 	// A new horizon is made so often; a recovery does again what was published since the last.
 	horizonInterval = 2 * time.Second
 
-	movedKept = 49 * time.Hour // what moved, for recoveries and for -audit -since up to 48h
+	// How long the log of what moved is kept, and so how far back -audit -since may go.
+	movedKept, auditSpanMax = 49 * time.Hour, 48 * time.Hour
 )
 
 // relayRefusal is what only an operator can put right, in one sentence that says how.
@@ -1162,7 +1162,9 @@ func (g *gap) fillSince(ctx context.Context, h *wal.Horizon) (err error) {
 		return g.fill(ctx, l, func(ctx context.Context, lacks map[int64]int64, visit entryVisit) error {
 			first := make([]int64, len(l.Keys))
 			for i, id := range l.Keys {
-				first[i] = max(l.First[id], lacks[id]-1)
+				if first[i] = l.First[id]; lacks[id] > 0 {
+					first[i] = lacks[id] - 1 // the last one that the topic holds
+				}
 			}
 			return readChainsFrom(ctx, g.past.Conn, l.Keys, first, visit)
 		})
@@ -1300,68 +1302,45 @@ func (p *publisher) spansSince(h *wal.Horizon) ([]kafka.Span, error) {
 
 // runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed:
 // missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
-// younger than its start are left to the next one.
+// younger than its start are left to the next one. Since is how far back an audit of what moved goes; 0 is
+// to the beginning.
 func runAudit(ctx context.Context, cfg *relayConfig, out io.Writer) (findings int, err error) {
+	return runAuditSince(ctx, cfg, 0, out)
+}
+
+func runAuditSince(ctx context.Context, cfg *relayConfig, since time.Duration, out io.Writer) (
+	findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: " +
 			"the audit compares the ledger with the topic")
 	}
-	a := &auditedLedger{report: audit.NewReport(out)}
-	if a.now, err = pgxpool.New(ctx, cfg.databaseURL); err != nil {
-		return 0, err
-	}
-	defer a.now.Close()
-	if a.past, err = pgx.Connect(ctx, cfg.databaseURL); err != nil {
-		return 0, err
-	}
-	defer a.past.Close(context.Background())
-	_, err = a.past.Exec(ctx, `
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET LOCAL statement_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0;
-SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
+	a, err := openAuditedLedger(ctx, cfg.databaseURL, out)
 	if err != nil {
-		return 0, fmt.Errorf("begin: %w", err)
+		return 0, err
 	}
+	defer a.close()
 	k, err := kafka.Open(kafkaConfig(cfg, nil))
 	if err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
 	defer k.Close()
-	if err := a.legs(ctx); err != nil {
-		return a.report.Findings(), err
+	ledger := audit.Ledger{Noun: "wallet", Heads: a.heads, Events: a.events, Now: a.seqsNow,
+		Lots: a.lots, HeadsOf: a.headsOf, EventsFrom: a.eventsFrom}
+	topic := auditedTopic(k, cfg.kafkaTopic)
+	var totals audit.Totals
+	var at time.Time
+	if since == 0 {
+		totals, err = audit.Compare(ctx, ledger, topic, a.report)
+	} else if at, err = a.goBack(ctx, since); err == nil {
+		totals, err = audit.CompareSince(ctx, ledger, topic, at, a.report)
 	}
-	ledger := audit.Ledger{Noun: "wallet", Heads: a.heads, Events: a.events, Now: a.seqsNow}
-	totals, err := audit.Compare(ctx, ledger, auditedTopic(k, cfg.kafkaTopic), a.report)
+	if err == nil {
+		err = a.legs(ctx)
+	}
 	if err != nil {
 		return a.report.Findings(), err
 	}
-	a.report.Note("%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this "+
-		"audit: %d findings",
-		totals.Keys, a.entries, totals.Events, k.Partitions(), totals.Younger, a.report.Findings())
-	return a.report.Findings(), nil
-}
-
-// auditedTopic is the events topic as an audit reads it.
-func auditedTopic(k *kafka.Client, topic string) audit.Topic {
-	return audit.Topic{
-		Partitions: k.Partitions(),
-		Partition: func(walletID int64) (int32, error) {
-			return k.Partition(strconv.AppendInt(nil, walletID, 10))
-		},
-		Bounds: func(partition int32) (from, to int64, err error) {
-			s, err := k.Bounds(topic, partition)
-			return s.From, s.To, err
-		},
-		Scan: func(ctx context.Context, partition int32, from, to int64, visit audit.Visit) error {
-			s := kafka.Span{Topic: topic, Partition: partition, From: from, To: to}
-			return k.Scan(ctx, s, func(r *kafka.Committed) error {
-				id, seq, err := eventIDOf(r)
-				visit(r.Offset, audit.Event{Key: id, Number: seq, Value: r.Value}, err)
-				return nil
-			})
-		},
-	}
+	return a.conclude(totals, k.Partitions()), nil
 }
 
 // ---------------------------------------------------------------------------------------------------------

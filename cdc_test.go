@@ -1289,7 +1289,8 @@ func TestEventEqualsEntry(t *testing.T) {
 	}
 }
 
-// TestOutboxPartitions: they exist hours ahead, without a hole. Past ones go when they are old enough and wholly published.
+// TestOutboxPartitions: they exist hours ahead, without a hole. Past ones go when they are old enough and
+// wholly published.
 func TestOutboxPartitions(t *testing.T) {
 	w := start(t, testEnv(t, "OUTBOX_RETENTION=720h")) // its own upkeep leaves the old ones to the test
 	ctx := context.Background()

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"math"
@@ -202,5 +203,94 @@ func TestMoved(t *testing.T) {
 	}
 	if log(0) != "" || from() <= middle || from() > middle+1000 {
 		t.Errorf("after a dump the log begins at %d and has %q", from(), log(0))
+	}
+}
+
+// TestAuditSince: an audit of what moved finds what is wrong with that, and reads as much; what is wrong
+// before is not its matter, and its last line says so.
+func TestAuditSince(t *testing.T) {
+	type stage = func(t *testing.T, g *rig)
+	damage := func(sql string) stage {
+		return func(t *testing.T, g *rig) { g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL; `+sql) }
+	}
+	for name, c := range map[string]struct {
+		stage stage
+		want  string
+		n     int
+	}{
+		"clean": {func(*testing.T, *rig) {}, "5 wallets, 16 entries, 22 events compared", 0},
+		"before": {damage(`UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`),
+			"", 0},
+		"others": {damage(`UPDATE wallet SET balance = balance + 1 WHERE id = 1000`), "", 0},
+		"differing": {damage(`UPDATE entry SET idempotency_key = 'x' WHERE idempotency_key = 'b7'`),
+			"at least one differs", 1},
+		"chain": {damage(`UPDATE entry SET balance = balance + 1 WHERE idempotency_key = 'b7'`),
+			"its balance is not the former one", 3},
+		"balance": {damage(`UPDATE wallet SET balance = balance + 1 WHERE id = 2`),
+			"wallet 2: its balance, time or held", 1},
+		"leg": {damage(`UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`),
+			"the other leg", 3},
+		"missing": {damage(`UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
+			ALTER TABLE entry ENABLE TRIGGER ALL;
+			INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x'
+				FROM wallet WHERE id = 1`), "wallet 1: events", 1},
+		"repeated": {func(t *testing.T, g *rig) { forge(t, g, "1000", "1000-1", `{}`) },
+			"wallet 1000: events 2 to 2", 1},
+		"invented": {func(t *testing.T, g *rig) { forge(t, g, "99", "99-1", `{}`) },
+			"event 99-1 is in the topic, but the ledger ends at number 0", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newRig(t)
+			r := startRelay(t, g.cfg)
+			r.await(t, "leader")
+			g.seedWallets(t, 1000, 10_000, 2)
+			g.deposit(t, 5)
+			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"0.5","idempotency_key":"h"}`)
+			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
+			time.Sleep(100 * time.Millisecond)
+			mark := time.Now()
+			time.Sleep(100 * time.Millisecond)
+			g.deposit(t, 10)
+			g.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
+			g.mustPost(t, 200, "/v1/holds/1-2/capture", `{"amount":"0.2","idempotency_key":"c"}`)
+			g.mustPost(t, 201, "/v1/wallets/4/holds", `{"amount":"0.5","idempotency_key":"h4"}`)
+			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"open","idempotency_key":"s2"}`)
+			if name == "clean" {
+				r.stop()
+				g.end()
+			}
+			c.stage(t, g)
+			audit := func(since time.Duration) (int, string, error) {
+				var said bytes.Buffer
+				findings, err := runAuditSince(context.Background(), &g.cfg.relayConfig, since, &said)
+				return findings, said.String(), err
+			}
+			var before map[string]int64
+			if name == "clean" {
+				before = g.tuplesRead(t)
+			}
+			findings, said, err := audit(time.Since(mark))
+			last := said[strings.LastIndexByte(strings.TrimSuffix(said, "\n"), '\n')+1:]
+			if err != nil || findings != c.n || !strings.Contains(said, c.want) ||
+				!strings.HasPrefix(last, "only what moved since "+mark.UTC().Format("2006-01-02T")) {
+				t.Errorf("%d findings, want %d with %q; %v\n%s", findings, c.n, c.want, err, said)
+			}
+			if name == "clean" {
+				_, proves, _ := strings.Cut(last, ": ") // it is printed there, on a line of its own
+				if page := readPage(t, "docs/operate.md"); !strings.Contains(page, proves) {
+					t.Errorf("docs/operate.md does not print %q", proves)
+				}
+				for table, n := range g.tuplesRead(t) {
+					if n -= before[table]; n > 100 {
+						t.Errorf("%d rows of %s were read for 15 entries", n, table)
+					}
+				}
+				if _, _, err := audit(time.Hour); err == nil ||
+					!strings.Contains(err.Error(), "run `wallet -audit` without -since") {
+					t.Errorf("since before the log begins: %v", err)
+				}
+			}
+		})
 	}
 }

@@ -75,6 +75,11 @@ func main() {
 		fmt.Printf("for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
 		return
 	}
+	since, err := auditSpan(asked.Options)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wallet:", err)
+		os.Exit(2)
+	}
 	cfg, err := readConfig(os.Getenv)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "wallet:", err)
@@ -94,7 +99,7 @@ func main() {
 		}
 	case "audit":
 		var findings int
-		if findings, err = runAudit(ctx, &cfg.relayConfig, os.Stdout); findings > 0 {
+		if findings, err = runAuditSince(ctx, &cfg.relayConfig, since, os.Stdout); findings > 0 {
 			exit = 1
 		}
 	case "adopt":
@@ -125,7 +130,8 @@ func main() {
 
 var jobs = []cmdline.Job{
 	{Name: "migrate", Help: "apply the schema as the owner (MIGRATE_URL), then exit"},
-	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings"},
+	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings",
+		Options: []cmdline.Job{{Name: "since", Argument: "24h", Help: "only what moved in a last while"}}},
 	{Name: "adopt", Help: "let the relay go on in another database (say, a restore), then exit"},
 	{Name: "rebuild", Help: "make the ledger whole out of the topic, then exit",
 		Options: []cmdline.Job{{Name: "rebuild-skip", Argument: "IDS",
@@ -133,6 +139,19 @@ var jobs = []cmdline.Job{
 	{Name: "new-key", Argument: "NAME:SCOPES",
 		Help: "make an API key, as in checkout:read+write (also: operate), then exit"},
 	{Name: "version", Help: "print the version, then exit"},
+}
+
+// auditSpan is how far back -audit is to look; 0 is to the beginning.
+func auditSpan(options map[string]string) (since time.Duration, err error) {
+	text, said := options["since"]
+	if !said {
+		return 0, nil
+	}
+	since, err = time.ParseDuration(text)
+	if err != nil || since <= 0 || since > auditSpanMax {
+		return 0, fmt.Errorf("-since %s: write a while such as 24h or 90m, of at most 48h", text)
+	}
+	return since, nil
 }
 
 const startEverything = "go run -C dev ."

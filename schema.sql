@@ -465,7 +465,7 @@ CREATE TABLE IF NOT EXISTS moved_kept (
     from_xid bigint  NOT NULL
 );
 
--- As the owner, so that nobody but this trigger writes the log: the former release's program keeps it as well.
+-- As the owner, so that nobody but this trigger writes the log. The former release's program keeps it, too.
 CREATE OR REPLACE FUNCTION entry_moves_wallet() RETURNS trigger LANGUAGE plpgsql
     SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN

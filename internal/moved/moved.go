@@ -106,6 +106,36 @@ func From(ctx context.Context, db Querier) (xid int64, err error) {
 	return xid, nil
 }
 
+// Point finds where in the log a moment by Postgres' clock is: every transaction that had not ended then has
+// this number or one above. known is false where the log begins later.
+func Point(ctx context.Context, db Querier, at time.Time) (xid int64, known bool, err error) {
+	low, err := From(ctx, db)
+	if err != nil {
+		return 0, false, err
+	}
+	var high int64
+	if err := db.QueryRow(ctx, `SELECT coalesce(max(xid), 0) + 1 FROM moved`).Scan(&high); err != nil {
+		return 0, false, fmt.Errorf("end of the log of what moved: %w", err)
+	}
+	for low < high { // between what was written before and after; numbers and times rise together
+		middle := low + (high-low)/2
+		var found, oldest int64
+		var written time.Time
+		err := db.QueryRow(ctx, `
+SELECT xid, xid_oldest, at FROM moved WHERE xid >= $1 ORDER BY xid LIMIT 1`, middle).Scan(
+			&found, &oldest, &written)
+		if err != nil {
+			return 0, false, fmt.Errorf("look for %v in the log of what moved: %w", at, err)
+		}
+		if found < high && written.Before(at) {
+			xid, known, low = oldest, true, found+1
+		} else {
+			high = middle
+		}
+	}
+	return xid, known, nil
+}
+
 // Forget removes what is older than age, if its transaction's number is below.
 func Forget(ctx context.Context, db Querier, below int64, age time.Duration) error {
 	const bites = 20 // of 10,000 rows each, and one a minute is more than a busy ledger adds

@@ -36,7 +36,8 @@ func TestLots(t *testing.T) {
 				}
 				return nil
 			}, max, func(l *Lot) error {
-				if l.After != last || len(l.Keys) > max || len(l.Keys) != len(l.First) || !slices.IsSorted(l.Keys) {
+				if l.After != last || len(l.Keys) > max || len(l.Keys) != len(l.First) ||
+					!slices.IsSorted(l.Keys) {
 					t.Errorf("%+v follows %d", l, last)
 				}
 				last = l.Upto

@@ -127,6 +127,9 @@ func Pipe[T any](ctx context.Context, do func(T) error,
 	go func() {
 		defer close(made)
 		ended <- produce(ctx, func(v T) error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
 			select {
 			case made <- v:
 				return nil

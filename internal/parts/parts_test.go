@@ -132,20 +132,25 @@ func TestPipe(t *testing.T) {
 		took    time.Duration
 		want    error
 	}{
-		"all":           {-1, count, 5, 6 * time.Second, nil},
-		"do fails":      {2, count, 2, 4 * time.Second, wrong},
-		"produce fails": {-1, func(_ context.Context, put func(int) error) error { put(0); return wrong }, 1, time.Second, wrong},
-		"produce waits": {0, func(ctx context.Context, put func(int) error) error { put(0); return Sleep(ctx, time.Hour) },
-			0, time.Second, wrong},
+		"all":      {-1, count, 5, 6 * time.Second, nil},
+		"do fails": {2, count, 2, 4 * time.Second, wrong},
+		"produce fails": {-1, func(_ context.Context, put func(int) error) error {
+			put(0)
+			return wrong
+		}, 1, time.Second, wrong},
+		"produce waits": {0, func(ctx context.Context, put func(int) error) error {
+			put(0)
+			return Sleep(ctx, time.Hour)
+		}, 0, 0, wrong},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				began, done := time.Now(), 0
 				err := Pipe(t.Context(), func(v int) error {
-					time.Sleep(time.Second)
 					if v == c.failing {
 						return wrong
 					}
+					time.Sleep(time.Second)
 					if v != done {
 						t.Errorf("%d came as number %d", v, done)
 					}
