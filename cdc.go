@@ -47,7 +47,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -57,7 +56,6 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -71,6 +69,7 @@ import (
 	"wallet/internal/kafka"
 	"wallet/internal/look"
 	"wallet/internal/metric"
+	"wallet/internal/moved"
 	"wallet/internal/parts"
 	"wallet/internal/wal"
 )
@@ -106,6 +105,9 @@ const (
 
 	// A new horizon is made so often; a recovery does again what was published since the last.
 	horizonInterval = 2 * time.Second
+
+	// How long the log of what moved is kept, and so how far back -audit -since may go.
+	movedKept, auditSpanMax = 49 * time.Hour, 48 * time.Hour
 )
 
 // relayRefusal is what only an operator can put right, in one sentence that says how.
@@ -479,9 +481,10 @@ type stay struct {
 	ready chan wal.Position // the publisher's first word: where to go on from
 	ended chan error        // its last
 
-	published atomic.Uint64           // end LSN: committed in Kafka, checkpoint included
-	waiting   atomic.Int64            // since when the publisher waits for Kafka: ns since born, or 0
-	horizon   atomic.Pointer[horizon] // a new one, for the next checkpoint
+	published atomic.Uint64               // end LSN: committed in Kafka, checkpoint included
+	waiting   atomic.Int64                // since when the publisher waits for Kafka: ns since born, or 0
+	horizon   atomic.Pointer[wal.Horizon] // a new one, for the next checkpoint
+	settled   atomic.Int64                // the XID of the checkpoint's horizon
 }
 
 // receiver is the goroutine that owns the replication connection: it receives, decodes, hands batches over
@@ -753,14 +756,16 @@ func (r *receiver) sendStatus() error {
 	return wal.Confirm(r.conn, published, postgresPatience)
 }
 
-// keepOutbox drops old partitions of the outbox while this replica leads, since it knows what was published.
+// keepOutbox drops old partitions of the outbox, and forgets what moved long ago, while this replica leads:
+// it knows what was published, and how far back a recovery would look.
 func (s *stay) keepOutbox(ctx context.Context) {
 	closed := make(map[string]pglogrepl.LSN)
 	for parts.Sleep(ctx, time.Minute) == nil {
 		published := pglogrepl.LSN(s.published.Load())
 		err := dropOutboxPartitions(ctx, s.db, s.cfg.outboxRetention, closed, published)
+		err = errors.Join(err, moved.Forget(ctx, s.db, s.settled.Load(), movedKept))
 		if err != nil && ctx.Err() == nil {
-			slog.Warn("outbox partitions not dropped, will try again", "error", err)
+			slog.Warn("outbox not kept small, will try again", "error", err)
 		}
 	}
 }
@@ -771,12 +776,12 @@ func (s *stay) keepOutbox(ctx context.Context) {
 
 // checkpoint is the last record of its topic, written in the same Kafka transaction as the events it covers.
 type checkpoint struct {
-	wal.Mark              // how far the events were published
-	Partitions  int32     `json:"partitions"`        // of the events topic
-	Events      int64     `json:"events"`            // published in all
-	CommittedAt time.Time `json:"committed_at"`      // of the last published commit, by Postgres' clock
-	WrittenAt   time.Time `json:"written_at"`        // by the relay's
-	Horizon     *horizon  `json:"horizon,omitempty"` // where a recovery may begin; nil is the beginning
+	wal.Mark                 // how far the events were published
+	Partitions  int32        `json:"partitions"`        // of the events topic
+	Events      int64        `json:"events"`            // published in all
+	CommittedAt time.Time    `json:"committed_at"`      // of the last published commit, by Postgres' clock
+	WrittenAt   time.Time    `json:"written_at"`        // by the relay's
+	Horizon     *wal.Horizon `json:"horizon,omitempty"` // where a recovery may begin; nil is the beginning
 }
 
 // publisher is the goroutine that owns the producer: it recovers what is missing, then publishes what the
@@ -973,6 +978,9 @@ func (p *publisher) commit(b *batch) error {
 	if record != nil {
 		p.published.Store(uint64(b.upTo.End))
 		p.checkpointAt.Store(time.Now().UnixNano())
+		if next.Horizon != nil {
+			p.settled.Store(next.Horizon.XID)
+		}
 	}
 	p.pendingSince.Store(0)
 	p.batches.Add(1)
@@ -1057,22 +1065,6 @@ func (r *relay) makeSlot(ctx context.Context, conn *pgconn.PgConn, found wal.Slo
 	return &pastLedger{db, at}, nil
 }
 
-// horizon bounds what a recovery has to look at, by no clock: every transaction with a number below XID has
-// ended, and what it wrote is in the topic; the events of all others lie at or beyond Offsets, if they are
-// in the topic at all.
-//
-// The leader makes one in this order: it reads where the partitions end; it takes a transaction number of
-// its own, which is above all that were given out; it waits until all below that have ended, and notes
-// where the WAL ends then; it waits until everything up to there is published. What is below XID had
-// committed before LSN, hence it is published. What is not committed after the partitions' ends were read,
-// hence its events lie beyond. A transaction that is open for an hour only keeps the horizon from moving.
-type horizon struct {
-	XID     int64     `json:"xid,string"` // with its epoch: it never wraps
-	LSN     string    `json:"lsn"`        // published when this horizon was made
-	Offsets []int64   `json:"offsets"`    // by partition of the events topic
-	At      time.Time `json:"at"`         // by Postgres' clock; see errNoHorizon
-}
-
 // keepHorizon makes a new horizon every horizonInterval while events are published.
 func (s *stay) keepHorizon(ctx context.Context) {
 	for made := int64(-1); parts.Sleep(ctx, horizonInterval) == nil; {
@@ -1080,7 +1072,7 @@ func (s *stay) keepHorizon(ctx context.Context) {
 		if events == made {
 			continue
 		}
-		h, err := s.makeHorizon(ctx)
+		h, err := wal.MakeHorizon(ctx, s.db, s.k.Ends, s.published.Load)
 		if err != nil {
 			if ctx.Err() == nil {
 				slog.Warn("no new horizon for a recovery, will try again", "error", err)
@@ -1092,36 +1084,10 @@ func (s *stay) keepHorizon(ctx context.Context) {
 	}
 }
 
-func (s *stay) makeHorizon(ctx context.Context) (*horizon, error) {
-	ends, err := s.k.Ends()
-	if err != nil {
-		return nil, err
-	}
-	h := &horizon{Offsets: ends}
-	if h.XID, h.LSN, h.At, err = wal.Boundary(ctx, s.db); err != nil {
-		return nil, err
-	}
-	end, err := pglogrepl.ParseLSN(h.LSN)
-	if err != nil {
-		return nil, err
-	}
-	for s.published.Load() < uint64(end) {
-		if err := parts.Sleep(ctx, 50*time.Millisecond); err != nil {
-			return nil, err
-		}
-	}
-	return h, nil
-}
-
 const recoveryWalletsMax = 500_000 // whose state is in memory at a time; each lot reads the topic once more
 
-// errNoHorizon: the checkpoint's horizon cannot be used, and the recovery begins at the beginning. A topic
-// that ends before the horizon was made anew. And a row shows the lower 32 bits of its transaction's number
-// only: one that is four billion transactions old may look new, but its time gives it away, since so many
-// take days.
+// errNoHorizon: the checkpoint's horizon cannot be used, and the recovery begins at the beginning.
 var errNoHorizon = errors.New("the checkpoint's horizon does not hold")
-
-const horizonDoubt = 24 * time.Hour
 
 // recover publishes the entries of the ledger, as of the slot's begin, that the topic lacks, each wallet's
 // in order; the last Kafka transaction sets the checkpoint to the slot's begin. After a crash the slot
@@ -1133,104 +1099,139 @@ func (p *publisher) recover(ctx context.Context) error {
 		p.last.Timeline = p.id.Timeline
 		return p.commit(&batch{upTo: wal.Position{End: p.past.at}})
 	}
+	began, from := time.Now(), "the beginning"
+	g := &gap{publisher: p, batch: new(batch)}
 	h := p.last.Horizon
+	err := errNoHorizon
 	if h != nil {
-		var distance int64
-		query := `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1`
-		if err := p.past.QueryRow(ctx, query, h.XID).Scan(&distance); err != nil {
-			return fmt.Errorf("distance of the horizon: %w", err)
-		}
-		if distance < 0 || distance > 1<<30 { // age() would turn negative at 1<<31
-			h = nil
-		}
+		err = g.fillSince(ctx, h)
+		from = h.LSN
 	}
-	err := p.recoverSince(ctx, h)
 	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
-		err = p.recoverSince(ctx, nil)
+		from = "the beginning"
+		err = g.fillAll(ctx)
 	}
-	return err
-}
-
-// recoverSince recovers what lies beyond a horizon; nil is the beginning. A wallet's events are in the
-// topic in order, so what it lacks is what follows the last one there. Where the topic holds none beyond
-// the horizon, it lacks all entries that are not below: those that are not published are the end of the
-// wallet's chain.
-func (p *publisher) recoverSince(ctx context.Context, h *horizon) error {
-	spans, err := p.spansSince(h)
 	if err != nil {
 		return err
 	}
-	from, xid := "the beginning", int64(0)
-	if h != nil {
-		from, xid = h.LSN, h.XID
+	p.last.Timeline = p.id.Timeline
+	g.batch.upTo = wal.Position{End: p.past.at}
+	if err := p.commit(g.batch); err != nil {
+		return err
 	}
-	b := &batch{}
-	wallets, published, beyond := 0, 0, 0
-	for lo, more := int64(0), true; more; {
-		seqs, hi, err := readWalletSeqs(ctx, p.past.Conn, lo, xid, recoveryWalletsMax)
-		if err != nil {
+	if beyond := g.seen - g.held; beyond > 0 {
+		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
+			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
+	}
+	slog.Info("relay recovered", "events", g.events, "wallets", g.wallets, "from", from,
+		"checkpoint", p.past.at, "seconds", time.Since(began).Seconds())
+	return nil
+}
+
+// gap is a recovery under way.
+type gap struct {
+	*publisher
+	spans           []kafka.Span // of the topic: what it may hold already lies there
+	batch           *batch       // read and not published yet
+	wallets, events int
+	seen, held      int // wallets with events in the spans; those of them whose last one there has its entry
+}
+
+// fillSince publishes what lies beyond a horizon, and looks at no wallet that did not move since. A wallet's
+// events are in the topic in order, so what it lacks is what follows the last one there. Where the topic
+// holds none beyond the horizon, it lacks all entries that are not below: those that are not published are
+// the end of the wallet's chain.
+func (g *gap) fillSince(ctx context.Context, h *wal.Horizon) (err error) {
+	var next, from int64
+	query := `SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint`
+	if err := g.past.QueryRow(ctx, query).Scan(&next); err != nil {
+		return fmt.Errorf("distance of the horizon: %w", err)
+	}
+	if from, err = moved.From(ctx, g.past); err != nil {
+		return err
+	}
+	if h.XID < from || h.XID > next {
+		return fmt.Errorf("%w: what moved is known for the transactions from %d to %d, and it is at %d",
+			errNoHorizon, from, next, h.XID)
+	}
+	if g.spans, err = g.spansSince(h); err != nil {
+		return err
+	}
+	return moved.Lots(moved.Since(ctx, g.past, h.XID), recoveryWalletsMax, func(l *moved.Lot) error {
+		return g.fill(ctx, l, func(ctx context.Context, lacks map[int64]int64, visit entryVisit) error {
+			first := make([]int64, len(l.Keys))
+			for i, id := range l.Keys {
+				if first[i] = l.First[id]; lacks[id] > 0 {
+					first[i] = lacks[id] - 1 // the last one that the topic holds
+				}
+			}
+			return readChainsFrom(ctx, g.past.Conn, l.Keys, first, visit)
+		})
+	})
+}
+
+// fillAll publishes what the topic lacks of the whole ledger.
+func (g *gap) fillAll(ctx context.Context) (err error) {
+	if g.spans, err = g.spansSince(nil); err != nil {
+		return err
+	}
+	for l, more := new(moved.Lot), true; more; {
+		l.After = l.Upto
+		if l.First, l.Upto, err = readWalletSeqs(ctx, g.past.Conn, l.After, recoveryWalletsMax); err != nil {
 			return err
 		}
-		more = len(seqs) == recoveryWalletsMax
-		if len(seqs) == 0 {
+		if more = len(l.First) == recoveryWalletsMax; len(l.First) == 0 {
 			break
 		}
-		wallets += len(seqs)
-		next := make(map[int64]int64, len(seqs)) // the seq that the topic lacks first
-		for _, s := range spans {
-			err := p.k.Scan(ctx, s, func(r *kafka.Committed) error {
-				id, seq, err := eventIDOf(r)
-				if _, known := seqs[id]; known && err == nil {
-					next[id] = max(next[id], seq+1)
-				}
-				return err
-			})
-			if err != nil {
-				return err
-			}
-		}
-		for id, n := range next {
-			if n > seqs[id]+1 {
-				beyond++
-			}
-		}
-		var buf []byte
-		err = readChains(ctx, p.past.Conn, lo, hi, xid, func(e *book.Entry) error {
-			if e.Seq < next[e.WalletID] {
-				return nil
-			}
-			if h != nil && e.CreatedAt.Before(h.At.Add(-horizonDoubt)) {
-				return fmt.Errorf("%w: entry %s is too old", errNoHorizon, book.EntryID(e.WalletID, e.Seq))
-			}
-			buf = book.AppendEvent(buf[:0], e)
-			b.events = append(b.events,
-				event{walletID: e.WalletID, seq: e.Seq, payload: bytes.Clone(buf), commitLSN: p.past.at})
-			published++
-			if len(b.events) < batchEventsMax {
-				return nil
-			}
-			full := b
-			b = &batch{}
-			return p.commit(full)
+		err := g.fill(ctx, l, func(ctx context.Context, _ map[int64]int64, visit entryVisit) error {
+			return readChains(ctx, g.past.Conn, l.After, l.Upto, visit)
 		})
 		if err != nil {
 			return err
 		}
-		lo = hi
 	}
-	p.last.Timeline = p.id.Timeline
-	b.upTo = wal.Position{End: p.past.at}
-	if err := p.commit(b); err != nil {
-		return err
-	}
-	if beyond > 0 {
-		slog.Warn("the topic holds events of entries that this ledger lacks: they were published before a "+
-			"failover or restore that lost them; `wallet -audit` names them", "wallets", beyond)
-	}
-	slog.Info("relay recovered",
-		"events", published, "wallets", wallets, "from", from, "checkpoint", p.past.at)
 	return nil
+}
+
+// fill publishes what the topic lacks of a lot's wallets, but for a last part that stays in g.batch. read is
+// told the number that the topic lacks first, of each wallet that it has something of, and reads on while
+// the batch before is at Kafka.
+func (g *gap) fill(ctx context.Context, l *moved.Lot,
+	read func(ctx context.Context, lacks map[int64]int64, visit entryVisit) error) error {
+	lacks := make(map[int64]int64)
+	for _, s := range g.spans {
+		err := g.k.Scan(ctx, s, func(r *kafka.Committed) error {
+			id, seq, err := eventIDOf(r)
+			if _, ours := l.First[id]; ours && err == nil {
+				lacks[id] = max(lacks[id], seq+1)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	g.wallets, g.seen = g.wallets+len(l.First), g.seen+len(lacks)
+	return parts.Pipe(ctx, g.commit, func(ctx context.Context, publish func(*batch) error) error {
+		return read(ctx, lacks, func(e *book.Entry) error {
+			if e.Seq < lacks[e.WalletID] {
+				if e.Seq == lacks[e.WalletID]-1 {
+					g.held++
+				}
+				return nil
+			}
+			b := g.batch
+			b.events = append(b.events, event{walletID: e.WalletID, seq: e.Seq,
+				payload: book.AppendEvent(nil, e), commitLSN: g.past.at})
+			g.events++
+			if len(b.events) < batchEventsMax {
+				return nil
+			}
+			g.batch = new(batch)
+			return publish(b)
+		})
+	})
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1275,7 +1276,7 @@ func lastCheckpoint(k *kafka.Client, topic string) (*checkpoint, error) {
 
 // spansSince gives the span of each partition of the events topic in which all events beyond a horizon lie;
 // nil is the beginning. It refuses where some of them have been deleted.
-func (p *publisher) spansSince(h *horizon) ([]kafka.Span, error) {
+func (p *publisher) spansSince(h *wal.Horizon) ([]kafka.Span, error) {
 	var offsets []int64
 	if h != nil {
 		offsets = h.Offsets
@@ -1301,68 +1302,45 @@ func (p *publisher) spansSince(h *horizon) ([]kafka.Span, error) {
 
 // runAudit is `wallet -audit`: the ledger's own invariants, and ledger against topic, read_committed:
 // missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
-// younger than its start are left to the next one.
+// younger than its start are left to the next one. Since is how far back an audit of what moved goes; 0 is
+// to the beginning.
 func runAudit(ctx context.Context, cfg *relayConfig, out io.Writer) (findings int, err error) {
+	return runAuditSince(ctx, cfg, 0, out)
+}
+
+func runAuditSince(ctx context.Context, cfg *relayConfig, since time.Duration, out io.Writer) (
+	findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: " +
 			"the audit compares the ledger with the topic")
 	}
-	a := &auditedLedger{report: audit.NewReport(out)}
-	if a.now, err = pgxpool.New(ctx, cfg.databaseURL); err != nil {
-		return 0, err
-	}
-	defer a.now.Close()
-	if a.past, err = pgx.Connect(ctx, cfg.databaseURL); err != nil {
-		return 0, err
-	}
-	defer a.past.Close(context.Background())
-	_, err = a.past.Exec(ctx, `
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET LOCAL statement_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0;
-SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
+	a, err := openAuditedLedger(ctx, cfg.databaseURL, out)
 	if err != nil {
-		return 0, fmt.Errorf("begin: %w", err)
+		return 0, err
 	}
+	defer a.close()
 	k, err := kafka.Open(kafkaConfig(cfg, nil))
 	if err != nil {
 		return 0, fmt.Errorf("kafka: %w", err)
 	}
 	defer k.Close()
-	if err := a.legs(ctx); err != nil {
-		return a.report.Findings(), err
+	ledger := audit.Ledger{Noun: "wallet", Heads: a.heads, Events: a.events, Now: a.seqsNow,
+		Lots: a.lots, HeadsOf: a.headsOf, EventsFrom: a.eventsFrom}
+	topic := auditedTopic(k, cfg.kafkaTopic)
+	var totals audit.Totals
+	var at time.Time
+	if since == 0 {
+		totals, err = audit.Compare(ctx, ledger, topic, a.report)
+	} else if at, err = a.goBack(ctx, since); err == nil {
+		totals, err = audit.CompareSince(ctx, ledger, topic, at, a.report)
 	}
-	ledger := audit.Ledger{Noun: "wallet", Heads: a.heads, Events: a.events, Now: a.seqsNow}
-	totals, err := audit.Compare(ctx, ledger, auditedTopic(k, cfg.kafkaTopic), a.report)
+	if err == nil {
+		err = a.legs(ctx)
+	}
 	if err != nil {
 		return a.report.Findings(), err
 	}
-	a.report.Note("%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this "+
-		"audit: %d findings",
-		totals.Keys, a.entries, totals.Events, k.Partitions(), totals.Younger, a.report.Findings())
-	return a.report.Findings(), nil
-}
-
-// auditedTopic is the events topic as an audit reads it.
-func auditedTopic(k *kafka.Client, topic string) audit.Topic {
-	return audit.Topic{
-		Partitions: k.Partitions(),
-		Partition: func(walletID int64) (int32, error) {
-			return k.Partition(strconv.AppendInt(nil, walletID, 10))
-		},
-		Bounds: func(partition int32) (from, to int64, err error) {
-			s, err := k.Bounds(topic, partition)
-			return s.From, s.To, err
-		},
-		Scan: func(ctx context.Context, partition int32, from, to int64, visit audit.Visit) error {
-			s := kafka.Span{Topic: topic, Partition: partition, From: from, To: to}
-			return k.Scan(ctx, s, func(r *kafka.Committed) error {
-				id, seq, err := eventIDOf(r)
-				visit(r.Offset, audit.Event{Key: id, Number: seq, Value: r.Value}, err)
-				return nil
-			})
-		},
-	}
+	return a.conclude(totals, k.Partitions()), nil
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -1289,7 +1289,8 @@ func TestEventEqualsEntry(t *testing.T) {
 	}
 }
 
-// TestOutboxPartitions: they exist days ahead. Past ones go when they are old enough and wholly published.
+// TestOutboxPartitions: they exist hours ahead, without a hole. Past ones go when they are old enough and
+// wholly published.
 func TestOutboxPartitions(t *testing.T) {
 	w := start(t, testEnv(t, "OUTBOX_RETENTION=720h")) // its own upkeep leaves the old ones to the test
 	ctx := context.Background()
@@ -1298,16 +1299,22 @@ func TestOutboxPartitions(t *testing.T) {
 		time.Until(parts[len(parts)-1].EndsAt) < outboxAhead {
 		t.Fatalf("%d partitions, first %+v, %v", len(parts), parts[0], err)
 	}
-	// Two hours of the day before yesterday.
+	for i, p := range parts {
+		if p.EndsAt.Sub(p.StartsAt) != 10*time.Minute || i > 0 && !p.StartsAt.Equal(parts[i-1].EndsAt) {
+			t.Errorf("a partition from %v to %v", p.StartsAt, p.EndsAt)
+		}
+	}
+	// Two of the day before yesterday: an hour, as schema version 3 made them, and ten minutes.
 	conn := connect(t, w.env["DATABASE_URL"])
 	day := time.Now().UTC().Add(-48 * time.Hour).Truncate(time.Hour)
 	for i := range 2 {
 		from := day.Add(time.Duration(i) * time.Hour)
-		name := "outbox_" + from.Format("2006010215")
+		name := "outbox_" + from.Format([]string{"2006010215", "200601021504"}[i])
+		to := from.Add([]time.Duration{time.Hour, 10 * time.Minute}[i])
 		for _, statement := range []string{
 			`CREATE TABLE ` + name + ` (LIKE outbox INCLUDING DEFAULTS)`,
 			fmt.Sprintf(`ALTER TABLE outbox ATTACH PARTITION %s FOR VALUES FROM ('%s') TO ('%s')`, name,
-				from.Format(time.RFC3339), from.Add(time.Hour).Format(time.RFC3339)),
+				from.Format(time.RFC3339), to.Format(time.RFC3339)),
 			fmt.Sprintf(`INSERT INTO outbox (created_at, aggregate_id, seq, event_type, payload)
 				VALUES ('%s', 1, 1, 'x', 'x')`, from.Add(time.Minute).Format(time.RFC3339)),
 		} {
@@ -1343,12 +1350,45 @@ func TestOutboxPartitions(t *testing.T) {
 	}
 	tx.Rollback(ctx)
 	if err := dropOutboxPartitions(ctx, w.reads, 24*time.Hour, closed,
-		closed["outbox_"+day.Add(time.Hour).Format("2006010215")]); err != nil || count() != 0 ||
+		closed["outbox_"+day.Add(time.Hour).Format("200601021504")]); err != nil || count() != 0 ||
 		len(closed) != 0 {
 		t.Fatalf("published: %d left, %d closed, %v", count(), len(closed), err)
 	}
 	if _, err := w.reads.Exec(ctx, `SELECT outbox_drop_partition($1)`, parts[0].Name); err == nil {
-		t.Error("the present hour could be dropped")
+		t.Error("the present partition could be dropped")
+	}
+	// Hours that version 3 made ahead stay, and those that follow them are of ten minutes.
+	hour := parts[len(parts)-1].EndsAt.UTC().Truncate(time.Hour).Add(2 * time.Hour)
+	name := "outbox_" + hour.Format("2006010215")
+	for _, statement := range []string{
+		`CREATE TABLE ` + name + ` (LIKE outbox INCLUDING DEFAULTS)`,
+		fmt.Sprintf(`ALTER TABLE outbox ATTACH PARTITION %s FOR VALUES FROM ('%s') TO ('%s')`, name,
+			hour.Format(time.RFC3339), hour.Add(time.Hour).Format(time.RFC3339)),
+	} {
+		if _, err := conn.Exec(ctx, statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.reads.Exec(ctx, `SELECT outbox_make_partitions($1)`, outboxAhead+5*time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	parts, err = listOutboxPartitions(ctx, w.reads)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hours := 0
+	for i, p := range parts {
+		if p.Name == name && p.EndsAt.Sub(p.StartsAt) == time.Hour {
+			hours++
+		} else if p.EndsAt.Sub(p.StartsAt) != 10*time.Minute {
+			t.Errorf("%s is of %v", p.Name, p.EndsAt.Sub(p.StartsAt))
+		}
+		if i > 0 && !p.StartsAt.Equal(parts[i-1].EndsAt) {
+			t.Errorf("%s begins at %v, the one before ends at %v", p.Name, p.StartsAt, parts[i-1].EndsAt)
+		}
+	}
+	if hours != 1 {
+		t.Errorf("%d partitions of an hour are left", hours)
 	}
 }
 

@@ -47,6 +47,7 @@ import (
 	"wallet/internal/look"
 	"wallet/internal/metric"
 	"wallet/internal/migrate"
+	"wallet/internal/moved"
 	"wallet/internal/parts"
 	"wallet/internal/pg"
 	"wallet/internal/rebuild"
@@ -74,6 +75,11 @@ func main() {
 		fmt.Printf("for the client:  Authorization: Bearer %s\nfor API_KEYS:    %s\n", key, line)
 		return
 	}
+	since, err := auditSpan(asked.Options)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wallet:", err)
+		os.Exit(2)
+	}
 	cfg, err := readConfig(os.Getenv)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "wallet:", err)
@@ -93,7 +99,7 @@ func main() {
 		}
 	case "audit":
 		var findings int
-		if findings, err = runAudit(ctx, &cfg.relayConfig, os.Stdout); findings > 0 {
+		if findings, err = runAuditSince(ctx, &cfg.relayConfig, since, os.Stdout); findings > 0 {
 			exit = 1
 		}
 	case "adopt":
@@ -124,7 +130,8 @@ func main() {
 
 var jobs = []cmdline.Job{
 	{Name: "migrate", Help: "apply the schema as the owner (MIGRATE_URL), then exit"},
-	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings"},
+	{Name: "audit", Help: "compare ledger and topic, then exit: 0 clean, 1 findings",
+		Options: []cmdline.Job{{Name: "since", Argument: "24h", Help: "only what moved in a last while"}}},
 	{Name: "adopt", Help: "let the relay go on in another database (say, a restore), then exit"},
 	{Name: "rebuild", Help: "make the ledger whole out of the topic, then exit",
 		Options: []cmdline.Job{{Name: "rebuild-skip", Argument: "IDS",
@@ -132,6 +139,19 @@ var jobs = []cmdline.Job{
 	{Name: "new-key", Argument: "NAME:SCOPES",
 		Help: "make an API key, as in checkout:read+write (also: operate), then exit"},
 	{Name: "version", Help: "print the version, then exit"},
+}
+
+// auditSpan is how far back -audit is to look; 0 is to the beginning.
+func auditSpan(options map[string]string) (since time.Duration, err error) {
+	text, said := options["since"]
+	if !said {
+		return 0, nil
+	}
+	since, err = time.ParseDuration(text)
+	if err != nil || since <= 0 || since > auditSpanMax {
+		return 0, fmt.Errorf("-since %s: write a while such as 24h or 90m, of at most 48h", text)
+	}
+	return since, nil
 }
 
 const startEverything = "go run -C dev ."
@@ -291,9 +311,9 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 //go:embed schema.sql
 var schemaSQL string
 
-// schema is what the database must have. It is at version 3: that of schema.sql's last step.
+// schema is what the database must have. It is at version 4: that of schema.sql's last step.
 var schema = migrate.Schema{
-	File: schemaSQL, Version: 3, ServerMin: 150000, Table: "wallet_schema",
+	File: schemaSQL, Version: 4, ServerMin: 150000, Table: "wallet_schema",
 	Tables: []string{"wallet", "entry", "currency", "outbox"},
 }
 
@@ -457,7 +477,8 @@ func (s *service) keep(ctx context.Context) error {
 		work := []error{makeOutboxPartitions(ctx, s.reads), s.ledger.loadCurrencies(ctx),
 			s.ledger.countHolds(ctx)}
 		if s.relay == nil {
-			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0))
+			work = append(work, dropOutboxPartitions(ctx, s.reads, s.cfg.outboxRetention, nil, 0),
+				moved.Forget(ctx, s.reads, math.MaxInt64, movedKept))
 		}
 		for _, err := range work {
 			if err != nil && ctx.Err() == nil {
@@ -1060,8 +1081,8 @@ func (c *config) settings() []env.Setting {
 		{Name: "REPLICATION_SLOT", Default: "wallet_relay",
 			Set:  env.Matching(&c.replicationSlot, 63, "abcdefghijklmnopqrstuvwxyz0123456789_"),
 			Help: "name of the relay's replication slot (unique in the Postgres cluster)"},
-		{Name: "OUTBOX_RETENTION", Default: "24h", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
-			Help: "how long a published outbox row is kept, in whole partitions of an hour"},
+		{Name: "OUTBOX_RETENTION", Default: "10m", Set: env.Duration(&c.outboxRetention, 0, 90*24*time.Hour),
+			Help: "how long a published outbox row is kept, in whole partitions of ten minutes"},
 
 		{Name: "REDIS_URL", Group: "Redis", Main: true, Secret: true,
 			Set:  env.URL(&c.redisURL, "redis", "rediss"),

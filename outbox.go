@@ -14,6 +14,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"io"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -30,6 +32,7 @@ import (
 	"wallet/internal/book"
 	"wallet/internal/kafka"
 	"wallet/internal/money"
+	"wallet/internal/moved"
 )
 
 const (
@@ -487,22 +490,77 @@ type querier interface {
 }
 
 // readEntries streams entries. visit's entry is used again.
-func readEntries(ctx context.Context, db querier, where string, args []any,
-	visit func(*book.Entry) error) error {
-	rows, _ := db.Query(ctx, queryEntries+where, args...)
+func readEntries(ctx context.Context, db querier, where string, args []any, visit entryVisit) error {
+	return streamEntries(ctx, db, queryEntries+where, args, visit)
+}
+
+func streamEntries(ctx context.Context, db querier, query string, args []any, visit entryVisit) error {
+	rows, _ := db.Query(ctx, query, args...)
+	defer rows.Close()
 	var e book.Entry
 	s := entryScan{e: &e}
-	_, err := pgx.ForEachRow(rows, append(s.columns(), &e.Currency), func() error {
-		if err := s.finish(); err != nil {
-			return err
+	columns := append(s.columns(), &e.Currency)
+	for rows.Next() {
+		fast, err := s.raw(rows)
+		if err == nil && !fast {
+			err = rows.Scan(columns...)
 		}
-		return visit(&e)
-	})
-	if err != nil {
+		if err == nil && !fast {
+			err = s.finish()
+		}
+		if err == nil {
+			err = visit(&e)
+		}
+		if err != nil {
+			return fmt.Errorf("read entries: %w", err)
+		}
+	}
+	if err := rows.Err(); err != nil {
 		return fmt.Errorf("read entries: %w", err)
 	}
 	return nil
 }
+
+// raw reads a row of entryColumns and the currency by hand, at a third of what Scan costs: a whole ledger is
+// read so. It leaves to Scan the entries that say more, and connections that want text.
+func (s *entryScan) raw(rows pgx.Rows) (done bool, err error) {
+	const at, plain, all = 4, 9, 15 // the time; how many columns a plain entry has; the currency is the last
+	fields, values, e := rows.FieldDescriptions(), rows.RawValues(), s.e
+	if len(fields) != all || fields[0].Format != pgx.BinaryFormatCode ||
+		fields[at].Format != pgx.BinaryFormatCode {
+		return false, nil
+	}
+	for _, more := range values[plain : all-1] {
+		if more != nil {
+			return false, nil
+		}
+	}
+	for i, n := range []*int64{&e.WalletID, &e.Seq, &e.CounterpartyID, &e.CounterpartySeq} {
+		if len(values[i]) != 8 {
+			return false, nil
+		}
+		*n = int64(binary.BigEndian.Uint64(values[i]))
+	}
+	if len(values[at]) != 8 {
+		return false, nil
+	}
+	e.CreatedAt = postgresEpoch.Add(time.Duration(binary.BigEndian.Uint64(values[at])) * time.Microsecond)
+	if kind := values[5]; string(kind) != e.Kind {
+		e.Kind = string(kind)
+	}
+	e.Key = string(values[8])
+	if currency := values[all-1]; string(currency) != e.Currency {
+		e.Currency = string(currency)
+	}
+	e.More = nil
+	if e.Amount, err = money.Read(values[6]); err == nil {
+		e.Balance, err = money.Read(values[7])
+	}
+	return true, err
+}
+
+// postgresEpoch is what Postgres counts microseconds from: 292 years of them fit a Duration.
+var postgresEpoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // A movement is read as its initiating entry e, the wallet's currency, the payee's head, what the entry is
 // of.
@@ -651,10 +709,10 @@ func (c *outboxColumns) decode(data []byte) (e event, err error) {
 }
 
 // outboxAhead is how far ahead partitions exist: how long a broken keeper may go unnoticed.
-const outboxAhead = 48 * time.Hour
+const outboxAhead = 12 * time.Hour
 
-// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for the present
-// hour no write succeeds, so main calls it before it serves and every minute after.
+// makeOutboxPartitions makes the missing partitions from now until outboxAhead. Without one for now
+// no write succeeds, so main calls it before it serves and every minute after.
 func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
 	var made int
 	if err := db.QueryRow(ctx, `SELECT outbox_make_partitions($1)`, outboxAhead).Scan(&made); err != nil {
@@ -666,7 +724,7 @@ func makeOutboxPartitions(ctx context.Context, db *pgxpool.Pool) error {
 	return nil
 }
 
-// outboxPartition is one hour of the outbox.
+// outboxPartition is ten minutes of the outbox; an hour, where schema version 3 made it.
 type outboxPartition struct {
 	Name             string
 	StartsAt, EndsAt time.Time
@@ -683,10 +741,11 @@ SELECT name, starts_at, ends_at, bytes FROM outbox_partition ORDER BY starts_at`
 	return parts, nil
 }
 
-// dropOutboxPartitions drops the hours that ended more than retention ago and of which published is true:
+// dropOutboxPartitions drops those that ended more than retention ago and of which published is true:
 // the relay's leader says so of what its checkpoint is past; without a relay, age alone decides. closed
-// remembers, between calls, the end of the WAL that everything in an hour was committed before; a nil
-// closed means that nobody is to publish the rows.
+// remembers, between calls, the end of the WAL that everything in one was committed before; a nil closed
+// means that nobody is to publish the rows. Nothing needs them afterwards: the relay reads the WAL, and a
+// recovery the ledger.
 func dropOutboxPartitions(ctx context.Context, db *pgxpool.Pool, retention time.Duration,
 	closed map[string]pglogrepl.LSN, checkpoint pglogrepl.LSN) error {
 	parts, err := listOutboxPartitions(ctx, db)
@@ -740,38 +799,152 @@ type auditedLedger struct {
 	now    *pgxpool.Pool
 	report *audit.Report
 
-	seqs    map[int64]int64 // of the wallets that heads gave last
+	seqs    map[int64]int64 // of the wallets that were given last
 	entries int64
+
+	since int64     // number of the transaction from which on it is audited; 0 is the beginning
+	at    time.Time // when that was
+
+	// Transfers: the sum over payers' legs less that over payees', each leg by all that both must agree on.
+	// It is zero if and only if they mirror each other, but for one chance in 2^64.
+	seed   maphash.Seed
+	mirror uint64
+	leg    []byte
 }
 
-// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished.
+// openAuditedLedger takes the snapshot, which close ends.
+func openAuditedLedger(ctx context.Context, databaseURL string, out io.Writer) (
+	a *auditedLedger, err error) {
+	a = &auditedLedger{report: audit.NewReport(out), seed: maphash.MakeSeed()}
+	if a.now, err = pgxpool.New(ctx, databaseURL); err != nil {
+		return nil, err
+	}
+	if a.past, err = pgx.Connect(ctx, databaseURL); err != nil {
+		a.now.Close()
+		return nil, err
+	}
+	_, err = a.past.Exec(ctx, `
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL statement_timeout = 0;
+SET LOCAL idle_in_transaction_session_timeout = 0;
+SELECT FROM wallet_schema`, pgx.QueryExecModeSimpleProtocol)
+	if err != nil {
+		a.close()
+		return nil, fmt.Errorf("begin: %w", err)
+	}
+	return a, nil
+}
+
+func (a *auditedLedger) close() {
+	a.past.Close(context.Background())
+	a.now.Close()
+}
+
+// addLeg adds a transfer's leg to the sum.
+func (a *auditedLedger) addLeg(e *book.Entry) {
+	from, fromSeq, to, toSeq := e.WalletID, e.Seq, e.CounterpartyID, e.CounterpartySeq
+	amount, in := e.Amount, e.Kind == book.KindTransferIn
+	if in {
+		from, fromSeq, to, toSeq = to, toSeq, from, fromSeq
+	} else {
+		amount = amount.Neg()
+	}
+	b := a.leg[:0]
+	for _, n := range [...]int64{from, fromSeq, to, toSeq} {
+		b = binary.BigEndian.AppendUint64(b, uint64(n))
+	}
+	b = append(money.Append(b, amount), ' ')
+	b = append(append(append(b, e.Currency...), ' '), e.Key...)
+	a.leg = b
+	if sum := maphash.Bytes(a.seed, b); in {
+		a.mirror -= sum
+	} else {
+		a.mirror += sum
+	}
+}
+
+// legs finds transfers whose two entries do not mirror each other, so that money appeared or vanished. It is
+// asked once all entries have been read, and looks for them only where there are some. Among what moved
+// since, there may be some that do: one leg's wallet moved just before, in a transaction that had to wait.
 func (a *auditedLedger) legs(ctx context.Context) error {
-	rows, _ := a.past.Query(ctx, `
-SELECT e.wallet_id, e.seq FROM entry e JOIN wallet w ON w.id = e.wallet_id
+	if a.mirror == 0 {
+		return nil
+	}
+	find := func(from string, args ...any) error {
+		rows, _ := a.past.Query(ctx, `
+SELECT e.wallet_id, e.seq FROM `+from+` JOIN wallet w ON w.id = e.wallet_id
 LEFT JOIN entry o ON o.wallet_id = e.counterparty_id AND o.seq = e.counterparty_seq
 LEFT JOIN wallet v ON v.id = o.wallet_id
 WHERE e.counterparty_id IS NOT NULL
   AND (o.counterparty_id, o.counterparty_seq, o.amount, o.idempotency_key, o.kind <> e.kind, v.currency)
-  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`)
-	var id, seq int64
-	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-		a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
-			book.EntryID(id, seq))
-		return nil
+  IS DISTINCT FROM (e.wallet_id, e.seq, -e.amount, e.idempotency_key, true, w.currency)`, args...)
+		var id, seq int64
+		_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+			a.report.Find("entry %s: the other leg of this transfer is missing or does not mirror it",
+				book.EntryID(id, seq))
+			return nil
+		})
+		return err
+	}
+	if a.since == 0 {
+		return find("entry e")
+	}
+	return a.lots(ctx, 500_000, func(m *audit.Moved) error {
+		return inBites(m.Keys, m.Firsts, func(ids, firsts []int64) error {
+			return find(`unnest($1::bigint[], $2::bigint[]) AS m (id, first)
+JOIN entry e ON e.wallet_id = m.id AND e.seq >= m.first`, ids, firsts)
+		})
 	})
-	return err
 }
 
-func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
-	var last int64
-	var err error
-	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, 0, n)
-	return a.seqs, last, err
+// goBack has what moved in a last while audited: from at on, by Postgres' clock.
+func (a *auditedLedger) goBack(ctx context.Context, since time.Duration) (at time.Time, err error) {
+	if err := a.past.QueryRow(ctx, `SELECT clock_timestamp() - $1::interval`, since).Scan(&at); err != nil {
+		return at, err
+	}
+	xid, known, err := moved.Point(ctx, a.past, at)
+	if err == nil && !known {
+		err = fmt.Errorf("the log of what moved begins after %s: run `wallet -audit` without -since, or "+
+			"with a shorter one", at.UTC().Format(time.RFC3339))
+	}
+	a.since, a.at = xid, at
+	return at, err
 }
 
-func (a *auditedLedger) seqsNow(ctx context.Context, walletIDs []int64, visit func(id, seq int64)) error {
-	rows, _ := a.now.Query(ctx, `
-SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, walletIDs)
+// conclude says how much was compared, and what an audit of what moved does not prove.
+func (a *auditedLedger) conclude(totals audit.Totals, partitions int32) (findings int) {
+	findings = a.report.Findings()
+	a.report.Note("%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this "+
+		"audit: %d findings", totals.Keys, a.entries, totals.Events, partitions, totals.Younger, findings)
+	if a.since > 0 {
+		a.report.Note("only what moved since %s: not proven are the entries before, the wallets that did "+
+			"not move, and the rows of holds, reversals, states and references",
+			a.at.UTC().Format(time.RFC3339))
+	}
+	return findings
+}
+
+func (a *auditedLedger) lots(ctx context.Context, n int, do func(*audit.Moved) error) error {
+	return moved.Lots(moved.Since(ctx, a.past, a.since), n, func(l *moved.Lot) error {
+		m := &audit.Moved{After: l.After, Last: l.Upto, Keys: l.Keys, Firsts: make([]int64, len(l.Keys))}
+		for i, id := range l.Keys {
+			m.Firsts[i] = l.First[id]
+		}
+		return do(m)
+	})
+}
+
+func (a *auditedLedger) headsOf(ctx context.Context, ids []int64, visit func(id, seq int64)) error {
+	return visitSeqs(ctx, a.past, ids, visit)
+}
+
+func (a *auditedLedger) seqsNow(ctx context.Context, ids []int64, visit func(id, seq int64)) error {
+	return visitSeqs(ctx, a.now, ids, visit)
+}
+
+func visitSeqs(ctx context.Context, db querier, ids []int64, visit func(id, seq int64)) error {
+	rows, _ := db.Query(ctx, `
+SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w USING (id)`, ids)
 	var id, seq int64
 	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
 		visit(id, seq)
@@ -780,55 +953,22 @@ SELECT id, coalesce(w.seq, 0) FROM unnest($1::bigint[]) AS id LEFT JOIN wallet w
 	return err
 }
 
+func (a *auditedLedger) heads(ctx context.Context, after int64, n int) (map[int64]int64, int64, error) {
+	var last int64
+	var err error
+	a.seqs, last, err = readWalletSeqs(ctx, a.past, after, n)
+	return a.seqs, last, err
+}
+
 // events makes the events of the entries again, and checks each wallet's chain of entries.
 func (a *auditedLedger) events(ctx context.Context, after, last int64, visit func(audit.Event) error) error {
-	var c book.Chain
-	var buf []byte
 	saw := make(map[string]bool) // what the entries say that a rule is about
-	finish := func() {
-		id, seq := c.Last.WalletID, c.Last.Seq
-		if a.seqs[id] != seq {
-			a.report.Find("wallet %d has seq %d, but its last entry is number %d", id, a.seqs[id], seq)
-		}
-		var open decimal.Decimal
-		for _, remaining := range c.Open {
-			open = open.Add(remaining)
-		}
-		if held := c.Last.Says().Held; !held.Equal(open) {
-			a.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
-		}
-	}
-	err := readChains(ctx, a.past, after, last, 0, func(e *book.Entry) error {
-		a.entries++
-		if a.entries%50_000 == 0 {
-			a.report.Progress("ledger: wallet %d, %d entries", e.WalletID, a.entries)
-		}
-		if e.WalletID != c.Last.WalletID {
-			finish()
-			c = book.Chain{Last: book.Entry{WalletID: e.WalletID}}
-		}
-		switch {
-		case e.More == nil:
-		case e.Kind == book.KindState:
-			saw["states"] = true
-		case !e.More.HeldChange.IsZero():
-			saw["holds"] = true
-		case e.More.OfSeq != 0:
-			saw["reversals"] = true
-		}
-		if e.Says().Note.Reference != "" {
-			saw["references"] = true
-		}
-		if wrong := c.Follow(e); wrong != "" {
-			a.report.Find("entry %s: %s", book.EntryID(e.WalletID, e.Seq), wrong)
-		}
-		buf = book.AppendEvent(buf[:0], e)
-		return visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: buf})
-	})
+	w := &chainWalk{auditedLedger: a, visit: visit, saw: saw}
+	err := readChains(ctx, a.past, after, last, w.follow)
 	if err != nil {
 		return err
 	}
-	finish()
+	w.finish()
 	for _, rule := range sideRules {
 		if rule.rows != "" && !saw[rule.about] { // nothing to compare them with: are there any?
 			var any bool
@@ -840,12 +980,34 @@ func (a *auditedLedger) events(ctx context.Context, after, last int64, visit fun
 				continue
 			}
 		}
-		rows, _ := a.past.Query(ctx, rule.query, after, last)
-		var id, seq int64
-		_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
-			a.report.Find(rule.finding, id, seq)
-			return nil
-		})
+		if err := a.rule(ctx, rule.finding, rule.query, after, last); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eventsFrom is events for the ends of wallets' chains: each is read from the entry before the first one,
+// which it must follow.
+func (a *auditedLedger) eventsFrom(ctx context.Context, m *audit.Moved,
+	visit func(audit.Event) error) error {
+	before, first := make([]int64, len(m.Firsts)), make(map[int64]int64, len(m.Keys))
+	for i, seq := range m.Firsts {
+		before[i], first[m.Keys[i]] = seq-1, seq
+	}
+	a.seqs = make(map[int64]int64, len(m.Keys))
+	for some := range slices.Chunk(m.Keys, 10_000) {
+		if err := a.headsOf(ctx, some, func(id, seq int64) { a.seqs[id] = seq }); err != nil {
+			return err
+		}
+	}
+	w := &chainWalk{auditedLedger: a, visit: visit, first: first, saw: make(map[string]bool)}
+	if err := readChainsFrom(ctx, a.past, m.Keys, before, w.follow); err != nil {
+		return err
+	}
+	w.finish()
+	for some := range slices.Chunk(m.Keys, 10_000) {
+		err := a.rule(ctx, sideRules[0].finding, headRule+`WHERE w.id = ANY ($1)`+headRuleHolds, some)
 		if err != nil {
 			return err
 		}
@@ -853,14 +1015,121 @@ func (a *auditedLedger) events(ctx context.Context, after, last int64, visit fun
 	return nil
 }
 
+// rule finds what a query gives, by wallet and number.
+func (a *auditedLedger) rule(ctx context.Context, finding, query string, args ...any) error {
+	rows, _ := a.past.Query(ctx, query, args...)
+	var id, seq int64
+	_, err := pgx.ForEachRow(rows, []any{&id, &seq}, func() error {
+		a.report.Find(finding, id, seq)
+		return nil
+	})
+	return err
+}
+
+// chainWalk follows wallets' entries, one wallet after the other.
+type chainWalk struct {
+	*auditedLedger
+	visit func(audit.Event) error
+	first map[int64]int64 // where it begins to look, of each wallet, after the entry before; nil: at entry 1
+	saw   map[string]bool
+	chain book.Chain
+	buf   []byte
+}
+
+func (w *chainWalk) follow(e *book.Entry) error {
+	if e.WalletID != w.chain.Last.WalletID {
+		w.finish()
+		w.chain = book.Chain{Last: book.Entry{WalletID: e.WalletID}}
+		if first := w.first[e.WalletID]; first > 1 {
+			w.chain.Midway = true
+			if e.Seq == first-1 {
+				w.chain.Last = *e
+				return nil
+			}
+		}
+	}
+	w.entries++
+	if w.entries%50_000 == 0 {
+		w.report.Progress("ledger: wallet %d, %d entries", e.WalletID, w.entries)
+	}
+	switch {
+	case e.More == nil:
+	case e.Kind == book.KindState:
+		w.saw["states"] = true
+	case !e.More.HeldChange.IsZero():
+		w.saw["holds"] = true
+	case e.More.OfSeq != 0:
+		w.saw["reversals"] = true
+	}
+	if e.Says().Note.Reference != "" {
+		w.saw["references"] = true
+	}
+	if wrong := w.chain.Follow(e); wrong != "" {
+		w.report.Find("entry %s: %s", book.EntryID(e.WalletID, e.Seq), wrong)
+	}
+	if e.CounterpartyID != 0 {
+		w.addLeg(e)
+	}
+	w.buf = book.AppendEvent(w.buf[:0], e)
+	return w.visit(audit.Event{Key: e.WalletID, Number: e.Seq, Value: w.buf})
+}
+
+func (w *chainWalk) finish() {
+	id, seq := w.chain.Last.WalletID, w.chain.Last.Seq
+	if w.seqs[id] != seq {
+		w.report.Find("wallet %d has seq %d, but its last entry is number %d", id, w.seqs[id], seq)
+	}
+	if w.chain.Midway {
+		return // what was held before is not known
+	}
+	var open decimal.Decimal
+	for _, remaining := range w.chain.Open {
+		open = open.Add(remaining)
+	}
+	if held := w.chain.Last.Says().Held; !held.Equal(open) {
+		w.report.Find("wallet %d: %s is held, but its open holds sum to %s", id, held, open)
+	}
+}
+
+const (
+	headRule = `
+SELECT w.id, w.seq FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
+`
+	headRuleHolds = `
+  AND (w.balance, w.entry_at, w.held) IS DISTINCT FROM
+      (coalesce(e.balance, 0), e.created_at, coalesce(e.held, 0))`
+)
+
+// auditedTopic is the events topic as an audit reads it.
+func auditedTopic(k *kafka.Client, topic string) audit.Topic {
+	return audit.Topic{
+		Partitions: k.Partitions(),
+		Partition: func(walletID int64) (int32, error) {
+			return k.Partition(strconv.AppendInt(nil, walletID, 10))
+		},
+		Bounds: func(partition int32) (from, to int64, err error) {
+			s, err := k.Bounds(topic, partition)
+			return s.From, s.To, err
+		},
+		OffsetAt: func(partition int32, at time.Time) (int64, error) {
+			return k.OffsetAt(topic, partition, at)
+		},
+		Scan: func(ctx context.Context, partition int32, from, to int64, visit audit.Visit) error {
+			s := kafka.Span{Topic: topic, Partition: partition, From: from, To: to}
+			return k.Scan(ctx, s, func(r *kafka.Committed) error {
+				id, seq, err := eventIDOf(r)
+				visit(r.Offset, audit.Event{Key: id, Number: seq, Value: r.Value}, err)
+				return nil
+			})
+		},
+	}
+}
+
 // sideRules are what the tables beside the entries must say of the wallets after $1 and up to $2. A rule is
 // left out where no entry says what it is about and no row is there.
 var sideRules = []struct{ about, rows, finding, query string }{
-	{"", "", "wallet %[1]d: its balance, time or held is not its last entry's", `
-SELECT w.id, w.seq FROM wallet w LEFT JOIN entry e ON e.wallet_id = w.id AND e.seq = w.seq
-WHERE w.id > $1 AND w.id <= $2
-  AND (w.balance, w.entry_at, w.held) IS DISTINCT FROM
-      (coalesce(e.balance, 0), e.created_at, coalesce(e.held, 0))`},
+	{"", "", "wallet %[1]d: its balance, time or held is not its last entry's",
+		headRule + `WHERE w.id > $1 AND w.id <= $2` + headRuleHolds},
 	{"states", `wallet WHERE state IS NOT NULL AND id > $1 AND id <= $2`,
 		"wallet %[1]d: its state is not what its last entry of that kind says", `
 SELECT w.id, w.seq FROM wallet w
@@ -905,28 +1174,14 @@ FULL JOIN (SELECT * FROM reference WHERE wallet_id > $1 AND wallet_id <= $2) f
 WHERE e.seq IS NULL OR f.seq IS NULL`},
 }
 
-// The conditions on wallets and entries for those that were written by the transaction with number $4 or one
-// above.
-const (
-	walletSince = ` AND age(w.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-	entrySince  = `age(e.xmin) BETWEEN 0 AND age($4::xid8::xid)`
-)
+type entryVisit = func(*book.Entry) error
 
-// writtenSince adds a condition and its argument; from 0 on, everything was written.
-func writtenSince(xid int64, condition string, args ...any) (string, []any) {
-	if xid == 0 {
-		return "", args
-	}
-	return condition, append(args, strconv.FormatInt(xid, 10))
-}
-
-// readWalletSeqs reads the wallets after lo that were written since xid, at most n of them by id, with the
-// seq of each one's last entry; hi is the last one's id.
-func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo, xid int64, n int) (
+// readWalletSeqs reads the wallets after lo that have entries, at most n of them by id, with the seq of each
+// one's last entry; hi is the last one's id.
+func readWalletSeqs(ctx context.Context, db *pgx.Conn, lo int64, n int) (
 	seqs map[int64]int64, hi int64, err error) {
-	where, args := writtenSince(xid, walletSince, lo, n, 0)
 	rows, _ := db.Query(ctx, `
-SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER BY w.id LIMIT $2`, args...)
+SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > 0 ORDER BY w.id LIMIT $2`, lo, n)
 	seqs = make(map[int64]int64)
 	var seq int64
 	_, err = pgx.ForEachRow(rows, []any{&hi, &seq}, func() error { seqs[hi] = seq; return nil })
@@ -936,18 +1191,53 @@ SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > $3`+where+` ORDER B
 	return seqs, hi, nil
 }
 
-// readChains streams the entries of the wallets after lo and up to hi that were written since xid, wallet by
-// wallet, in order. visit's entry is used again.
-func readChains(ctx context.Context, db *pgx.Conn, lo, hi, xid int64, visit func(*book.Entry) error) error {
-	// Where a chain crosses xid is found by steps back from its end, each twice as long as the one before, up
-	// to an entry that was written earlier.
-	where, args := writtenSince(xid, walletSince+` AND `+entrySince+` AND e.seq > coalesce((
-    SELECT w.seq - (1::bigint << k) FROM generate_series(0, 62) k
-    WHERE 1::bigint << k < w.seq AND EXISTS (
-        SELECT FROM entry e
-        WHERE e.wallet_id = w.id AND e.seq = w.seq - (1::bigint << k) AND NOT `+entrySince+`)
-    ORDER BY k LIMIT 1), 0)`, lo, hi, 0)
+// readChains streams the entries of the wallets after lo and up to hi, wallet by wallet, in order. visit's
+// entry is used again.
+func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, visit entryVisit) error {
+	_, err := db.Exec(ctx, `SET LOCAL work_mem = '64MB'; SET LOCAL jit = off`, pgx.QueryExecModeSimpleProtocol)
+	if err != nil {
+		return err
+	}
 	return readEntries(ctx, db, `
-WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2 AND w.seq > $3`+where+`
-ORDER BY e.wallet_id, e.seq`, args, visit)
+WHERE w.id > $1 AND w.id <= $2 AND e.wallet_id > $1 AND e.wallet_id <= $2
+ORDER BY e.wallet_id, e.seq`, []any{lo, hi}, visit)
+}
+
+// readChainsFrom streams the ends of wallets' chains, from an entry of each on, as readChains does. ids are
+// in order. It reads nothing else, whatever is in the tables: the plan is a probe of the primary key for each.
+func readChainsFrom(ctx context.Context, db *pgx.Conn, ids, seqs []int64, visit entryVisit) error {
+	_, err := db.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off`, pgx.QueryExecModeSimpleProtocol)
+	if err != nil {
+		return err
+	}
+	last := book.Entry{}
+	inOrder := func(e *book.Entry) error {
+		if e.WalletID < last.WalletID || e.WalletID == last.WalletID && e.Seq <= last.Seq {
+			return fmt.Errorf("entry %s came after entry %s", book.EntryID(e.WalletID, e.Seq),
+				book.EntryID(last.WalletID, last.Seq))
+		}
+		last.WalletID, last.Seq = e.WalletID, e.Seq
+		return visit(e)
+	}
+	return inBites(ids, seqs, func(ids, seqs []int64) error {
+		return streamEntries(ctx, db, `
+SELECT `+entryColumns+`, w.currency
+FROM (SELECT m.id, m.first, (SELECT w.currency FROM wallet w WHERE w.id = m.id) AS currency
+      FROM unnest($1::bigint[], $2::bigint[]) AS m (id, first) OFFSET 0) w
+CROSS JOIN LATERAL (SELECT * FROM entry e WHERE e.wallet_id = w.id AND e.seq >= w.first ORDER BY e.seq) e`,
+			[]any{ids, seqs}, inOrder)
+	})
+}
+
+// inBites calls do with 10,000 at a time of two slices' elements.
+func inBites(a, b []int64, do func(a, b []int64) error) error {
+	for len(a) > 0 {
+		n := min(10_000, len(a))
+		if err := do(a[:n], b[:n]); err != nil {
+			return err
+		}
+		a, b = a[n:], b[n:]
+	}
+	return nil
 }

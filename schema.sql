@@ -124,8 +124,8 @@ CREATE OR REPLACE TRIGGER currency_scale_is_immutable BEFORE UPDATE OR TRUNCATE 
 -- or updates it
 -- -----------------------------------------------------------------------------------------------------------
 
--- Partitioned by the hour of the writing transaction's start, by the database's clock. No index: rows are
--- never looked up, and leave by DROP TABLE of a whole hour, so that there is no bloat and no vacuum debt. The
+-- Partitioned by the writing transaction's start, by the database's clock. No index: rows are never looked
+-- up, and leave by DROP TABLE of a whole partition, so that there is no bloat and no vacuum debt. The
 -- event's id is aggregate_id-seq.
 CREATE TABLE IF NOT EXISTS outbox (
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -147,7 +147,7 @@ FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'outbox'::regclass;
 
 -- Makes the partitions from this hour until `ahead` from now that are missing, and returns how many. Without
--- a partition for the present hour no write succeeds, so every replica calls this, days ahead. CREATE then
+-- a partition for the present hour no write succeeds, so every replica calls this, hours ahead. CREATE then
 -- ATTACH takes no lock that a writer waits for.
 CREATE OR REPLACE FUNCTION outbox_make_partitions(ahead interval) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '1s' SET search_path FROM CURRENT AS $$
@@ -445,4 +445,125 @@ FROM (VALUES
 ) AS scales (scale, codes), LATERAL unnest(string_to_array(codes, ' ')) AS code
 ON CONFLICT (code) DO NOTHING;
 
-INSERT INTO wallet_schema (version, program_min) VALUES (2, 1), (3, 3) ON CONFLICT (version) DO NOTHING;
+-- step 4: what moved
+
+-- The log of what moved: a row for each statement that added entries, so one a batch. A recovery and an
+-- audit of what moved read it, in proportion to that, instead of looking at every wallet.
+CREATE TABLE IF NOT EXISTS moved (
+    xid        bigint      NOT NULL,  -- of the transaction, with its epoch: it never wraps
+    xid_oldest bigint      NOT NULL,  -- all below it had ended by then
+    at         timestamptz NOT NULL,
+    ids        bigint[]    NOT NULL,  -- the wallets
+    seqs       bigint[]    NOT NULL   -- the first entry that each got
+) WITH (autovacuum_vacuum_scale_factor = 0.02);
+CREATE INDEX IF NOT EXISTS moved_xid ON moved (xid);
+
+-- The log is whole from from_xid on: each transaction with this number or one above is in it, if it added
+-- entries. kept_from has one row.
+CREATE TABLE IF NOT EXISTS moved_kept (
+    one      boolean PRIMARY KEY DEFAULT true CONSTRAINT moved_kept_is_one_row CHECK (one),
+    from_xid bigint  NOT NULL
+);
+
+-- As the owner, so that nobody but this trigger writes the log. The former release's program keeps it, too.
+CREATE OR REPLACE FUNCTION entry_moves_wallet() RETURNS trigger LANGUAGE plpgsql
+    SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    INSERT INTO moved (xid, xid_oldest, at, ids, seqs)
+    SELECT pg_current_xact_id()::text::bigint, pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+           clock_timestamp(), array_agg(m.wallet_id), array_agg(m.seq)
+    FROM (SELECT a.wallet_id, min(a.seq) AS seq, row_number() OVER () AS n FROM added a GROUP BY 1) m
+    GROUP BY m.n / 10000; -- however many a statement adds, a row stays small
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE TRIGGER entry_moves_wallet AFTER INSERT ON entry REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION entry_moves_wallet();
+
+-- Forgets what is older than `age`, of transactions below `below`, in bites: true means that there is more.
+-- A clock that steps forward cannot take what a recovery needs, since the relay says what is below.
+CREATE OR REPLACE FUNCTION moved_forget(below bigint, age interval) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+DECLARE
+    bite CONSTANT integer := 10000;
+    mine CONSTANT bigint  := pg_current_xact_id()::text::bigint;
+    kept  bigint;
+    young bigint;
+    next  bigint;
+    n     integer;
+BEGIN
+    SELECT from_xid INTO kept FROM moved_kept FOR UPDATE SKIP LOCKED;
+    IF kept IS NULL THEN
+        RETURN false; -- somebody else is at it
+    END IF;
+    IF kept > mine THEN -- out of a dump: these are another server's numbers
+        DELETE FROM moved WHERE xid >= kept;
+        UPDATE moved_kept SET from_xid = mine;
+        RETURN false;
+    END IF;
+    SELECT min(m.xid) FILTER (WHERE m.at >= clock_timestamp() - age), max(m.xid) + 1, count(*)
+    INTO young, next, n
+    FROM (SELECT o.xid, o.at FROM moved o WHERE o.xid >= kept AND o.xid < below ORDER BY o.xid LIMIT bite) m;
+    next := coalesce(young, next, kept);
+    DELETE FROM moved WHERE xid < next;
+    IF FOUND THEN
+        UPDATE moved_kept SET from_xid = next WHERE from_xid < next;
+    END IF;
+    RETURN FOUND AND n = bite;
+END $$;
+
+REVOKE ALL ON FUNCTION moved_forget(bigint, interval) FROM PUBLIC;
+DO $$
+DECLARE
+    service text := current_setting('wallet.service_role');
+BEGIN
+    IF service <> current_user THEN
+        EXECUTE format('GRANT SELECT ON moved, moved_kept TO %I', service);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION moved_forget(bigint, interval) TO %I', service);
+    END IF;
+END $$;
+
+-- step 4: the outbox by ten minutes
+
+-- A partition's name holds when it begins in UTC: ten minutes of one with minutes in it, such as
+-- outbox_202601020310, and an hour of one without, which version 3 made.
+CREATE OR REPLACE VIEW outbox_partition AS
+SELECT n.name, n.starts_at,
+       n.starts_at + CASE length(n.name) WHEN 17 THEN interval '1 hour' ELSE interval '10 minutes' END
+           AS ends_at,
+       pg_total_relation_size(n.oid) AS bytes
+FROM (SELECT c.oid, c.relname::text AS name,
+             to_timestamp(rpad(substr(c.relname, 8), 12, '0') || '+00', 'YYYYMMDDHH24MITZH') AS starts_at
+      FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+      WHERE i.inhparent = 'outbox'::regclass) n;
+
+-- As above, by ten minutes, and those that lie in an hour that is there already are not missing.
+CREATE OR REPLACE FUNCTION outbox_make_partitions(ahead interval) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '1s' SET search_path FROM CURRENT AS $$
+DECLARE
+    span CONSTANT interval := '10 minutes';
+    made integer := 0;
+    slot timestamptz;
+    part text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('wallet.outbox_partitions'));
+    FOR slot IN
+        SELECT s FROM generate_series(date_bin(span, now(), 'epoch'), now() + ahead, span) s
+        WHERE NOT EXISTS (SELECT FROM outbox_partition p WHERE p.starts_at <= s AND s < p.ends_at)
+    LOOP
+        part := 'outbox_' || to_char(slot AT TIME ZONE 'UTC', 'YYYYMMDDHH24MI');
+        EXECUTE format('CREATE TABLE %I (LIKE outbox INCLUDING DEFAULTS)', part);
+        EXECUTE format('ALTER TABLE outbox ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+            part, slot, slot + span);
+        made := made + 1;
+    END LOOP;
+    RETURN made;
+END $$;
+
+-- step 4: from where on the log is whole
+
+-- A step of its own: whoever gets a transaction number above this one's adds entries after the trigger was
+-- there.
+INSERT INTO moved_kept (from_xid) VALUES (pg_current_xact_id()::text::bigint) ON CONFLICT (one) DO NOTHING;
+
+INSERT INTO wallet_schema (version, program_min) VALUES (2, 1), (3, 3), (4, 3)
+ON CONFLICT (version) DO NOTHING;

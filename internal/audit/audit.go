@@ -7,35 +7,55 @@
 package audit
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
 	"math"
 	"os"
 	"slices"
+	"sync"
 	"time"
 )
 
 const (
 	keysMax     = 1_000_000        // whose state is in memory at a time; each lot reads the topic once more
+	spanBefore  = time.Hour        // that the topic is read from before a moment, at first: clocks differ
 	patience    = 30 * time.Second // without progress, for events that are committed but not in the topic yet
 	findingsMax = 20               // printed; all are counted
 	nowMax      = 10_000           // keys asked for at a time
 )
 
-// Ledger is one side, as of one snapshot but for Now. Keys are above 0.
+// Ledger is one side, as of one snapshot but for Now, which alone is called beside the others. Keys are above
+// 0.
 type Ledger struct {
 	Noun string // what a key is, for sentences about one: "wallet"
 
 	// Heads gives the number of the last event of each key above after, of at most n keys: the lowest ones,
 	// up to last.
 	Heads func(ctx context.Context, after int64, n int) (heads map[int64]int64, last int64, err error)
-	// Events visits the events of the keys above after and up to last, in order. A value is lent for the
-	// visit.
+	// Events visits the events of the keys above after and up to last, key by key and in order. A value is
+	// lent for the visit.
 	Events func(ctx context.Context, after, last int64, visit func(Event) error) error
 	// Now visits the keys with the number of the last event of each as of now, which is 0 for one unknown.
 	Now func(ctx context.Context, keys []int64, visit func(key, number int64)) error
+
+	// The rest is for CompareSince. Lots hands over the keys that moved, in lots of at most n by their order.
+	// HeadsOf visits keys with the number of the last event of each, which is 0 for one unknown. EventsFrom
+	// visits the events of a lot's keys from their first numbers on.
+	Lots       func(ctx context.Context, n int, do func(*Moved) error) error
+	HeadsOf    func(ctx context.Context, keys []int64, visit func(key, number int64)) error
+	EventsFrom func(ctx context.Context, m *Moved, visit func(Event) error) error
+}
+
+// Moved is a lot of keys that moved: all of those above After and up to Last, in order, with the first number
+// that each got.
+type Moved struct {
+	After, Last  int64
+	Keys, Firsts []int64
 }
 
 // Topic is the other side.
@@ -45,6 +65,8 @@ type Topic struct {
 
 	// Bounds gives the offsets that can be read now; to is exclusive.
 	Bounds func(partition int32) (from, to int64, err error)
+	// OffsetAt gives the first offset of a moment or later, for CompareSince.
+	OffsetAt func(partition int32, at time.Time) (int64, error)
 	// Scan visits what lies between two offsets, in order. What is no event has an error.
 	Scan func(ctx context.Context, partition int32, from, to int64, visit Visit) error
 }
@@ -64,6 +86,8 @@ func (e *Event) id() string { return fmt.Sprintf("%d-%d", e.Key, e.Number) }
 type Report struct {
 	out      io.Writer
 	terminal bool
+
+	mu       sync.Mutex
 	findings int
 }
 
@@ -79,6 +103,8 @@ func NewReport(out io.Writer) *Report {
 
 // Find reports a finding. All are counted, the first ones printed.
 func (r *Report) Find(format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.findings++
 	if r.findings <= findingsMax {
 		fmt.Fprintf(r.out, "FOUND "+format+"\n", args...)
@@ -88,7 +114,19 @@ func (r *Report) Find(format string, args ...any) {
 }
 
 // Findings is how many there are.
-func (r *Report) Findings() int { return r.findings }
+func (r *Report) Findings() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.findings
+}
+
+// take adds what another report found, and what it said.
+func (r *Report) take(other *Report, said []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.findings += other.findings
+	_, _ = r.out.Write(said)
+}
 
 // Note prints a line that is not a finding.
 func (r *Report) Note(format string, args ...any) { fmt.Fprintf(r.out, format+"\n", args...) }
@@ -96,6 +134,8 @@ func (r *Report) Note(format string, args ...any) { fmt.Fprintf(r.out, format+"\
 // Progress shows a line until the next one, on a terminal.
 func (r *Report) Progress(format string, args ...any) {
 	if r.terminal {
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		fmt.Fprintf(r.out, "\r\x1b[K"+format+"\r", args...)
 	}
 }
@@ -109,20 +149,25 @@ type Totals struct {
 
 // keyState is what is known of one key while its lot is audited.
 type keyState struct {
-	head  int64 // number of its last event in the ledger
-	first int64 // number of the first event seen in the topic: 1, unless the topic's head was deleted
-	next  int64 // number of the event that must come next; 0 before the first
-	sum   uint64
-	found bool // something was found and said already
+	head  int64  // number of its last event in the ledger
+	from  int64  // number from which on the two sides are compared
+	first int64  // number of the first event seen in the topic: 1, unless its reading begins later
+	next  int64  // number of the event that must come next; 0 before the first
+	above int64  // how many events above its head were seen
+	sum   uint64 // over those from from up to head
+	found bool   // something was found and said already
 }
 
-// comparison is one run of Compare.
+// comparison is one run of Compare, or one try of CompareSince.
 type comparison struct {
 	ledger   Ledger
 	topic    Topic
 	report   *Report
 	seed     maphash.Seed
-	headless []bool // by partition: its first events have been deleted
+	start    []int64 // by partition: where its reading begins
+	headless []bool  // by partition: it has, or had, events before that
+	partial  bool    // what the ledger is compared from is known only once the topic was read
+	since    bool    // only keys that moved are asked for; others are met
 	totals   Totals
 }
 
@@ -135,19 +180,48 @@ type lot struct {
 	from        []int64         // by partition: where to read on
 }
 
-// Compare reads both sides and reports what differs.
-func Compare(ctx context.Context, ledger Ledger, topic Topic, report *Report) (Totals, error) {
+// begin notes where the partitions are read from.
+func begin(ledger Ledger, topic Topic, report *Report,
+	start func(partition int32, from, to int64) (int64, error)) (*comparison, error) {
 	c := &comparison{ledger: ledger, topic: topic, report: report, seed: maphash.MakeSeed(),
-		headless: make([]bool, topic.Partitions)}
+		start: make([]int64, topic.Partitions), headless: make([]bool, topic.Partitions)}
 	for p := range topic.Partitions {
-		from, _, err := topic.Bounds(p)
+		from, to, err := topic.Bounds(p)
 		if err != nil {
-			return c.totals, err
+			return nil, err
 		}
-		if c.headless[p] = from > 0; c.headless[p] {
+		if from > 0 {
 			report.Note("partition %d begins at offset %d, its head has been deleted: compared from there",
 				p, from)
 		}
+		if c.start[p], err = start(p, from, to); err != nil {
+			return nil, err
+		}
+		c.headless[p] = c.start[p] > 0
+		c.partial = c.partial || c.headless[p]
+	}
+	return c, nil
+}
+
+func fromBegin(_ int32, from, _ int64) (int64, error) { return from, nil }
+
+func (c *comparison) newLot(after, last int64) *lot {
+	return &lot{after: after, last: last, keys: make(map[int64]*keyState), younger: make(map[int64]int64),
+		from: slices.Clone(c.start)}
+}
+
+func (l *lot) add(key, head, from int64) {
+	l.keys[key] = &keyState{head: head, from: from}
+	if head > 0 {
+		l.missing++
+	}
+}
+
+// Compare reads both sides and reports what differs.
+func Compare(ctx context.Context, ledger Ledger, topic Topic, report *Report) (Totals, error) {
+	c, err := begin(ledger, topic, report, fromBegin)
+	if err != nil {
+		return Totals{}, err
 	}
 	for after, more := int64(0), true; more; {
 		heads, last, err := ledger.Heads(ctx, after, keysMax)
@@ -157,23 +231,143 @@ func Compare(ctx context.Context, ledger Ledger, topic Topic, report *Report) (T
 		if more = len(heads) == keysMax; !more {
 			last = math.MaxInt64
 		}
-		l := &lot{after: after, last: last, keys: make(map[int64]*keyState, len(heads)),
-			younger: make(map[int64]int64), from: make([]int64, topic.Partitions)}
+		l := c.newLot(after, last)
 		for key, head := range heads {
-			l.keys[key] = &keyState{head: head}
-			if head > 0 {
-				l.missing++
-			}
+			l.add(key, head, 1)
 		}
-		for _, step := range []func(context.Context, *lot) error{c.readTopic, c.checkYounger, c.readLedger} {
-			if err := step(ctx, l); err != nil {
-				return c.totals, err
-			}
+		err = c.compare(ctx, l, func(ctx context.Context, visit func(Event) error) error {
+			return ledger.Events(ctx, l.after, l.last, visit)
+		})
+		if err != nil {
+			return c.totals, err
 		}
 		c.totals.Keys += int64(len(l.keys))
 		after = last
 	}
 	return c.totals, nil
+}
+
+// errLate: some key's first event since lies before where the reading of the topic began, if it is there.
+var errLate = errors.New("the topic was read from too late")
+
+// CompareSince compares what moved: of each key that did, the events from its first one since on. The topic
+// is read from a while before at, and once more from its begin where that was too late: clocks decide how
+// much is read, and not what is found.
+func CompareSince(ctx context.Context, ledger Ledger, topic Topic, at time.Time, report *Report) (
+	totals Totals, err error) {
+	fromBefore := func(p int32, from, to int64) (int64, error) {
+		offset, err := topic.OffsetAt(p, at.Add(-spanBefore))
+		return min(max(offset, from), to), err
+	}
+	for _, start := range []func(int32, int64, int64) (int64, error){fromBefore, fromBegin} {
+		var said bytes.Buffer
+		try := NewReport(&said)
+		totals, err = compareSince(ctx, ledger, topic, try, start)
+		if !errors.Is(err, errLate) {
+			report.take(try, said.Bytes())
+			break
+		}
+		report.Progress("reading the topic from its begin")
+	}
+	return totals, err
+}
+
+func compareSince(ctx context.Context, ledger Ledger, topic Topic, report *Report,
+	start func(partition int32, from, to int64) (int64, error)) (Totals, error) {
+	c, err := begin(ledger, topic, report, start)
+	if err != nil {
+		return Totals{}, err
+	}
+	whole, err := begin(ledger, topic, NewReport(io.Discard), fromBegin)
+	if err != nil {
+		return Totals{}, err
+	}
+	mayBeLate := !slices.Equal(c.start, whole.start)
+	c.since, c.partial = true, true
+	err = ledger.Lots(ctx, keysMax/4, func(m *Moved) error {
+		l, first := c.newLot(m.After, m.Last), make(map[int64]int64, len(m.Keys))
+		for i, key := range m.Keys {
+			first[key] = m.Firsts[i]
+		}
+		for some := range slices.Chunk(m.Keys, nowMax) {
+			err := ledger.HeadsOf(ctx, some, func(key, head int64) { l.add(key, head, first[key]) })
+			if err != nil {
+				return err
+			}
+		}
+		c.totals.Keys += int64(len(l.keys))
+		return c.compare(ctx, l, func(ctx context.Context, visit func(Event) error) error {
+			for _, key := range m.Keys {
+				if k := l.keys[key]; mayBeLate && (k.next == 0 || k.first > first[key]) {
+					return errLate
+				}
+			}
+			return ledger.EventsFrom(ctx, m, visit)
+		})
+	})
+	return c.totals, err
+}
+
+// compare reads both sides of a lot, at once where it can. The sum over a key's events does not depend on
+// their order, which each side checks for itself.
+func (c *comparison) compare(ctx context.Context, l *lot,
+	events func(ctx context.Context, visit func(Event) error) error) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var keys []int64
+	var sums []uint64
+	ended := make(chan error, 1)
+	read := func() {
+		from := int64(1)
+		err := events(ctx, func(e Event) error {
+			if n := len(keys); n == 0 || keys[n-1] != e.Key {
+				keys, sums = append(keys, e.Key), append(sums, 0)
+				if k := l.keys[e.Key]; c.partial && k != nil {
+					from = k.from
+				}
+			}
+			if e.Number >= from {
+				sums[len(sums)-1] += c.hash(&e)
+			}
+			return nil
+		})
+		if err != nil {
+			stop()
+		}
+		ended <- err
+	}
+	if !c.partial {
+		go read()
+	}
+	topicErr := c.readTopic(ctx, l)
+	if topicErr != nil {
+		stop()
+	}
+	if c.partial && topicErr != nil {
+		return topicErr
+	} else if c.partial {
+		read()
+	}
+	ledgerErr := <-ended
+	if topicErr != nil && (ledgerErr == nil || errors.Is(ledgerErr, context.Canceled)) {
+		return topicErr
+	}
+	if err := cmp.Or(ledgerErr, c.checkYounger(ctx, l)); err != nil {
+		return err
+	}
+	for i, key := range keys {
+		k := l.keys[key]
+		if k != nil && !k.found && k.next > k.head && sums[i] != k.sum {
+			c.report.Find("%s %d: among events %d to %d of the topic at least one differs from its entry",
+				c.ledger.Noun, key, max(k.first, k.from), k.head)
+		}
+	}
+	return nil
+}
+
+// hash is of an event at its place: two that have exchanged their values have another sum.
+func (c *comparison) hash(e *Event) uint64 {
+	return maphash.Bytes(c.seed, e.Value) * uint64(2*e.Number+1)
 }
 
 // readTopic checks each key's events among themselves, and waits for those that are on their way.
@@ -254,6 +448,9 @@ func (c *comparison) see(l *lot, p int32, offset int64, e *Event) {
 	}
 	if k.next == 0 {
 		k.first, k.next = e.Number, e.Number
+		if c.headless[p] {
+			k.from = max(k.from, e.Number)
+		}
 		if want, _ := c.topic.Partition(e.Key); want != p {
 			find("is in the wrong partition, want %d", want)
 		}
@@ -273,11 +470,13 @@ func (c *comparison) see(l *lot, p int32, offset int64, e *Event) {
 	}
 	k.next = e.Number + 1
 	if e.Number > k.head {
-		c.totals.Younger++
+		k.above++
 		l.younger[e.Key] = e.Number
 		return
 	}
-	k.sum = c.add(k.sum, e.Value)
+	if e.Number >= k.from {
+		k.sum += c.hash(e)
+	}
 	if e.Number == k.head {
 		l.missing--
 	}
@@ -290,10 +489,17 @@ func (c *comparison) checkYounger(ctx context.Context, l *lot) error {
 		keys = append(keys, key)
 	}
 	for some := range slices.Chunk(keys, nowMax) {
+		if c.since {
+			err := c.ledger.HeadsOf(ctx, some, func(key, head int64) { c.checkUnmoved(l, key, head) })
+			if err != nil {
+				return err
+			}
+		}
 		err := c.ledger.Now(ctx, some, func(key, number int64) {
 			if e := (Event{Key: key, Number: l.younger[key]}); number < e.Number {
 				c.report.Find("event %s is in the topic, but the ledger ends at number %d", e.id(), number)
 			}
+			c.totals.Younger += l.keys[key].above
 		})
 		if err != nil {
 			return err
@@ -302,35 +508,15 @@ func (c *comparison) checkYounger(ctx context.Context, l *lot) error {
 	return nil
 }
 
-// readLedger checks the events of the ledger against those of the topic, key by key, by their hashes.
-func (c *comparison) readLedger(ctx context.Context, l *lot) error {
-	var key int64
-	var sum uint64
-	finish := func() {
-		k := l.keys[key]
-		if k != nil && !k.found && k.next > k.head && sum != k.sum {
-			c.report.Find("%s %d: among events %d to %d of the topic at least one differs from its entry",
-				c.ledger.Noun, key, k.first, k.head)
-		}
+// checkUnmoved is of a key that did not move, of which older events were met: they must reach its end.
+func (c *comparison) checkUnmoved(l *lot, key, head int64) {
+	k, last := l.keys[key], l.younger[key]
+	if k.head > 0 || last > head {
+		return // it moved, or its events are younger than the snapshot
 	}
-	err := c.ledger.Events(ctx, l.after, l.last, func(e Event) error {
-		if e.Key != key {
-			finish()
-			key, sum = e.Key, 0
-		}
-		if k := l.keys[key]; k != nil && e.Number >= k.first {
-			sum = c.add(sum, e.Value)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
+	k.above = 0
+	if last < head && !k.found {
+		k.found = true
+		c.report.Find("%s %d: events %d to %d are not in the topic", c.ledger.Noun, key, last+1, head)
 	}
-	finish()
-	return nil
-}
-
-// add extends a hash over a sequence of events.
-func (c *comparison) add(sum uint64, value []byte) uint64 {
-	return (sum ^ maphash.Bytes(c.seed, value)) * 0x100000001b3
 }

@@ -8,10 +8,13 @@ import (
 
 // Chain is what is known of one wallet while its entries are read in order.
 type Chain struct {
-	Last  Entry
-	Open  map[int64]decimal.Decimal // what remains of each open hold
-	left  map[int64]decimal.Decimal // what is left to undo of each entry that was undone in part
-	state string
+	Last Entry
+	// Midway: the entries are read from one in the middle on, Last is the one before it, and what was held,
+	// set or undone earlier is not known.
+	Midway bool
+	Open   map[int64]decimal.Decimal // what remains of each open hold
+	left   map[int64]decimal.Decimal // what is left to undo of each entry that was undone in part
+	state  string
 }
 
 // ChainAt is the chain of a wallet that stands there. Open is left to the caller, and what was undone in part
@@ -60,6 +63,13 @@ func (c *Chain) Follow(e *Entry) string {
 	case e.Kind == KindState:
 		c.state = d.Note.State
 	case !d.HeldChange.IsZero(): // a capture or a release
+		_, known := c.Open[d.OfSeq]
+		if c.Midway && !known { // placed before, and from here on it is known
+			of = d.Remaining.Sub(d.HeldChange)
+			if c.Open == nil {
+				c.Open = make(map[int64]decimal.Decimal)
+			}
+		}
 		if of.IsZero() {
 			return "there is no open hold that it could be of"
 		}

@@ -64,6 +64,21 @@ func (c *Client) end(topic string, partition int32) (int64, error) {
 	return end, nil
 }
 
+// OffsetAt gives the first offset of a message of a time or later, or the end where there is none.
+func (c *Client) OffsetAt(topic string, partition int32, at time.Time) (offset int64, err error) {
+	err = c.cfg.Busy(func() (err error) {
+		offset, err = c.client.GetOffset(topic, partition, at.UnixMilli())
+		if err == nil && offset < 0 {
+			offset, err = c.end(topic, partition)
+		}
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("offset of %v in %s/%d: %w", at, topic, partition, err)
+	}
+	return offset, nil
+}
+
 // Ends gives the offset at which each partition of the messages' topic ends, open transactions included. It
 // asks without Config.Busy: any goroutine may call it, whoever Busy belongs to.
 func (c *Client) Ends() ([]int64, error) {

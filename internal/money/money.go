@@ -77,6 +77,36 @@ func Parse(s string) (Amount, error) {
 	return Amount{value, int32(len(fraction))}, nil
 }
 
+// Read reads what Append, decimal.String or Postgres writes. Up to 18 digits take no arithmetic of big
+// numbers.
+func Read(text []byte) (decimal.Decimal, error) {
+	n, places, pointed := int64(0), int32(0), false
+	digits, negative := text, len(text) > 0 && text[0] == '-'
+	if negative {
+		digits = text[1:]
+	}
+	if len(digits) == 0 || len(digits) > 18 || digits[0] == '.' {
+		return decimal.NewFromString(string(text))
+	}
+	for _, c := range digits {
+		switch {
+		case c >= '0' && c <= '9':
+			n = 10*n + int64(c-'0')
+			if pointed {
+				places++
+			}
+		case c == '.' && !pointed:
+			pointed = true
+		default:
+			return decimal.NewFromString(string(text))
+		}
+	}
+	if negative {
+		n = -n
+	}
+	return decimal.New(n, -places), nil
+}
+
 // Append appends d as decimal.String writes it, without trailing zeros. Up to 18 digits take no arithmetic of
 // big numbers.
 func Append(dst []byte, d decimal.Decimal) []byte {

@@ -59,3 +59,17 @@ func FuzzAmount(f *testing.F) {
 		}
 	})
 }
+
+// TestRead: it reads what decimal does, and as it does.
+func TestRead(t *testing.T) {
+	for _, text := range []string{"0", "1", "-1", "0.00", "10.50", "-0.01", "123456789012345678",
+		"12345678901234567.8", "-99999999999999999999.999999999999999999", "1e3", "", "-", "x", "1.2.3", "1-",
+		"+1", ".5", "5.", ".", "-.", "NaN"} {
+		want, wrong := decimal.NewFromString(text)
+		got, err := Read([]byte(text))
+		if (err == nil) != (wrong == nil) ||
+			err == nil && (!got.Equal(want) || got.String() != want.String()) {
+			t.Errorf("%q was read as %v, %v; want %v, %v", text, got, err, want, wrong)
+		}
+	}
+}

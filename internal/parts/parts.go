@@ -116,3 +116,38 @@ func Sleep(ctx context.Context, d time.Duration) error {
 		return ctx.Err()
 	}
 }
+
+// Pipe has do work on what produce hands over, one after the other, while produce makes the next one. It
+// returns when both have ended. The first error ends both, produce by its context.
+func Pipe[T any](ctx context.Context, do func(T) error,
+	produce func(ctx context.Context, put func(T) error) error) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	made, ended := make(chan T), make(chan error, 1)
+	go func() {
+		defer close(made)
+		ended <- produce(ctx, func(v T) error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			select {
+			case made <- v:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+	}()
+	var failed error
+	for v := range made {
+		if failed == nil {
+			if failed = do(v); failed != nil {
+				stop()
+			}
+		}
+	}
+	if err := <-ended; failed == nil {
+		return err
+	}
+	return failed
+}

@@ -112,3 +112,55 @@ func TestUntilSignal(t *testing.T) {
 		}
 	})
 }
+
+// TestPipe: all that is made is done, in order and beside the making; either side's error ends both.
+func TestPipe(t *testing.T) {
+	count := func(ctx context.Context, put func(int) error) error {
+		for i := range 5 {
+			time.Sleep(time.Second)
+			if err := put(i); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	wrong := errors.New("wrong")
+	for name, c := range map[string]struct {
+		failing int // what do fails at
+		produce func(context.Context, func(int) error) error
+		done    int
+		took    time.Duration
+		want    error
+	}{
+		"all":      {-1, count, 5, 6 * time.Second, nil},
+		"do fails": {2, count, 2, 4 * time.Second, wrong},
+		"produce fails": {-1, func(_ context.Context, put func(int) error) error {
+			put(0)
+			return wrong
+		}, 1, time.Second, wrong},
+		"produce waits": {0, func(ctx context.Context, put func(int) error) error {
+			put(0)
+			return Sleep(ctx, time.Hour)
+		}, 0, 0, wrong},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				began, done := time.Now(), 0
+				err := Pipe(t.Context(), func(v int) error {
+					if v == c.failing {
+						return wrong
+					}
+					time.Sleep(time.Second)
+					if v != done {
+						t.Errorf("%d came as number %d", v, done)
+					}
+					done++
+					return nil
+				}, c.produce)
+				if took := time.Since(began); err != c.want || done != c.done || took != c.took {
+					t.Errorf("%d done in %v, %v", done, took, err)
+				}
+			})
+		})
+	}
+}

@@ -135,29 +135,6 @@ func AwaitTransactions(ctx context.Context, db Querier) error {
 	}
 }
 
-// Boundary takes the number of a transaction, xid, which is above all that were given out, and waits until
-// all below have ended: they committed before the position lsn, or never. at is when it took the number, by
-// Postgres' clock. Numbers come with their epoch: they never wrap.
-func Boundary(ctx context.Context, db Querier) (xid int64, lsn string, at time.Time, err error) {
-	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
-	if err := db.QueryRow(ctx, query).Scan(&xid, &at); err != nil {
-		return 0, "", at, fmt.Errorf("number of a transaction: %w", err)
-	}
-	for oldest := int64(0); oldest < xid; {
-		// The snapshot is taken before the position is read.
-		err := db.QueryRow(ctx, `
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
-			&oldest, &lsn)
-		if err == nil && oldest < xid {
-			err = parts.Sleep(ctx, 200*time.Millisecond)
-		}
-		if err != nil {
-			return 0, "", at, fmt.Errorf("wait for the transactions below %d: %w", xid, err)
-		}
-	}
-	return xid, lsn, at, nil
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // Connection
 // ---------------------------------------------------------------------------------------------------------
@@ -434,4 +411,69 @@ func (t *Transactions) Commit(data []byte) (m pglogrepl.CommitMessage, before bo
 	}
 	t.open = false
 	return m, t.covered < 0, nil
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Horizon
+// ---------------------------------------------------------------------------------------------------------
+
+// Horizon bounds what somebody has to look at who lost the stream, by no clock: every transaction with a
+// number below XID has ended, and what it wrote has been published; what all others wrote lies at or beyond
+// Offsets of where it is published to, if it is there at all.
+//
+// MakeHorizon goes in this order: it reads the offsets; it takes a transaction number of its own, which is
+// above all that were given out; it waits until all below that have ended, and notes where the WAL ends
+// then; it waits until everything up to there is published. What is below XID had committed before LSN,
+// hence it is published. What is not committed after the offsets were read, hence it lies beyond. A
+// transaction that is open for an hour only keeps the horizon from moving.
+type Horizon struct {
+	XID     int64     `json:"xid,string"` // with its epoch: it never wraps
+	LSN     string    `json:"lsn"`        // published when this horizon was made
+	Offsets []int64   `json:"offsets"`    // by partition
+	At      time.Time `json:"at"`         // by Postgres' clock; a release of before 2026-12 asks for it
+}
+
+// MakeHorizon waits for as long as it takes. ends gives the offsets, published how far the stream was.
+func MakeHorizon(ctx context.Context, db Querier, ends func() ([]int64, error), published func() uint64) (
+	h *Horizon, err error) {
+	h = new(Horizon)
+	if h.Offsets, err = ends(); err != nil {
+		return nil, err
+	}
+	if h.XID, h.LSN, h.At, err = boundary(ctx, db); err != nil {
+		return nil, err
+	}
+	end, err := pglogrepl.ParseLSN(h.LSN)
+	if err != nil {
+		return nil, err
+	}
+	for published() < uint64(end) {
+		if err := parts.Sleep(ctx, 50*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
+}
+
+// boundary takes the number of a transaction, xid, which is above all that were given out, and waits until
+// all below have ended: they committed before the position lsn, or never. at is when it took the number, by
+// Postgres' clock. Numbers come with their epoch: they never wrap.
+func boundary(ctx context.Context, db Querier) (xid int64, lsn string, at time.Time, err error) {
+	query := `SELECT pg_current_xact_id()::text::bigint, clock_timestamp()`
+	if err := db.QueryRow(ctx, query).Scan(&xid, &at); err != nil {
+		return 0, "", at, fmt.Errorf("number of a transaction: %w", err)
+	}
+	for oldest := int64(0); oldest < xid; {
+		// The snapshot is taken before the position is read.
+		err := db.QueryRow(ctx, `
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn()::text`).Scan(
+			&oldest, &lsn)
+		if err == nil && oldest < xid {
+			err = parts.Sleep(ctx, 200*time.Millisecond)
+		}
+		if err != nil {
+			return 0, "", at, fmt.Errorf("wait for the transactions below %d: %w", xid, err)
+		}
+	}
+	return xid, lsn, at, nil
 }
