@@ -177,7 +177,7 @@ func BenchmarkAudit(b *testing.B) {
 	}
 	for b.Loop() {
 		audit("", func(said *bytes.Buffer) (int, error) {
-			return runAudit(context.Background(), &cfg.relayConfig, said)
+			return runAudit(context.Background(), &cfg.relayConfig, 0, said)
 		}, float64(*benchAudited))
 	}
 	b.ReportMetric(0, "ns/op")

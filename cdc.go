@@ -1304,11 +1304,7 @@ func (p *publisher) spansSince(h *wal.Horizon) ([]kafka.Span, error) {
 // missing, repeated, reordered, misplaced and differing events. It may run beside the live service: entries
 // younger than its start are left to the next one. Since is how far back an audit of what moved goes; 0 is
 // to the beginning.
-func runAudit(ctx context.Context, cfg *relayConfig, out io.Writer) (findings int, err error) {
-	return runAuditSince(ctx, cfg, 0, out)
-}
-
-func runAuditSince(ctx context.Context, cfg *relayConfig, since time.Duration, out io.Writer) (
+func runAudit(ctx context.Context, cfg *relayConfig, since time.Duration, out io.Writer) (
 	findings int, err error) {
 	if len(cfg.kafkaBrokers) == 0 {
 		return 0, errors.New("set KAFKA_BROKERS to host:port of a broker: " +

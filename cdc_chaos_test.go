@@ -801,7 +801,7 @@ func (c *chaos) audit() {
 	}
 	var said bytes.Buffer
 	began := time.Now()
-	findings, err := runAudit(context.Background(), &c.cfg.relayConfig, &said)
+	findings, err := runAudit(context.Background(), &c.cfg.relayConfig, 0, &said)
 	if err != nil || findings > 0 {
 		c.t.Fatalf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}

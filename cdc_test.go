@@ -670,7 +670,7 @@ func TestTruncatedTopic(t *testing.T) {
 	findings := func() {
 		t.Helper()
 		var said bytes.Buffer
-		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, &said); err != nil || n != 0 ||
+		if n, err := runAudit(context.Background(), &g.cfg.relayConfig, 0, &said); err != nil || n != 0 ||
 			!strings.Contains(said.String(), "head has been deleted") {
 			t.Errorf("%d findings, %v\n%s", n, err, said.String())
 		}
@@ -876,7 +876,7 @@ func TestAuditFinds(t *testing.T) {
 			r.stop()
 			c.stage(t, g)
 			var said bytes.Buffer
-			findings, err := runAudit(ctx, &g.cfg.relayConfig, &said)
+			findings, err := runAudit(ctx, &g.cfg.relayConfig, 0, &said)
 			if err != nil || findings == 0 || !strings.Contains(said.String(), c.want) {
 				t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 			}

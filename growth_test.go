@@ -263,7 +263,7 @@ func TestAuditSince(t *testing.T) {
 			c.stage(t, g)
 			audit := func(since time.Duration) (int, string, error) {
 				var said bytes.Buffer
-				findings, err := runAuditSince(context.Background(), &g.cfg.relayConfig, since, &said)
+				findings, err := runAudit(context.Background(), &g.cfg.relayConfig, since, &said)
 				return findings, said.String(), err
 			}
 			var before map[string]int64

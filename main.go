@@ -99,7 +99,7 @@ func main() {
 		}
 	case "audit":
 		var findings int
-		if findings, err = runAuditSince(ctx, &cfg.relayConfig, since, os.Stdout); findings > 0 {
+		if findings, err = runAudit(ctx, &cfg.relayConfig, since, os.Stdout); findings > 0 {
 			exit = 1
 		}
 	case "adopt":

@@ -646,7 +646,8 @@ func TestBadConfigurationExits2(t *testing.T) {
 		"-new-key alice:reed":  `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
 		"-new-key alice+read":  `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
 		"-audit -migrate":      "^wallet: say -audit or -migrate, not both[^\n]*\n$",
-		"-audit -since x":      "^wallet: -since x: write a while such as 24h or 90m, of at most 48h[^\n]*\n$",
+		"-audit -since x": "^wallet: -since x: write a while such as 24h or 90m, of at most " +
+			"48h[^\n]*\n$",
 		"-audit -since -1h":    "^wallet: -since -1h: write a while[^\n]*\n$",
 		"-audit -since 49h":    "^wallet: -since 49h: write a while[^\n]*\n$",
 		"-since 24h":           "^wallet: say -since with -audit[^\n]*\n$",

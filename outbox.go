@@ -1194,7 +1194,8 @@ SELECT w.id, w.seq FROM wallet w WHERE w.id > $1 AND w.seq > 0 ORDER BY w.id LIM
 // readChains streams the entries of the wallets after lo and up to hi, wallet by wallet, in order. visit's
 // entry is used again.
 func readChains(ctx context.Context, db *pgx.Conn, lo, hi int64, visit entryVisit) error {
-	_, err := db.Exec(ctx, `SET LOCAL work_mem = '64MB'; SET LOCAL jit = off`, pgx.QueryExecModeSimpleProtocol)
+	_, err := db.Exec(ctx, `SET LOCAL work_mem = '64MB'; SET LOCAL jit = off`,
+		pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return err
 	}
@@ -1204,10 +1205,12 @@ ORDER BY e.wallet_id, e.seq`, []any{lo, hi}, visit)
 }
 
 // readChainsFrom streams the ends of wallets' chains, from an entry of each on, as readChains does. ids are
-// in order. It reads nothing else, whatever is in the tables: the plan is a probe of the primary key for each.
+// in order. It reads nothing else, whatever is in the tables: the plan is a probe of the primary key for
+// each.
 func readChainsFrom(ctx context.Context, db *pgx.Conn, ids, seqs []int64, visit entryVisit) error {
 	_, err := db.Exec(ctx, `SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
-SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off`, pgx.QueryExecModeSimpleProtocol)
+SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off`,
+		pgx.QueryExecModeSimpleProtocol)
 	if err != nil {
 		return err
 	}
