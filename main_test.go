@@ -642,10 +642,10 @@ func TestBadConfigurationExits2(t *testing.T) {
 	for command, says := range map[string]string{
 		"": "(?s)^wallet: set DATABASE_URL .*KAFKA_BROKERS.*REDIS_URL.*\n" +
 			".*`go run -C dev [.]` in a checkout\n$",
-		"-audti":               "^wallet: [^\n]*-audti[^\n]*\n$",
-		"-new-key alice:reed":  `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
-		"-new-key alice+read":  `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
-		"-audit -migrate":      "^wallet: say -audit or -migrate, not both[^\n]*\n$",
+		"-audti":              "^wallet: [^\n]*-audti[^\n]*\n$",
+		"-new-key alice:reed": `^wallet: "reed" is no scope: there are operate, read, write[^\n]*\n$`,
+		"-new-key alice+read": `^wallet: "alice[+]read" is no client's name[^\n]*\n$`,
+		"-audit -migrate":     "^wallet: say -audit or -migrate, not both[^\n]*\n$",
 		"-audit -since x": "^wallet: -since x: write a while such as 24h or 90m, of at most " +
 			"48h[^\n]*\n$",
 		"-audit -since -1h":    "^wallet: -since -1h: write a while[^\n]*\n$",
