@@ -1038,7 +1038,7 @@ func TestFormerRelease(t *testing.T) {
 	}
 	checkLedger(t, env["DATABASE_URL"])
 	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), &w.cfg.relayConfig, &said)
+	findings, err := runAudit(context.Background(), &w.cfg.relayConfig, 0, &said)
 	if err != nil || findings > 0 {
 		t.Errorf("%d findings, %v\n%s", findings, err, said.String())
 	}

@@ -270,7 +270,7 @@ func TestRebuildRefuses(t *testing.T) {
 	startRelay(t, &fresh).await(t, "leader")
 	var said2 bytes.Buffer
 	// The other leg of none is missing: wallet 2 took no part in a transfer.
-	if n, err := runAudit(context.Background(), &fresh.relayConfig, &said2); err != nil || n != 0 {
+	if n, err := runAudit(context.Background(), &fresh.relayConfig, 0, &said2); err != nil || n != 0 {
 		t.Errorf("%d findings, %v\n%s", n, err, said2.String())
 	}
 }

@@ -1429,7 +1429,7 @@ func (c *streamed) follow(payload []byte) string {
 func checkAudit(t *testing.T, cfg *config) {
 	t.Helper()
 	var said bytes.Buffer
-	findings, err := runAudit(context.Background(), &cfg.relayConfig, &said)
+	findings, err := runAudit(context.Background(), &cfg.relayConfig, 0, &said)
 	if err != nil || findings != 0 {
 		t.Errorf("audit: %d findings, %v\n%s", findings, err, said.String())
 	}
