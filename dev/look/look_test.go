@@ -324,9 +324,12 @@ func keyNeeded(t *testing.T, r *rig, _, _ *replica) {
 	three.await("amounts", "#amounts-no", "does not have the scope read")
 	three.forgive()
 
-	everywhere := three.eval(`JSON.stringify([Object.entries(localStorage), Object.entries(sessionStorage),
-		document.cookie, location.href, document.documentElement.outerHTML,
-		document.querySelector("#key").value, history.state, performance.getEntries().map((e) => e.name)])`)
+	if kept := three.eval(`localStorage.length + sessionStorage.length`); kept != "0" {
+		t.Errorf("the page stores %s items", kept)
+	}
+	everywhere := three.eval(`JSON.stringify([document.cookie, location.href, history.state,
+		document.documentElement.outerHTML, document.querySelector("#key").value,
+		performance.getEntries().map((e) => e.name)])`)
 	if strings.Contains(everywhere, key) {
 		t.Errorf("the key is kept: %s", everywhere)
 	}
