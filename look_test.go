@@ -195,7 +195,8 @@ func TestPositionsInTheirOrder(t *testing.T) {
 		at := positions(leader)
 		received, published := at[`of="received"`], at[`of="published"`]
 		confirmed, end := at[`of="confirmed"`], at[`of="end"`]
-		if published > 0 && !(0 < confirmed && confirmed <= published && published <= received && received <= end) {
+		inOrder := 0 < confirmed && confirmed <= published && published <= received && received <= end
+		if published > 0 && !inOrder {
 			t.Fatalf("%v", at)
 		}
 		seen[confirmed] = true
