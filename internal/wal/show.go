@@ -17,9 +17,9 @@ type Progress struct {
 	shown atomic.Pointer[[3]pglogrepl.LSN]
 }
 
-// Show is called by the consumer. It shows nothing before it knows where to go on from.
+// Show is called by the consumer. It shows nothing before it has confirmed where it goes on from.
 func (p *Progress) Show(received, published, confirmed pglogrepl.LSN) {
-	if published == 0 {
+	if confirmed == 0 {
 		return
 	}
 	p.shown.Store(&[3]pglogrepl.LSN{received, published, confirmed})
