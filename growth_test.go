@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"wallet/internal/moved"
+	"wallet/internal/wal"
 )
 
 // seedWallets adds wallets of some entries each, as though they had been there for years: no event of them
@@ -247,6 +248,10 @@ func TestAuditSince(t *testing.T) {
 			g.seedWallets(t, 1000, 10_000, 2)
 			g.deposit(t, 5)
 			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"0.5","idempotency_key":"h"}`)
+			// The last before the mark, with nothing older under way: the audit begins with it.
+			if err := wal.AwaitTransactions(context.Background(), g.conn); err != nil {
+				t.Fatal(err)
+			}
 			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
 			time.Sleep(100 * time.Millisecond)
 			mark := time.Now()
@@ -256,6 +261,7 @@ func TestAuditSince(t *testing.T) {
 			g.mustPost(t, 200, "/v1/holds/1-2/capture", `{"amount":"0.2","idempotency_key":"c"}`)
 			g.mustPost(t, 201, "/v1/wallets/4/holds", `{"amount":"0.5","idempotency_key":"h4"}`)
 			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"open","idempotency_key":"s2"}`)
+			eventually(t, 20*time.Second, "all is published", func() bool { return r.events.Load() == 22 })
 			if name == "clean" {
 				r.stop()
 				g.end()
