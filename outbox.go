@@ -917,8 +917,8 @@ func (a *auditedLedger) conclude(totals audit.Totals, partitions int32) (finding
 	a.report.Note("%d wallets, %d entries, %d events compared in %d partitions, %d events younger than this "+
 		"audit: %d findings", totals.Keys, a.entries, totals.Events, partitions, totals.Younger, findings)
 	if a.since > 0 {
-		a.report.Note("only what moved since %s: not proven are older entries, other wallets, rows beside "+
-			"entries", a.at.UTC().Format(time.RFC3339))
+		a.report.Note("only since %s; not proven: older entries, other wallets, rows of holds, states and "+
+			"the like", a.at.UTC().Format(time.RFC3339))
 	}
 	return findings
 }
