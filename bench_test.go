@@ -1483,7 +1483,7 @@ func BenchmarkBatches(b *testing.B) {
 				batch := make([]*task, size)
 				for i := range batch {
 					from, to := pick(dice)
-					batch[i] = newTask(context.Background(), false, &book.Operation{
+					batch[i] = newTask(context.Background(), false, false, &book.Operation{
 						Kind: book.KindTransferOut, Decide: book.DecideTransfer, WalletID: from, ToID: to,
 						Amount: cent, Key: run + "-" + strconv.Itoa(n*size+i)})
 				}

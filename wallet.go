@@ -716,6 +716,7 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 type task struct {
 	ops      []*book.Operation
 	together bool            // all of them are posted, or none
+	many     bool            // they are of a request with many
 	again    bool            // they were put off before
 	wallets  []int64         // that they touch
 	ctx      context.Context // the request's: if it ends before a batch forms, the task is dropped
@@ -731,8 +732,8 @@ type task struct {
 	}
 }
 
-func newTask(ctx context.Context, together bool, ops ...*book.Operation) *task {
-	t := &task{together: together, ctx: ctx, done: make(chan struct{})}
+func newTask(ctx context.Context, together, many bool, ops ...*book.Operation) *task {
+	t := &task{together: together, many: many, ctx: ctx, done: make(chan struct{})}
 	t.ops, t.wallets = append(t.room.ops[:0], ops...), t.room.wallets[:0]
 	for _, op := range ops {
 		t.wallets = append(t.wallets, op.WalletID)
@@ -752,6 +753,9 @@ func (t *task) Keys() []int64 { return t.wallets }
 
 // Size is how many operations it has.
 func (t *task) Size() int { return len(t.ops) }
+
+// Large says that it is of a request with many.
+func (t *task) Large() bool { return t.many }
 
 // Gone says that the client has left.
 func (t *task) Gone() bool { return t.ctx.Err() != nil }
@@ -792,10 +796,10 @@ func (t *task) fail(err error) {
 // do has an operation posted and waits for its outcome. When ctx ends first the outcome is unknown to the
 // caller, and the operation may still be applied.
 func (l *ledger) do(ctx context.Context, op *book.Operation) error {
-	if !l.queue.Reserve(1) {
+	if !l.queue.Reserve(1, false) {
 		return errOverloaded
 	}
-	if _, err := l.pass(ctx, newTask(ctx, false, op)); err != nil {
+	if _, err := l.pass(ctx, newTask(ctx, false, false, op)); err != nil {
 		return err
 	}
 	return op.Err
@@ -803,10 +807,10 @@ func (l *ledger) do(ctx context.Context, op *book.Operation) error {
 
 // doTogether has operations posted, all or none; an error is of operation number at.
 func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int, err error) {
-	if !l.queue.Reserve(len(ops)) {
+	if !l.queue.Reserve(len(ops), true) {
 		return 0, errOverloaded
 	}
-	t, err := l.pass(ctx, newTask(ctx, true, ops...))
+	t, err := l.pass(ctx, newTask(ctx, true, true, ops...))
 	if err != nil {
 		return 0, err
 	}
@@ -814,27 +818,27 @@ func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int,
 }
 
 const (
-	eachMax = 100 // operations of one request that are queued at a time, where each stands by itself
-	manyMax = 256 // operations of requests with many that a batch takes: other requests wait for it
+	eachMax = 500 // operations of one request that are queued at a time, where each stands by itself
+	manyMax = 500 // operations of requests with many that a batch takes: who shares its wallets waits for it
 )
 
 // doEach has operations posted, each by itself, those on one wallet in order, and returns their errors. A few
 // at a time are queued: however many there are, they leave room for others.
 func (l *ledger) doEach(ctx context.Context, ops []*book.Operation) (errs []error, err error) {
-	if !l.queue.Reserve(len(ops)) {
+	if !l.queue.Reserve(len(ops), true) {
 		return nil, errOverloaded
 	}
 	errs = slices.Repeat([]error{errUnavailable}, len(ops))
 	for i := 0; i < len(ops); i += eachMax {
 		some := ops[i:min(i+eachMax, len(ops))]
-		last, err := l.pass(ctx, newTask(ctx, false, some...))
+		last, err := l.pass(ctx, newTask(ctx, false, true, some...))
 		for n, op := range some {
 			if err == nil || !slices.Contains(last.ops, op) { // which may be written to still
 				errs[i+n] = op.Err
 			}
 		}
 		if err != nil {
-			l.queue.Release(len(ops) - i - len(some))
+			l.queue.Release(len(ops)-i-len(some), true)
 			break
 		}
 	}
@@ -861,12 +865,12 @@ func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
 		if len(off) == 0 {
 			return t, nil
 		}
-		t = newTask(ctx, t.together, off...)
+		t = newTask(ctx, t.together, t.many, off...)
 		t.again = true
 		if parts.Sleep(ctx, pause) != nil {
 			return t, errUnavailable
 		}
-		l.queue.Renew(len(off))
+		l.queue.Renew(len(off), t.many)
 	}
 }
 
@@ -916,8 +920,8 @@ func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 			if len(batch) == 1 {
 				t := batch[0]
 				half := len(t.ops) / 2
-				batch = []*task{newTask(t.ctx, false, t.ops[:half]...),
-					newTask(t.ctx, false, t.ops[half:]...)}
+				batch = []*task{newTask(t.ctx, false, t.many, t.ops[:half]...),
+					newTask(t.ctx, false, t.many, t.ops[half:]...)}
 			}
 			l.post(batch[:len(batch)/2], heads)
 			l.post(batch[len(batch)/2:], heads)

@@ -4,14 +4,14 @@
 // worker once (or dropped, if it is gone by then), that those of one size on one key go in the order of
 // their arrival, and that no two batches at work share a key.
 //
-// Small operations, of size 1, do not wait behind large ones: a batch takes all small ones that it can, and
-// large ones only up to a share. A large one on keys that are in hand bars them to those that come after, so
-// that it cannot wait for ever.
+// There are two lanes, so that small operations do not wait behind large ones: a batch has only small or only
+// large ones, one worker at most is on large ones, and each lane has its own bound. A large one that waits
+// for keys bars them to small ones that come after, so that it cannot wait for ever.
 package gather
 
 import (
 	"context"
-	"slices"
+	"maps"
 	"sync/atomic"
 	"time"
 )
@@ -20,18 +20,19 @@ import (
 type Operation interface {
 	// Keys is what it works on; two operations that share one are never at work in different batches.
 	Keys() []int64
-	// Size is how much work it is, 1 or more.
+	// Size is how much work it is: 1 of a small one, 1 or more of a large one.
 	Size() int
+	Large() bool
 	// Gone says that nobody waits for it any more.
 	Gone() bool
 }
 
 // Bounds are those of a Gatherer, in sizes of operations but for Workers.
 type Bounds struct {
-	Queue   int // of what waits; one operation may be larger
+	Queue   int // of what waits in each lane; one operation may be larger
 	Workers int // batches at work at the same time
-	Batch   int // of a batch; a large operation may be larger, and is alone then, or with small ones
-	Large   int // of a batch, when a batch takes no further large one
+	Batch   int // of a batch of small operations
+	Large   int // of a batch of large ones; a single one may be larger
 }
 
 // Gatherer hands batches to workers.
@@ -40,7 +41,7 @@ type Gatherer[T Operation] struct {
 	small, large chan T
 	work         func(batch []T, release func())
 	drop         func(T)
-	waiting      atomic.Int64 // sizes of what was reserved and no batch has taken yet
+	waiting      [2]atomic.Int64 // by lane: sizes of what was reserved and no batch has taken yet
 }
 
 // New makes a Gatherer. work works a batch off; it calls release when the batch's keys are free again, and
@@ -58,70 +59,110 @@ const (
 )
 
 // Waiting is the size of what waits for a batch.
-func (g *Gatherer[T]) Waiting() int { return int(g.waiting.Load()) }
+func (g *Gatherer[T]) Waiting() int { return int(g.waiting[0].Load() + g.waiting[1].Load()) }
 
-// Reserve makes room in the queue for operations of a size in all, or says that there is none. What was
+func (g *Gatherer[T]) waitingIn(large bool) *atomic.Int64 {
+	if large {
+		return &g.waiting[1]
+	}
+	return &g.waiting[0]
+}
+
+// Reserve makes room in a lane's queue for operations of a size in all, or says that there is none. What was
 // reserved is queued, or released.
-func (g *Gatherer[T]) Reserve(size int) bool {
-	now := g.waiting.Add(int64(size))
-	if now > int64(g.Queue) && now > int64(size) {
-		g.waiting.Add(-int64(size))
+func (g *Gatherer[T]) Reserve(size int, large bool) bool {
+	n := g.waitingIn(large)
+	if now := n.Add(int64(size)); now > int64(g.Queue) && now > int64(size) {
+		n.Add(-int64(size))
 		return false
 	}
 	return true
 }
 
 // Renew reserves for what a batch has had and left undone, whether there is room or not.
-func (g *Gatherer[T]) Renew(size int) { g.waiting.Add(int64(size)) }
+func (g *Gatherer[T]) Renew(size int, large bool) { g.waitingIn(large).Add(int64(size)) }
 
 // Release gives back what was reserved and is not queued.
-func (g *Gatherer[T]) Release(size int) { g.waiting.Add(-int64(size)) }
+func (g *Gatherer[T]) Release(size int, large bool) { g.waitingIn(large).Add(-int64(size)) }
 
 // Put queues an operation whose size was reserved.
 func (g *Gatherer[T]) Put(op T) {
-	if op.Size() == 1 {
-		g.small <- op
-	} else {
+	if op.Large() {
 		g.large <- op
+	} else {
+		g.small <- op
 	}
 }
 
-// Run hands out batches until ctx ends and everything queued is worked off. When no batch is at work the next
-// one starts at once, however small.
+// lane is what waits of one kind.
+type lane[T Operation] struct {
+	queue  chan T
+	most   int // of a batch
+	atWork int // batches
+	left   []T // in order of arrival
+	ready  int // size of those that no key in hand keeps waiting, as far as is known
+}
+
+func (l *lane[T]) take(op T) {
+	l.left = append(l.left, op)
+	l.ready += op.Size()
+}
+
+// finished is a batch that was worked off.
+type finished[T Operation] struct {
+	*lane[T]
+	batch []T
+}
+
+// Run hands out batches until ctx ends and everything queued is worked off. When no batch of small operations
+// is at work the next one starts at once, however small.
 func (g *Gatherer[T]) Run(ctx context.Context) error {
-	free, finished := g.Workers, make(chan []T, g.Workers)
+	small, large := &lane[T]{queue: g.small, most: g.Batch}, &lane[T]{queue: g.large, most: g.Large}
+	lanes := []*lane[T]{small, large}
+	free, done := g.Workers, make(chan finished[T], g.Workers)
 	inHand := make(map[int64]bool) // keys of the batches at work
-	var left, small, large []T     // waiting, each in order of arrival; left by the batches so far
-	ready := 0                     // size of what the next batch may take: small, large, and some of left
+	barred := make(map[int64]bool) // keys that a large operation waits for
 	var overdue <-chan time.Time   // set while operations gather beside a batch at work
-	take := func(list *[]T, op T) {
-		*list = append(*list, op)
-		ready += op.Size()
+	start := func(l *lane[T]) {
+		var batch []T
+		batch, l.left, l.ready = g.form(l, inHand, barred, l == large)
+		if len(batch) > 0 {
+			free--
+			l.atWork++
+			go g.work(batch, func() { done <- finished[T]{l, batch} })
+		}
 	}
 	stop := ctx.Done()
-	for stop != nil || free < g.Workers || ready > 0 || len(left) > 0 || len(g.small)+len(g.large) > 0 {
+	for stop != nil || free < g.Workers || len(small.left)+len(large.left)+len(g.small)+len(g.large) > 0 {
 		further := min(furtherMin, g.Batch)
-		smalls, larges := g.small, g.large
-		if free == 0 || len(left) >= g.Batch {
-			smalls, larges = nil, nil // what arrives waits there
+		smalls, larges := small.queue, large.queue
+		if free == 0 || len(small.left) >= g.Batch {
+			smalls = nil // what arrives waits there
+		}
+		if free == 0 || len(large.left) >= g.Batch {
+			larges = nil
 		}
 		select {
 		case op := <-smalls:
-			take(&small, op)
+			small.take(op)
 		case op := <-larges:
-			take(&large, op)
-		case batch := <-finished:
+			large.take(op)
+		case f := <-done:
 			free++
-			for _, op := range batch {
+			f.atWork--
+			for _, op := range f.batch {
 				for _, key := range op.Keys() {
 					delete(inHand, key)
 				}
 			}
-			ready = 0
-			for _, list := range [][]T{left, small, large} {
-				for _, op := range list {
-					ready += op.Size()
+			for _, l := range lanes { // a key that any of them waits for may be free now
+				l.ready = 0
+				for _, op := range l.left {
+					l.ready += op.Size()
 				}
+			}
+			if f.lane == small && g.Workers == 1 && large.ready > 0 {
+				start(large) // in turns: small ones never leave the one worker free
 			}
 		case <-overdue:
 			overdue, further = nil, 1
@@ -129,40 +170,41 @@ func (g *Gatherer[T]) Run(ctx context.Context) error {
 			stop = nil
 			continue
 		}
-		for len(small) < g.Batch && len(g.small) > 0 {
-			take(&small, <-g.small)
-		}
-		for len(large) < g.Batch && len(g.large) > 0 {
-			take(&large, <-g.large)
-		}
-		for free > 0 && ready > 0 && (free == g.Workers || ready >= further) {
-			overdue = nil
-			gathered := slices.Concat(left, small, large)
-			var batch []T
-			batch, left, ready = g.form(gathered, inHand)
-			small, large = nil, nil
-			if len(batch) > 0 {
-				free--
-				go g.work(batch, func() { finished <- batch })
+		for _, l := range lanes {
+			for len(l.left) < g.Batch && len(l.queue) > 0 {
+				l.take(<-l.queue)
 			}
 		}
-		if free > 0 && ready > 0 && overdue == nil {
+		for free > 0 && small.ready > 0 && (small.atWork == 0 || small.ready >= further) {
+			overdue = nil
+			start(small)
+		}
+		if free > 0 && large.ready > 0 && large.atWork == 0 {
+			start(large)
+		}
+		if free > 0 && small.ready > 0 && overdue == nil {
 			overdue = time.After(furtherAfter)
 		}
 	}
 	return nil
 }
 
-// form makes a batch of what was gathered, and takes its keys in hand. Of what is left, so much had no room;
+// form makes a batch of what a lane has, and takes its keys in hand. Of what is left, so much had no room;
 // the rest must wait until a batch is finished.
-func (g *Gatherer[T]) form(gathered []T, inHand map[int64]bool) (batch, left []T, noRoom int) {
-	awaited := make(map[int64]bool)
-	size, large, full := 0, 0, false
-	for _, op := range gathered {
+func (g *Gatherer[T]) form(l *lane[T], inHand, barred map[int64]bool, bars bool) (
+	batch, left []T, noRoom int) {
+	awaited := barred
+	if bars {
+		clear(barred) // those that still wait bar again
+	} else {
+		awaited = maps.Clone(barred)
+	}
+	size := 0
+	for _, op := range l.left {
 		n := op.Size()
 		switch {
 		case op.Gone():
-			g.waiting.Add(-int64(n))
+			g.waitingIn(op.Large()).Add(-int64(n))
 			g.drop(op)
 		case anyOf(inHand, op.Keys()), anyOf(awaited, op.Keys()):
 			// Those behind it wait as well, or it might wait for ever.
@@ -170,17 +212,12 @@ func (g *Gatherer[T]) form(gathered []T, inHand map[int64]bool) (batch, left []T
 				awaited[key] = true
 			}
 			left = append(left, op)
-		case n == 1 && size >= g.Batch,
-			n > 1 && (full || large > 0 && (large+n > g.Large || size+n > g.Batch)):
-			full = full || n > 1
+		case noRoom > 0, size > 0 && size+n > l.most:
 			noRoom += n
 			left = append(left, op)
 		default:
 			size += n
-			if n > 1 {
-				large += n
-			}
-			g.waiting.Add(-int64(n))
+			g.waitingIn(op.Large()).Add(-int64(n))
 			batch = append(batch, op)
 		}
 	}
