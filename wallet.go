@@ -289,11 +289,11 @@ func (l *ledger) move(m *movementKind, r *http.Request) (*api.Reply, error) {
 	if err := l.complete(r.Context(), m.of, op); err != nil {
 		return nil, err
 	}
-	if op.Err == nil {
-		op.Err = l.do(r.Context(), op)
+	if err = op.Err; err == nil {
+		err = l.do(r.Context(), op) // where that is of the request's end, op may be written to still
 	}
-	if op.Err != nil {
-		return nil, op.Err
+	if err != nil {
+		return nil, err
 	}
 	answer := &api.Reply{Body: append(book.AppendReceipt(nil, &op.Posted), '}'), Replayed: op.Replayed}
 	if op.Kind == book.KindHold {
