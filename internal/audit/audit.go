@@ -322,8 +322,10 @@ func (c *comparison) compare(ctx context.Context, l *lot,
 		err := events(ctx, func(e Event) error {
 			if n := len(keys); n == 0 || keys[n-1] != e.Key {
 				keys, sums = append(keys, e.Key), append(sums, 0)
-				if k := l.keys[e.Key]; c.partial && k != nil {
-					from = k.from
+				if c.partial { // else the topic is read meanwhile, which adds keys
+					if k := l.keys[e.Key]; k != nil {
+						from = k.from
+					}
 				}
 			}
 			if e.Number >= from {
