@@ -23,7 +23,7 @@ func checkout(t *testing.T, changelog string) (root string) {
 		files := []string{from}
 		switch name {
 		case "internal":
-			files, _ = filepath.Glob(from + "/*/*.go")
+			files, _ = filepath.Glob(from + "/*/*.*")
 		case ".":
 			files, _ = filepath.Glob(from + "/*.go")
 		}
