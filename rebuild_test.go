@@ -285,10 +285,12 @@ func TestWritersAreKeptOutMeanwhile(t *testing.T) {
 	r.stop()
 	g.end()
 	ctx := context.Background()
-	guard, err := rebuild.KeepOut(ctx, g.cfg.migrateURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var guard *rebuild.Guard
+	var err error
+	eventually(t, 10*time.Second, "the service's connections have ended", func() bool {
+		guard, err = rebuild.KeepOut(ctx, g.cfg.migrateURL)
+		return err == nil
+	})
 	if _, err := rebuild.KeepOut(ctx, g.cfg.migrateURL); err == nil ||
 		!strings.Contains(err.Error(), "any other rebuild") {
 		t.Errorf("two rebuilds at a time: %v", err)

@@ -195,7 +195,7 @@ SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 
        unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
 
 	updateHolds = `
-UPDATE hold SET captured = hold.captured + n.captured, remaining = n.remaining, status = n.status,
+UPDATE hold SET captured = trim_scale(hold.captured + n.captured), remaining = n.remaining, status = n.status,
     last_seq = n.last_seq
 FROM (SELECT unnest($1::bigint[]) AS wallet_id, unnest($2::bigint[]) AS seq,
              unnest($3::text[])::numeric AS captured, unnest($4::text[])::numeric AS remaining,
@@ -206,7 +206,7 @@ WHERE hold.wallet_id = n.wallet_id AND hold.seq = n.seq`
 	upsertReversals = `
 INSERT INTO reversal (wallet_id, seq, amount, reversed)
 SELECT unnest($1::bigint[]), unnest($2::bigint[]), unnest($3::text[])::numeric, unnest($4::text[])::numeric
-ON CONFLICT (wallet_id, seq) DO UPDATE SET reversed = reversal.reversed + excluded.reversed`
+ON CONFLICT (wallet_id, seq) DO UPDATE SET reversed = trim_scale(reversal.reversed + excluded.reversed)`
 
 	copyEntries = `
 COPY entry (wallet_id, seq, counterparty_id, counterparty_seq, created_at, kind, amount, balance,
