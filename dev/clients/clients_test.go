@@ -14,10 +14,6 @@
 package clients
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -31,6 +27,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"wallet/dev/testbed"
 )
 
 var (
@@ -67,32 +65,19 @@ type lab struct {
 	key           string
 	documents     [2]string // files: with keys, without
 	services      []*exec.Cmd
-	servers       *exec.Cmd
-	serversStdin  io.Closer
+	servers       *testbed.Servers
 	serviceBinary string
 }
 
 func TestClients(t *testing.T) {
-	folder, err := os.MkdirTemp("/var/tmp", "wallet-clients-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	os.Chmod(folder, 0o755) // Postgres may run as somebody else
-	l := &lab{folder: folder}
+	l := &lab{folder: testbed.Folder(t, "clients")}
 	// None of the tools shall ask or tell anybody what it does, or write elsewhere.
 	l.env = append(os.Environ(), "CI=true", "REDOCLY_TELEMETRY=off", "REDOCLY_SUPPRESS_UPDATE_NOTICE=true",
 		"NO_COLOR=1", "PIP_DISABLE_PIP_VERSION_CHECK=1", "GOFLAGS=-mod=mod", "SCHEMATHESIS_HOOKS=hooks",
 		"PATH="+l.path("python", "venv", "bin")+":"+os.Getenv("PATH"))
 	l.npm.do, l.pip.do, l.maven.do, l.golang.do, l.stack.do = l.installNode, l.installPython, l.installJava,
 		l.installGo, l.start
-	t.Cleanup(func() {
-		l.stop()
-		if t.Failed() {
-			t.Logf("everything that was made is in %s", folder)
-		} else {
-			os.RemoveAll(folder)
-		}
-	})
+	t.Cleanup(l.stop)
 	for name, run := range map[string]func(*testing.T){
 		"Go": l.goClient, "TypeScript": l.typeScriptClient, "Python": l.pythonClient, "Java": l.javaClient,
 		"Redocly": l.redocly, "Spectral": l.spectral, "Schemathesis": l.schemathesis, "Events": l.events,
@@ -157,42 +142,12 @@ func (l *lab) path(elements ...string) string {
 // start starts servers and two processes of the service, and saves the document of each.
 func (l *lab) start() error {
 	l.serviceBinary = l.path("wallet")
-	dev := l.path("dev")
-	if err := errors.Join(goBuild(*service, l.serviceBinary), goBuild("..", dev)); err != nil {
+	if err := testbed.Compile(*service, l.serviceBinary); err != nil {
 		return err
 	}
-	args := []string{"services", "-data", l.path("data")}
-	for _, server := range []string{"kafka", "postgres", "redis"} {
-		if value := os.Getenv("WALLET_TEST_" + strings.ToUpper(server)); value != "" {
-			args = append(args, "-"+server, value)
-		}
-	}
-	var addresses struct {
-		DatabaseURL  string `json:"database_url"`
-		RedisURL     string `json:"redis_url"`
-		KafkaBrokers string `json:"kafka_brokers"`
-	}
-	var said bytes.Buffer
-	l.servers = exec.Command(dev, args...)
-	l.servers.Stderr = &said
-	stdin, err := l.servers.StdinPipe()
-	if err != nil {
+	var err error
+	if l.servers, err = testbed.Open(l.folder); err != nil {
 		return err
-	}
-	l.serversStdin = stdin
-	stdout, err := l.servers.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	if err := l.servers.Start(); err != nil {
-		return err
-	}
-	line, err := bufio.NewReader(stdout).ReadBytes('\n')
-	if err == nil {
-		err = json.Unmarshal(line, &addresses)
-	}
-	if err != nil {
-		return fmt.Errorf("%v: %w\n%s", l.servers, err, &said)
 	}
 	made, err := exec.Command(l.serviceBinary, "-new-key", "clients:read+write+operate").Output()
 	if err != nil {
@@ -200,13 +155,10 @@ func (l *lab) start() error {
 	}
 	words := strings.Fields(string(made))
 	l.key = words[slices.Index(words, "Bearer")+1]
-	l.topic, l.brokers = "wallet.events", addresses.KafkaBrokers
-	env := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		foreign := []string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
-		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
-	})
-	env = append(env, "DATABASE_URL="+addresses.DatabaseURL, "REDIS_URL="+addresses.RedisURL,
-		"KAFKA_BROKERS="+addresses.KafkaBrokers, "RATE_LIMIT=1000000", "RATE_BURST=1000000")
+	l.topic, l.brokers = "wallet.events", l.servers.KafkaBrokers
+	env := append(testbed.Environment(), "DATABASE_URL="+l.servers.DatabaseURL,
+		"REDIS_URL="+l.servers.RedisURL,
+		"KAFKA_BROKERS="+l.servers.KafkaBrokers, "RATE_LIMIT=1000000", "RATE_BURST=1000000")
 	if l.keyed, err = l.startService("keyed", append(env, "API_KEYS="+words[len(words)-1])); err != nil {
 		return err
 	}
@@ -227,13 +179,6 @@ func (l *lab) start() error {
 		if err := os.WriteFile(l.documents[i], document, 0o644); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-func goBuild(module, binary string) error {
-	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
-		return fmt.Errorf("go build -C %s: %w\n%s", module, err, out)
 	}
 	return nil
 }
@@ -275,9 +220,8 @@ func (l *lab) stop() {
 		cmd.Process.Kill()
 		cmd.Wait()
 	}
-	if l.serversStdin != nil {
-		l.serversStdin.Close()
-		l.servers.Wait()
+	if l.servers != nil {
+		l.servers.Close()
 	}
 }
 

@@ -231,17 +231,17 @@ func liveRegionsAreQuiet(t *testing.T, _ *rig, one, _ *replica) {
 
 func redisStopped(_ *testing.T, r *rig, one, _ *replica) {
 	defer one.load(5)() // whoever asks Redis for nothing does not know
-	r.obey("stop redis")
+	r.Obey(r.t, "stop redis")
 	one.await("words", "#advice", "nothing to do but to mend Redis", "“Redis is away”")
 	one.await("words", "#cache-state", "Not in use")
-	r.obey("start redis")
+	r.Obey(r.t, "start redis")
 	one.await("over", "#verdict", "All is well.")
 }
 
 func kafkaStopped(t *testing.T, r *rig, one, two *replica) {
 	stop := one.load(20)
 	defer stop()
-	r.obey("stop kafka")
+	r.Obey(r.t, "stop kafka")
 	one.within("lag in time", 20*time.Second, func() bool { return one.number("#lag") > 1 })
 	one.await("words", "#verdict", "Kafka is away since ")
 	one.await("words", "#advice", "Nothing is lost", "Mend Kafka", "“The lag grows”")
@@ -262,7 +262,7 @@ func kafkaStopped(t *testing.T, r *rig, one, two *replica) {
 	one.fits(t, 320)
 	one.width(1280)
 	stop()
-	r.obey("start kafka")
+	r.Obey(r.t, "start kafka")
 	one.within("all is well again", 40*time.Second, func() bool {
 		return strings.HasPrefix(one.text("#verdict"), "All is well. ") &&
 			strings.HasPrefix(two.text("#verdict"), "All is well. ")

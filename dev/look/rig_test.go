@@ -3,12 +3,9 @@
 package look
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"wallet/dev/testbed"
+
 	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/log"
@@ -41,11 +40,7 @@ type rig struct {
 	browser context.Context
 	axe     string // axe-core's source
 
-	DatabaseURL  string `json:"database_url"`
-	RedisURL     string `json:"redis_url"`
-	KafkaBrokers string `json:"kafka_brokers"`
-	stdin        io.WriteCloser
-	stdout       *bufio.Reader
+	*testbed.Servers
 }
 
 func newRig(t *testing.T) *rig {
@@ -55,10 +50,10 @@ func newRig(t *testing.T) *rig {
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, folder: t.TempDir()}
+	r := &rig{t: t, folder: testbed.Folder(t, "look")}
 	r.axe = axeCore(t)
-	r.startServers()
-	r.binary = build(t, "../..", filepath.Join(r.folder, "wallet"))
+	r.Servers = testbed.Start(t, r.folder, "-kafka", "embedded") // which starts within a second
+	r.binary = testbed.Build(t, "../..", filepath.Join(r.folder, "wallet"))
 	options := append(slices.Clone(chromedp.DefaultExecAllocatorOptions[:]), chromedp.ExecPath(chromium),
 		chromedp.Flag("disable-dev-shm-usage", true))
 	if os.Getuid() == 0 { // whose sandbox Chromium does not make
@@ -73,14 +68,6 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	return r
-}
-
-func build(t *testing.T, module, binary string) string {
-	t.Helper()
-	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	return binary
 }
 
 // axeCore is the source of axe-core, out of npm's registry. It is checked, since it is run.
@@ -118,56 +105,6 @@ func axeCore(t *testing.T) string {
 	return string(source)
 }
 
-// startServers starts `dev services`: Postgres, Redis and the Kafka in memory, which starts within a second.
-func (r *rig) startServers() {
-	args := []string{"services", "-data", filepath.Join(r.folder, "data"), "-kafka", "embedded"}
-	for _, server := range []string{"postgres", "redis"} {
-		if value := os.Getenv("WALLET_TEST_" + strings.ToUpper(server)); value != "" {
-			args = append(args, "-"+server, value)
-		}
-	}
-	var said bytes.Buffer
-	cmd := exec.Command(build(r.t, "..", filepath.Join(r.folder, "dev")), args...)
-	cmd.Stderr = &said
-	var err error
-	if r.stdin, err = cmd.StdinPipe(); err != nil {
-		r.t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(func() {
-		r.stdin.Close()
-		cmd.Wait()
-	})
-	r.stdout = bufio.NewReader(out)
-	line, err := r.stdout.ReadBytes('\n')
-	if err == nil {
-		err = json.Unmarshal(line, r)
-	}
-	if err != nil {
-		r.t.Fatalf("%v: %v\n%s", cmd, err, &said)
-	}
-}
-
-// obey sends a control line and waits until it is done.
-func (r *rig) obey(line string) {
-	r.t.Helper()
-	fmt.Fprintln(r.stdin, line)
-	answer, err := r.stdout.ReadBytes('\n')
-	var done struct{ Error string }
-	if err == nil {
-		err = json.Unmarshal(answer, &done)
-	}
-	if err != nil || done.Error != "" {
-		r.t.Fatalf("%s: %v %s", line, err, done.Error)
-	}
-}
-
 // replica is the service as a process, and its page in a tab.
 type replica struct {
 	*rig
@@ -187,13 +124,7 @@ func (r *rig) newReplica(name string, more ...string) *replica {
 	p := &replica{rig: r, name: name, operate: freeAddress(r.t)}
 	api := freeAddress(r.t)
 	p.url = "http://" + api
-	// Whatever of a real deployment stands in the environment must not meet these replicas.
-	p.env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		foreign := []string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_",
-			"OPERATE_ADDR"}
-		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
-	})
-	p.env = append(p.env, "DATABASE_URL="+r.DatabaseURL, "REDIS_URL="+r.RedisURL,
+	p.env = append(testbed.Environment(), "DATABASE_URL="+r.DatabaseURL, "REDIS_URL="+r.RedisURL,
 		"KAFKA_BROKERS="+r.KafkaBrokers, "RATE_LIMIT=0", "LOG_LEVEL=warn", "LISTEN_ADDR="+api,
 		"OPERATE_ADDR="+p.operate)
 	p.env = append(p.env, more...)

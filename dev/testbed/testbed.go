@@ -45,10 +45,26 @@ func Folder(t *testing.T, name string) string {
 // Build compiles the program of a module.
 func Build(t *testing.T, module, binary string) string {
 	t.Helper()
-	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	if err := Compile(module, binary); err != nil {
+		t.Fatal(err)
 	}
 	return binary
+}
+
+// Compile compiles the program of a module.
+func Compile(module, binary string) error {
+	if out, err := exec.Command("go", "build", "-C", module, "-o", binary, ".").CombinedOutput(); err != nil {
+		return fmt.Errorf("go build -C %s: %w\n%s", module, err, out)
+	}
+	return nil
+}
+
+// Environment is the machine's, without what may stand there of a real deployment.
+func Environment() []string {
+	foreign := []string{"MIGRATE_URL", "REPLICATION_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
+	return slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
+	})
 }
 
 // Servers is `dev services`.
@@ -58,49 +74,65 @@ type Servers struct {
 	KafkaBrokers string `json:"kafka_brokers"`
 
 	mu     sync.Mutex // one command at a time
+	cmd    *exec.Cmd
 	stdin  io.WriteCloser
 	stdout *bufio.Reader
 }
 
-// Start starts the servers that the WALLET_TEST_ variables choose. They end with the test.
-func Start(t *testing.T, folder string) *Servers {
+// Start starts servers as Open does. They end with the test.
+func Start(t *testing.T, folder string, more ...string) *Servers {
 	t.Helper()
-	binary := Build(t, "..", filepath.Join(folder, "dev"))
-	data := filepath.Join(folder, "data")
-	args := []string{"services", "-data", data}
+	s, err := Open(folder, more...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+// Open starts the servers that the WALLET_TEST_ variables choose, but for what more, which are arguments of
+// `dev services`, says otherwise. They run until Close.
+func Open(folder string, more ...string) (*Servers, error) {
+	binary := filepath.Join(folder, "dev")
+	if err := Compile("..", binary); err != nil {
+		return nil, err
+	}
+	args := []string{"services", "-data", filepath.Join(folder, "data")}
 	for _, server := range []string{"kafka", "postgres", "redis"} {
 		if value := os.Getenv("WALLET_TEST_" + strings.ToUpper(server)); value != "" {
 			args = append(args, "-"+server, value)
 		}
 	}
 	var said bytes.Buffer
-	cmd := exec.Command(binary, args...)
-	cmd.Stderr = &said
-	s := new(Servers)
+	s := &Servers{cmd: exec.Command(binary, append(args, more...)...)}
+	s.cmd.Stderr = &said
 	var err error
-	if s.stdin, err = cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
+	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
+		return nil, err
 	}
-	out, err := cmd.StdoutPipe()
+	out, err := s.cmd.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	if err := s.cmd.Start(); err != nil {
+		return nil, err
 	}
-	t.Cleanup(func() {
-		s.stdin.Close()
-		cmd.Wait()
-	})
 	s.stdout = bufio.NewReader(out)
 	line, err := s.stdout.ReadBytes('\n')
 	if err == nil {
 		err = json.Unmarshal(line, s)
 	}
 	if err != nil {
-		t.Fatalf("%v: %v\n%s", cmd, err, &said)
+		s.Close()
+		return nil, fmt.Errorf("%v: %w\n%s", s.cmd, err, &said)
 	}
-	return s
+	return s, nil
+}
+
+// Close ends the servers.
+func (s *Servers) Close() {
+	s.stdin.Close()
+	s.cmd.Wait()
 }
 
 // Obey sends control lines and waits until they are done.
@@ -200,12 +232,7 @@ func NewService(t *testing.T, s *Servers, folder, binary, name, databaseURL stri
 	}
 	defer listener.Close()
 	address := listener.Addr().String()
-	// Whatever of a real deployment stands in the environment must not meet this replica.
-	env := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		foreign := []string{"MIGRATE_URL", "PG", "KAFKA_", "API_KEYS", "TLS_", "OPERATE_ADDR"}
-		return slices.ContainsFunc(foreign, func(prefix string) bool { return strings.HasPrefix(v, prefix) })
-	})
-	env = append(env, "DATABASE_URL="+databaseURL, "MIGRATE_URL="+s.DatabaseURL,
+	env := append(Environment(), "DATABASE_URL="+databaseURL, "MIGRATE_URL="+s.DatabaseURL,
 		"REPLICATION_URL="+s.DatabaseURL, "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers,
 		"LISTEN_ADDR="+address, "RATE_LIMIT=0", "REQUEST_TIMEOUT=2s")
 	return &Service{NewProcess(folder, name, env, binary), "http://" + address}
