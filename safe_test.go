@@ -293,7 +293,7 @@ func TestDashboardAndAlerts(t *testing.T) {
 
 	// The first 500 alerts: by the rule's own expression, whose rate is 0 for a series that was not there.
 	alerts := readPage(t, "dev/observe/alerts.yaml")
-	form := `alert: WalletErrors\n +expr: sum\(rate\((\w+\{status="500"\})\[5m\]\)\) > 0\n`
+	form := `alert: WalletErrors\n +expr: sum\(rate\((\w+\{code="internal"\})\[5m\]\)\) > 0\n`
 	rule := regexp.MustCompile(form).FindStringSubmatch(alerts)
 	if rule == nil {
 		t.Fatal("no rule WalletErrors of this form")

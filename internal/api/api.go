@@ -177,17 +177,24 @@ type Server struct {
 	Started  atomic.Bool // the servers that the service needs have been there once
 	Draining atomic.Bool // on the way out
 
-	requests   atomic.Int64 // being served
-	statistics sync.Map     // requestLabels -> *metric.Histogram of seconds
-	failures   [len(failureStatuses)]atomic.Int64
-	refused    sync.Map // code -> *atomic.Int64
+	requests   atomic.Int64             // being served
+	statistics sync.Map                 // requestLabels -> *metric.Histogram of seconds
+	refused    map[string]*atomic.Int64 // by code
 }
+
+// brokenOff is the code, in log and metrics, of an answer that was not written to its end.
+const brokenOff = "broken_off"
 
 // New makes a server that has not started.
 func New(c Config) *Server {
 	c.Problems = maps.Clone(c.Problems)
 	maps.Copy(c.Problems, own)
-	return &Server{Config: c}
+	s := &Server{Config: c, refused: make(map[string]*atomic.Int64, len(c.Problems))}
+	for code := range c.Problems {
+		s.refused[code] = new(atomic.Int64)
+	}
+	s.refused[brokenOff] = new(atomic.Int64)
+	return s
 }
 
 // Phase is starting, ready or stopping.
@@ -351,7 +358,7 @@ func (s *Server) serve(route Route) http.Handler {
 		case r.Method == http.MethodHead:
 		case streams:
 			if err = s.stream(context.WithValue(r.Context(), requestIDKey{}, id), w, answer); err != nil {
-				code = "broken_off"
+				code = brokenOff
 			}
 		default:
 			w.Write(body)
@@ -360,7 +367,7 @@ func (s *Server) serve(route Route) http.Handler {
 		took := time.Since(started)
 		s.observe(route.Path, r.Method, status, took)
 		if code != "" {
-			s.countRefusal(code)
+			s.refused[code].Add(1)
 		}
 		level := slog.LevelInfo
 		if !route.versioned() && status < 400 {
@@ -370,7 +377,7 @@ func (s *Server) serve(route Route) http.Handler {
 			slog.Int("status", status), slog.String("code", code), slog.String("client", client),
 			slog.Float64("seconds", took.Round(time.Microsecond).Seconds()), slog.String("request_id", id),
 			slog.String("trace_id", traceID(r.Header)))
-		if code == "broken_off" {
+		if code == brokenOff {
 			panic(http.ErrAbortHandler) // which net/http knows: the client sees that the body has not ended
 		}
 	})
@@ -564,41 +571,21 @@ func (s *Server) observe(path, method string, status int, took time.Duration) {
 		h, _ = s.statistics.LoadOrStore(labels, fresh)
 	}
 	h.(*metric.Histogram).Observe(took.Seconds())
-	if i := slices.Index(failureStatuses[:], status); i >= 0 {
-		s.failures[i].Add(1)
-	}
-}
-
-// failureStatuses are those that wake somebody up. They are counted apart, without the route: a series that
-// begins with the first failure has no value before it, so a rate does not see that failure.
-var failureStatuses = [...]int{http.StatusInternalServerError, http.StatusServiceUnavailable}
-
-// countRefusal counts what was not answered with success. Codes are bounded: they are those of Problems.
-func (s *Server) countRefusal(code string) {
-	n, ok := s.refused.Load(code)
-	if !ok {
-		n, _ = s.refused.LoadOrStore(code, new(atomic.Int64))
-	}
-	n.(*atomic.Int64).Add(1)
 }
 
 // WriteMetrics writes, under names that begin with prefix, how many requests there were, how long they took,
-// how many failed and how many were refused.
+// and how many were refused. What is our fault is there before it happens: of a series that begins with the
+// first failure a rate does not see that failure.
 func (s *Server) WriteMetrics(w *metric.Writer, prefix string) {
-	failed := make([]metric.Sample, len(s.failures))
-	for i := range s.failures {
-		failed[i].Labels = fmt.Sprintf(`status="%d"`, failureStatuses[i])
-		failed[i].Value = float64(s.failures[i].Load())
-	}
-	w.Counters(prefix+"_failures_total", "Requests that failed by our fault, by status; 0 from the start.",
-		failed...)
 	var refusals []metric.Sample
-	s.refused.Range(func(code, n any) bool {
-		value := float64(n.(*atomic.Int64).Load())
-		refusals = append(refusals, metric.Sample{Labels: fmt.Sprintf("code=%q", code), Value: value})
-		return true
-	})
-	w.Counters(prefix+"_refusals_total", "Requests not answered with success, by code.", refusals...)
+	for _, code := range slices.Sorted(maps.Keys(s.refused)) {
+		if n := s.refused[code].Load(); n > 0 || s.Problems[code].Status >= 500 {
+			labels := fmt.Sprintf("code=%q", code)
+			refusals = append(refusals, metric.Sample{Labels: labels, Value: float64(n)})
+		}
+	}
+	w.Counters(prefix+"_refusals_total", "Requests not answered with success, by code; those of our fault "+
+		"from 0 on.", refusals...)
 	const help = "Requests by route and status, and how long they took."
 	w.Histograms(prefix+"_request_seconds", help, func(yield func(string, *metric.Histogram) bool) {
 		s.statistics.Range(func(key, h any) bool {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -63,7 +64,10 @@ func TestOneAnswer(t *testing.T) {
 			t.Errorf("not measured: %s:\n%s", want, out.String())
 		}
 	}
-	failures("shop_failures_total{status=\"500\"} 0\nshop_failures_total{status=\"503\"} 0\n")
+	ours := []string{"internal", "overloaded", "starting", "unavailable"} // alerts ask for them
+	for _, code := range ours {
+		failures(fmt.Sprintf("shop_refusals_total{code=%q} 0\n", code))
+	}
 	body = []byte(`{"open":true}`)
 	for method, want := range map[string]string{"GET": string(body) + "\n", "HEAD": ""} {
 		a := ask(method, "/v1/shop/1")
@@ -103,7 +107,9 @@ func TestOneAnswer(t *testing.T) {
 	refused("before the start", ask("GET", "/v1/shop/1"), 503, "starting")
 	s.RequestsMax = 0
 	refused("too many requests", ask("GET", "/v1/shop/1"), 503, "overloaded")
-	failures("shop_failures_total{status=\"500\"} 1\nshop_failures_total{status=\"503\"} 3\n")
+	for _, code := range append(ours, "sold_out") {
+		failures(fmt.Sprintf("shop_refusals_total{code=%q} 1\n", code))
+	}
 }
 
 // TestTraceID: log lines carry what all of a trace's spans share.

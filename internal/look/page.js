@@ -301,8 +301,9 @@ function show(s) {
   set("takeovers", `${count(sample(s, "wallet_relay_takeovers_total"))}, ${
     count(sample(s, "wallet_relay_recoveries_total"))}`);
 
-  const refused = Object.entries(metric(s, "wallet_http_refusals_total") || {}).map(([label, n]) =>
-    [label.replace(/^code="|"$/g, ""), rate("wallet_http_refusals_total", label) || 0, n]);
+  const refused = Object.entries(metric(s, "wallet_http_refusals_total") || {}).filter(([, n]) => n > 0)
+    .map(([label, n]) =>
+      [label.replace(/^code="|"$/g, ""), rate("wallet_http_refusals_total", label) || 0, n]);
   refused.sort((a, b) => b[1] - a[1] || b[2] - a[2] || (a[0] < b[0] ? -1 : 1));
   set("refusals-rate", seconds() > 0 ? count(refused.reduce((sum, r) => sum + r[1], 0)) : none);
   rows(el("refused"), refused.map(([code, a, all]) => [code, count(a), count(all)]));
