@@ -8,9 +8,10 @@
 //	wallet -adopt     let the relay go on after a restore or an upgrade into another database, then exit
 //	wallet -rebuild   make the ledger whole out of the topic, in an empty or restored database, then exit
 //
-// This file: configuration, start and stop, the table of routes and their handlers. It holds no rule about
-// money (wallet.go), no event or answer (outbox.go), no relay (cdc.go), no read (cache.go). What stands
-// around every route is in internal/api, who may ask in internal/gate.
+// This file: configuration, start and stop, the table of routes, and the handlers that read. It holds no rule
+// about money, no event and no answer (internal/book), no movement (wallet.go), no row (outbox.go), no relay
+// (cdc.go), no query (cache.go). What stands around every route is in internal/api, who may ask in
+// internal/gate.
 package main
 
 import (

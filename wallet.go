@@ -417,7 +417,7 @@ func (l *ledger) readItem(r *http.Request, item api.Fields) (*movementKind, *boo
 		return m.op != "" && m.op == item["op"].Text
 	})
 	if i < 0 {
-		return &movementKind{of: new(subject)}, &book.Operation{Err: book.Refuse("operation_unknown",
+		return nil, &book.Operation{Err: book.Refuse("operation_unknown",
 			"The \"op\" is one of %s.", strings.Join(opNames(), ", "))}
 	}
 	m := &movements[i]
@@ -817,20 +817,19 @@ func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int,
 	return t.at, t.err
 }
 
-const (
-	eachMax = 500 // operations of one request that are queued at a time, where each stands by itself
-	manyMax = 500 // operations of requests with many that a batch takes: who shares its wallets waits for it
-)
+// manyMax is how many operations of requests with many are in one commit, but for those that stand together:
+// who shares a wallet with them waits for it.
+const manyMax = 500
 
-// doEach has operations posted, each by itself, those on one wallet in order, and returns their errors. A few
-// at a time are queued: however many there are, they leave room for others.
+// doEach has operations posted, each by itself, those on one wallet in order, and returns their errors. A
+// commit's worth of them is queued at a time, so that other requests with many have their turn.
 func (l *ledger) doEach(ctx context.Context, ops []*book.Operation) (errs []error, err error) {
 	if !l.queue.Reserve(len(ops), true) {
 		return nil, errOverloaded
 	}
 	errs = slices.Repeat([]error{errUnavailable}, len(ops))
-	for i := 0; i < len(ops); i += eachMax {
-		some := ops[i:min(i+eachMax, len(ops))]
+	for i := 0; i < len(ops); i += manyMax {
+		some := ops[i:min(i+manyMax, len(ops))]
 		last, err := l.pass(ctx, newTask(ctx, false, true, some...))
 		for n, op := range some {
 			if err == nil || !slices.Contains(last.ops, op) { // which may be written to still

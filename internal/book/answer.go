@@ -160,6 +160,7 @@ func AppendHold(dst []byte, h *ShownHold) []byte {
 	return append(o.Dst, '}')
 }
 
+// AppendWallet appends a wallet as it stands.
 func AppendWallet(dst []byte, w *Wallet) []byte {
 	o := jsontext.Open(dst)
 	o.Integer("wallet_id", w.ID)

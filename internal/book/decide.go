@@ -353,6 +353,7 @@ func (p *Posting) transfer(op *Operation, from, to *Wallet, currency string, amo
 	op.Posted.Entry, op.Posted.ToBalance, op.Posted.ToHeld = first, second.Balance, to.Held
 }
 
+// DecideDeposit adds to a wallet, and opens it where it is not there.
 func DecideDeposit(p *Posting, op *Operation) error {
 	w := p.Wallets[op.WalletID]
 	currency, err := p.currency(op, w, true)
@@ -375,6 +376,7 @@ func (p *Posting) spends(op *Operation) (w *Wallet, currency string, amount deci
 	return w, currency, amount, err
 }
 
+// DecideWithdrawal takes from what a wallet has available.
 func DecideWithdrawal(p *Posting, op *Operation) error {
 	w, currency, amount, err := p.spends(op)
 	if err != nil {
@@ -384,6 +386,7 @@ func DecideWithdrawal(p *Posting, op *Operation) error {
 	return nil
 }
 
+// DecideTransfer takes from what one wallet has available, and gives it to another.
 func DecideTransfer(p *Posting, op *Operation) error {
 	to := p.Wallets[op.ToID]
 	from, currency, amount, err := p.spends(op)
@@ -397,6 +400,7 @@ func DecideTransfer(p *Posting, op *Operation) error {
 	return nil
 }
 
+// DecideHold reserves a part of what a wallet has available.
 func DecideHold(p *Posting, op *Operation) error {
 	w, currency, amount, err := p.spends(op)
 	if err != nil {
@@ -495,6 +499,7 @@ func ExpiryOf(walletID, seq int64) *Operation {
 		Key: "«expiry " + strconv.FormatInt(seq, 10) + "»", Note: Note{Reason: ReasonExpiry}}
 }
 
+// DecideVoid ends an open hold before it is due.
 func DecideVoid(p *Posting, op *Operation) error {
 	h, err := p.open(op, Latest(p.Now, p.Wallets[op.WalletID].EntryAt))
 	if err != nil {
@@ -593,6 +598,7 @@ func DecideReversal(p *Posting, op *Operation) error {
 	return nil
 }
 
+// DecideState sets what a wallet lets in and out. A closed one stays so, and was empty.
 func DecideState(p *Posting, op *Operation) error {
 	w := p.Wallets[op.WalletID]
 	switch {
