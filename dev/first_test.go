@@ -62,6 +62,9 @@ func TestPortsStay(t *testing.T) {
 	r.end()
 
 	fixed := exec.Command(program, "services", "-data", data, "-port", "postgres="+first[0])
+	if _, err := fixed.StdinPipe(); err != nil { // its end would stop the stack before it looks at the port
+		t.Fatal(err)
+	}
 	said, err := fixed.CombinedOutput()
 	if err == nil || strings.Count(string(said), "dev: ") != 1 ||
 		!strings.Contains(string(said), "port "+first[0]+", which -port gives to postgres, is taken") {

@@ -33,6 +33,7 @@ func TestGather(t *testing.T) {
 			large bool
 		}
 		held, last, seen := map[int64]int{}, map[place]int{}, map[int]int{}
+		onLarge := 0 // workers
 		var dropped atomic.Int64
 		work := func(batch []*op, release func()) {
 			mu.Lock()
@@ -61,11 +62,19 @@ func TestGather(t *testing.T) {
 					t.Errorf("two batches have key %d in hand", key)
 				}
 			}
+			if larges > 0 {
+				if onLarge++; onLarge > 1 {
+					t.Error("two workers are on large ones")
+				}
+			}
 			mu.Unlock()
 			time.Sleep(rand.N(3 * time.Millisecond))
 			mu.Lock()
 			for key := range ours {
 				held[key]--
+			}
+			if larges > 0 {
+				onLarge--
 			}
 			mu.Unlock()
 			release()
@@ -199,6 +208,43 @@ func TestSmallOnesPassLargeOnes(t *testing.T) {
 		}
 		if g.Waiting() != 0 || len(finished) != 702 {
 			t.Errorf("%d finished, %d wait", len(finished), g.Waiting())
+		}
+	})
+}
+
+// TestOneWorkerTakesTurns: small ones that never leave the one worker free keep no large one waiting.
+func TestOneWorkerTakesTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const each = 10 * time.Millisecond
+		var large atomic.Int64 // when it was finished, since the beginning
+		began := time.Now()
+		g := New(Bounds{100, 1, 10, 10}, func(batch []*op, release func()) {
+			time.Sleep(each)
+			if batch[0].Large() {
+				large.Store(int64(time.Since(began)))
+			}
+			release()
+		}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- g.Run(ctx) }()
+		put := func(o *op) {
+			if !g.Reserve(o.Size(), o.Large()) {
+				t.Error("the queue is full")
+			}
+			g.Put(o)
+		}
+		for i := range int64(200) {
+			put(&op{keys: []int64{i}})
+			if i == 10 {
+				put(&op{keys: []int64{1000}, size: 5})
+			}
+			time.Sleep(each / 4)
+		}
+		cancel()
+		<-done
+		if took := time.Duration(large.Load()); took == 0 || took > 8*each {
+			t.Errorf("the large one was finished after %v", took)
 		}
 	})
 }
