@@ -514,7 +514,8 @@ func (c cost) report(b *testing.B, prefix string, n float64) {
 	}
 }
 
-// cpu is the processor time of each process and its children so far; empty where there is no /proc.
+// cpu is the processor time of each process and its children so far, Postgres' WAL sender by itself; empty
+// where there is no /proc.
 func (r *replica) cpu(b *testing.B) cost {
 	parents, used := make(map[int]int), make(map[int]time.Duration)
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
@@ -536,7 +537,13 @@ func (r *replica) cpu(b *testing.B) cost {
 	for name, process := range r.processes(b) {
 		total[name] = used[process]
 		for pid, parent := range parents {
-			if parent == process && name == "postgres" {
+			if parent != process || name != "postgres" {
+				continue
+			}
+			title, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			if bytes.HasPrefix(title, []byte("postgres: walsender")) {
+				total["walsender"] += used[pid]
+			} else {
 				total[name] += used[pid] // its children are part of it
 			}
 		}

@@ -1076,6 +1076,21 @@ func tell(heads map[int64]cachedBalance, b cachedBalance) {
 	}
 }
 
+// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
+// tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
+func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance) {
+	for _, w := range p.Wallets {
+		tell(heads, cachedOf(w))
+	}
+	for _, t := range batch {
+		for _, op := range t.ops {
+			if op.Replayed && op.Kind != book.KindCreation {
+				tellPosted(heads, &op.Posted)
+			}
+		}
+	}
+}
+
 // tellPosted adds what a movement's answer tells of its wallets.
 func tellPosted(heads map[int64]cachedBalance, m *book.Posted) {
 	tell(heads, cachedBalance{m.WalletID, m.Seq, m.Currency, money.Text(m.Balance),

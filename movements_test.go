@@ -1400,11 +1400,16 @@ func TestStalledWalletInABatch(t *testing.T) {
 	go func() { answers <- w.post("/v1/batches", eachOf(each...)) }()
 	time.Sleep(1500 * time.Millisecond) // by now both have waited for the lock, and been put off
 	for i := range 2 {
-		began := time.Now()
-		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 2+i), `{"amount":"1","idempotency_key":"s"}`)
-		keyed = append(keyed, time.Since(began).Round(time.Millisecond).String())
-		if took := time.Since(began); took > 300*time.Millisecond { // a short wait for the lock, at most
-			t.Errorf("a deposit to wallet %d took %v", 2+i, took)
+		var took []time.Duration
+		for n := range 4 {
+			began := time.Now()
+			w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", 2+i),
+				fmt.Sprintf(`{"amount":"0.25","idempotency_key":"s%d"}`, n))
+			took = append(took, time.Since(began).Round(time.Millisecond))
+		}
+		keyed = append(keyed, fmt.Sprint(took))
+		if slices.Sort(took); took[1] > 300*time.Millisecond { // a short wait for the lock, at most
+			t.Errorf("deposits to wallet %d took %v", 2+i, took)
 		}
 	}
 	t.Logf("deposits beside it took %v", keyed)
@@ -1417,6 +1422,41 @@ func TestStalledWalletInABatch(t *testing.T) {
 	}
 	if got := w.get("/v1/wallets/2").json(t); got["balance"] != "7" {
 		t.Errorf("wallet 2: %v", got)
+	}
+	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestPiecesStayInOrder: what waits for a locked wallet holds up the operations behind it on its other wallet,
+// however far behind they stand, and no others.
+func TestPiecesStayInOrder(t *testing.T) {
+	w := start(t, testEnv(t))
+	for id := 1; id <= 2; id++ {
+		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"10","idempotency_key":"a"}`)
+	}
+	tx := holdWallet(t, w, 1)
+	operations := []string{`{"op":"transfer","wallet_id":2,"to_id":1,"amount":"1","idempotency_key":"first"}`}
+	for id := range 3 * pieceMax {
+		operations = append(operations,
+			fmt.Sprintf(`{"op":"deposit","wallet_id":%d,"amount":"1","idempotency_key":"d"}`, 10+id))
+	}
+	operations = append(operations,
+		`{"op":"withdraw","wallet_id":2,"amount":"2","idempotency_key":"last"}`)
+	answers := make(chan answer, 1)
+	go func() { answers <- w.post("/v1/batches", eachOf(operations...)) }()
+	eventually(t, 10*time.Second, "the others are posted", func() bool {
+		return w.get(fmt.Sprintf("/v1/wallets/%d", 9+3*pieceMax)).status == 200
+	})
+	if got := w.get("/v1/wallets/2").json(t); got["balance"] != "10" {
+		t.Errorf("wallet 2 while it waits: %v", got)
+	}
+	tx.Rollback(context.Background())
+	if a := <-answers; a.status != 200 || strings.Count(a.body, `"transaction_id"`) != len(operations) {
+		t.Errorf("%s", a)
+	}
+	history := w.get("/v1/wallets/2/history").body
+	first, last := strings.Index(history, `"first"`), strings.Index(history, `"last"`)
+	if first < 0 || last < first {
+		t.Errorf("not in the order given: %s", history)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
 }

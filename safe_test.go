@@ -1809,7 +1809,7 @@ func FuzzRequest(f *testing.F) {
 			op.ToID != op.WalletID && len(op.Note.Reference) <= noteBytesMax &&
 			len(op.Note.Metadata) <= metadataBytesMax
 	}
-	l.queue = gather.New(gather.Bounds{Queue: 2000, Workers: 1, Batch: 1, Large: 1},
+	l.queue = gather.New(gather.Bounds{Queue: 2000, Workers: 1, Batch: 1, Large: 1, Beside: 1},
 		func(batch []*task, release func()) {
 			release()
 			for _, t := range batch {

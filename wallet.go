@@ -708,7 +708,7 @@ func newLedger(cfg ledgerConfig, reads, writes *pgxpool.Pool, cache *cache) *led
 		batchSeconds:    metric.NewHistogram(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
 	}
 	l.queue = gather.New(gather.Bounds{Queue: cfg.queueOpsMax, Workers: cfg.writers, Batch: cfg.batchOpsMax,
-		Large: manyMax}, l.work, l.drop)
+		Large: manyMax, Beside: manyBeside}, l.work, l.drop)
 	return l
 }
 
@@ -718,6 +718,7 @@ type task struct {
 	together bool            // all of them are posted, or none
 	many     bool            // they are of a request with many
 	again    bool            // they were put off before
+	parked   map[int64]bool  // wallets on which such an operation waits; nil for a single operation
 	wallets  []int64         // that they touch
 	ctx      context.Context // the request's: if it ends before a batch forms, the task is dropped
 	done     chan struct{}   // closed after the outcomes are final
@@ -765,7 +766,7 @@ func (t *task) settle(p *book.Posting) {
 	if t.together {
 		t.at, t.err = p.SettleAll(t.ops)
 	} else {
-		p.SettleEach(t.ops)
+		p.SettleEach(t.ops, t.parked)
 	}
 }
 
@@ -817,39 +818,52 @@ func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int,
 	return t.at, t.err
 }
 
-// manyMax is how many operations of requests with many are in one commit, but for those that stand together:
-// who shares a wallet with them waits for it.
-const manyMax = 500
+// Of requests with many operations so many are in one commit, and so many while there are single ones: who
+// shares a wallet with them waits for it. What stands by itself is queued in pieces, which can be more easily
+// had together than all of their wallets at once.
+const (
+	manyMax    = 500
+	manyBeside = 100
+	pieceMax   = 25
+)
 
-// doEach has operations posted, each by itself, those on one wallet in order, and returns their errors. A
-// commit's worth of them is queued at a time, so that other requests with many have their turn.
+// doEach has operations posted, each by itself, those on one wallet in order, and returns their errors.
 func (l *ledger) doEach(ctx context.Context, ops []*book.Operation) (errs []error, err error) {
 	if !l.queue.Reserve(len(ops), true) {
 		return nil, errOverloaded
 	}
-	errs = slices.Repeat([]error{errUnavailable}, len(ops))
-	for i := 0; i < len(ops); i += manyMax {
-		some := ops[i:min(i+manyMax, len(ops))]
-		last, err := l.pass(ctx, newTask(ctx, false, true, some...))
-		for n, op := range some {
-			if err == nil || !slices.Contains(last.ops, op) { // which may be written to still
-				errs[i+n] = op.Err
+	var pieces []*task
+	parked := make(map[int64]bool) // the lane has one worker: no two write to it
+	for some := range slices.Chunk(ops, pieceMax) {
+		t := newTask(ctx, false, true, some...)
+		t.parked = parked
+		pieces = append(pieces, t)
+		l.queue.Put(t)
+	}
+	for _, t := range pieces {
+		last, err := l.await(ctx, t)
+		for _, op := range t.ops {
+			if err == nil || !slices.Contains(last.ops, op) {
+				errs = append(errs, op.Err)
+			} else {
+				errs = append(errs, errUnavailable) // it may be written to still
 			}
-		}
-		if err != nil {
-			l.queue.Release(len(ops)-i-len(some), true)
-			break
 		}
 	}
 	return errs, nil
 }
 
-// pass queues a task, whose size is reserved, and waits for its outcome. What was put off is queued again, as
-// a task of its own. The error says that ctx ended, before the outcome of the last task was known.
+// pass queues a task, whose size is reserved, and waits for its outcome.
 func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
+	l.queue.Put(t)
+	return l.await(ctx, t)
+}
+
+// await waits for a task's outcome. What was put off is queued again, as a task of its own. The error says
+// that ctx ended, before the outcome of the last task was known.
+func (l *ledger) await(ctx context.Context, t *task) (last *task, err error) {
 	const pause = 100 * time.Millisecond
 	for {
-		l.queue.Put(t)
 		select {
 		case <-t.done:
 		case <-ctx.Done():
@@ -865,11 +879,12 @@ func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
 			return t, nil
 		}
 		t = newTask(ctx, t.together, t.many, off...)
-		t.again = true
+		t.again, t.parked = true, make(map[int64]bool)
 		if parts.Sleep(ctx, pause) != nil {
 			return t, errUnavailable
 		}
 		l.queue.Renew(len(off), t.many)
+		l.queue.Put(t)
 	}
 }
 
@@ -921,6 +936,7 @@ func (l *ledger) post(batch []*task, heads map[int64]cachedBalance) {
 				half := len(t.ops) / 2
 				batch = []*task{newTask(t.ctx, false, t.many, t.ops[:half]...),
 					newTask(t.ctx, false, t.many, t.ops[half:]...)}
+				batch[0].parked, batch[1].parked = t.parked, t.parked
 			}
 			l.post(batch[:len(batch)/2], heads)
 			l.post(batch[len(batch)/2:], heads)
@@ -1112,21 +1128,6 @@ func releaseDue(ctx context.Context, conn *pgxpool.Conn, p *book.Posting, batch 
 		}
 	}
 	return nil
-}
-
-// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
-// tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
-func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance) {
-	for _, w := range p.Wallets {
-		tell(heads, cachedOf(w))
-	}
-	for _, t := range batch {
-		for _, op := range t.ops {
-			if op.Replayed && op.Kind != book.KindCreation {
-				tellPosted(heads, &op.Posted)
-			}
-		}
-	}
 }
 
 // read is the first round trip: lock, then look up the keys.

@@ -340,7 +340,7 @@ func deposit(walletID int64, key string) *Operation {
 func (l *ledger) settle(t *testing.T, ops ...*Operation) {
 	t.Helper()
 	p := l.begin(ops)
-	p.SettleEach(ops)
+	p.SettleEach(ops, make(map[int64]bool))
 	for _, op := range ops {
 		if op.Err != nil {
 			t.Fatal(op.Err)
@@ -409,7 +409,7 @@ func TestPutOffInOrder(t *testing.T) {
 		deposit(4, "4")}
 	p := l.begin(ops)
 	p.Wallets[1].Busy = true
-	p.SettleEach(ops)
+	p.SettleEach(ops, make(map[int64]bool))
 	for i, want := range []error{nil, ErrLocked, ErrLocked, ErrLocked, nil} {
 		if ops[i].Err != want {
 			t.Errorf("operation %d: %v, want %v", i, ops[i].Err, want)

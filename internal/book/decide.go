@@ -69,9 +69,8 @@ func (p *Posting) Settle(op *Operation, former Outcome) {
 }
 
 // SettleEach decides operations in order, each by itself. What is put off puts off those behind it on its
-// wallets, so that they stay in order.
-func (p *Posting) SettleEach(ops []*Operation) {
-	var parked map[int64]bool
+// wallets, so that they stay in order: parked holds these wallets, and those of pieces before, if there are any.
+func (p *Posting) SettleEach(ops []*Operation, parked map[int64]bool) {
 	for _, op := range ops {
 		former := op.Forget()
 		if parked[op.WalletID] || parked[op.ToID] {
@@ -79,10 +78,7 @@ func (p *Posting) SettleEach(ops []*Operation) {
 		} else {
 			p.Settle(op, former)
 		}
-		if op.Err == ErrLocked {
-			if parked == nil {
-				parked = make(map[int64]bool)
-			}
+		if op.Err == ErrLocked && parked != nil {
 			parked[op.WalletID] = true
 			if op.ToID != 0 {
 				parked[op.ToID] = true

@@ -5,8 +5,9 @@
 // their arrival, and that no two batches at work share a key.
 //
 // There are two lanes, so that small operations do not wait behind large ones: a batch has only small or only
-// large ones, one worker at most is on large ones, and each lane has its own bound. A large one that waits
-// for keys bars them to small ones that come after, so that it cannot wait for ever.
+// large ones, one worker at most is on large ones, and each lane has its own bound. While there are small
+// ones, batches of large ones are shorter: who shares a key with one waits for it. A large one that waits for
+// keys bars them to small ones that come after, so that it cannot wait for ever.
 package gather
 
 import (
@@ -33,6 +34,7 @@ type Bounds struct {
 	Workers int // batches at work at the same time
 	Batch   int // of a batch of small operations
 	Large   int // of a batch of large ones; a single one may be larger
+	Beside  int // of one while there are small ones: of those, some came since the last
 }
 
 // Gatherer hands batches to workers.
@@ -123,7 +125,16 @@ func (g *Gatherer[T]) Run(ctx context.Context) error {
 	inHand := make(map[int64]bool) // keys of the batches at work
 	barred := make(map[int64]bool) // keys that a large operation waits for
 	var overdue <-chan time.Time   // set while operations gather beside a batch at work
+	smalls := false                // some came since the last batch of large ones
 	start := func(l *lane[T]) {
+		if l == large {
+			if l.most = g.Large; smalls || small.atWork > 0 {
+				l.most = g.Beside
+			}
+			smalls = false
+		} else {
+			smalls = true
+		}
 		var batch []T
 		batch, l.left, l.ready = g.form(l, inHand, barred, l == large)
 		if len(batch) > 0 {
@@ -135,17 +146,17 @@ func (g *Gatherer[T]) Run(ctx context.Context) error {
 	stop := ctx.Done()
 	for stop != nil || free < g.Workers || len(small.left)+len(large.left)+len(g.small)+len(g.large) > 0 {
 		further := min(furtherMin, g.Batch)
-		smalls, larges := small.queue, large.queue
+		ofSmall, ofLarge := small.queue, large.queue
 		if free == 0 || len(small.left) >= g.Batch {
-			smalls = nil // what arrives waits there
+			ofSmall = nil // what arrives waits there
 		}
 		if free == 0 || len(large.left) >= g.Batch {
-			larges = nil
+			ofLarge = nil
 		}
 		select {
-		case op := <-smalls:
+		case op := <-ofSmall:
 			small.take(op)
-		case op := <-larges:
+		case op := <-ofLarge:
 			large.take(op)
 		case f := <-done:
 			free++

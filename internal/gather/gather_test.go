@@ -3,6 +3,7 @@ package gather
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -79,7 +80,7 @@ func TestGather(t *testing.T) {
 			mu.Unlock()
 			release()
 		}
-		g := New(Bounds{100, workers, most, share}, work, func(*op) { dropped.Add(1) })
+		g := New(Bounds{100, workers, most, share, share}, work, func(*op) { dropped.Add(1) })
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- g.Run(ctx) }()
@@ -130,7 +131,7 @@ func TestSmallBatchDoesNotWait(t *testing.T) {
 		began := time.Now()
 		var mu sync.Mutex
 		var starts []start
-		g := New(Bounds{1000, 4, 1000, 100}, func(batch []*op, release func()) {
+		g := New(Bounds{1000, 4, 1000, 100, 100}, func(batch []*op, release func()) {
 			mu.Lock()
 			starts = append(starts, start{time.Since(began), len(batch)})
 			mu.Unlock()
@@ -167,7 +168,7 @@ func TestSmallOnesPassLargeOnes(t *testing.T) {
 		var mu sync.Mutex
 		finished := make(map[*op]time.Duration)
 		began := time.Now()
-		g := New(Bounds{100_000, 2, 1000, 100}, func(batch []*op, release func()) {
+		g := New(Bounds{100_000, 2, 1000, 100, 100}, func(batch []*op, release func()) {
 			time.Sleep(each)
 			mu.Lock()
 			for _, o := range batch {
@@ -212,13 +213,49 @@ func TestSmallOnesPassLargeOnes(t *testing.T) {
 	})
 }
 
+// TestShorterBesideSmallOnes: a batch of large ones is short while there are small ones, and long without.
+func TestShorterBesideSmallOnes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var sizes []int // of batches of large ones
+		g := New(Bounds{1000, 2, 100, 100, 20}, func(batch []*op, release func()) {
+			if batch[0].Large() {
+				size := 0
+				for _, o := range batch {
+					size += o.Size()
+				}
+				sizes = append(sizes, size)
+			}
+			time.Sleep(10 * time.Millisecond)
+			release()
+		}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		put := func(o *op) {
+			g.Reserve(o.Size(), o.Large())
+			g.Put(o)
+		}
+		for i := range int64(50) {
+			put(&op{keys: []int64{i}, size: 10})
+		}
+		go func() { done <- g.Run(ctx) }()
+		time.Sleep(15 * time.Millisecond) // the second is at work
+		put(&op{keys: []int64{1000}})
+		time.Sleep(time.Second)
+		cancel()
+		<-done
+		if want := []int{100, 100, 20, 100, 100, 80}; !slices.Equal(sizes, want) {
+			t.Errorf("batches of %v, want %v", sizes, want)
+		}
+	})
+}
+
 // TestOneWorkerTakesTurns: small ones that never leave the one worker free keep no large one waiting.
 func TestOneWorkerTakesTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const each = 10 * time.Millisecond
 		var large atomic.Int64 // when it was finished, since the beginning
 		began := time.Now()
-		g := New(Bounds{100, 1, 10, 10}, func(batch []*op, release func()) {
+		g := New(Bounds{100, 1, 10, 10, 10}, func(batch []*op, release func()) {
 			time.Sleep(each)
 			if batch[0].Large() {
 				large.Store(int64(time.Since(began)))
@@ -251,7 +288,7 @@ func TestOneWorkerTakesTurns(t *testing.T) {
 
 // TestReserve: the queue's bound is by size, and one operation may be larger than it.
 func TestReserve(t *testing.T) {
-	g := New[*op](Bounds{10, 1, 10, 10}, nil, nil)
+	g := New[*op](Bounds{10, 1, 10, 10, 10}, nil, nil)
 	for _, step := range []struct {
 		size int
 		ok   bool
