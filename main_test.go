@@ -748,6 +748,13 @@ func TestReplicasMigrateTogether(t *testing.T) {
 		})
 	}
 	replicas.Wait()
+	keys := texts(t, env["DATABASE_URL"], `
+SELECT attname FROM pg_attribute
+WHERE attrelid IN ('entry'::regclass, 'wallet'::regclass, 'reference'::regclass)
+AND attcollation = '"C"'::regcollation ORDER BY attname COLLATE "C"`)
+	if want := []string{"creation_key", "idempotency_key", "reference"}; !slices.Equal(keys, want) {
+		t.Errorf("%v compare by their bytes, want %v", keys, want)
+	}
 	conn := connect(t, env["DATABASE_URL"])
 	// So that it is applied once more.
 	if _, err := conn.Exec(context.Background(), `DELETE FROM wallet_schema`); err != nil {

@@ -1426,8 +1426,8 @@ func TestStalledWalletInABatch(t *testing.T) {
 	checkLedger(t, w.env["DATABASE_URL"])
 }
 
-// TestPiecesStayInOrder: what waits for a locked wallet holds up the operations behind it on its other wallet,
-// however far behind they stand, and no others.
+// TestPiecesStayInOrder: what waits for a locked wallet holds up the operations behind it on its other
+// wallet, however far behind they stand, and no others.
 func TestPiecesStayInOrder(t *testing.T) {
 	w := start(t, testEnv(t))
 	for id := 1; id <= 2; id++ {

@@ -69,7 +69,7 @@ func (p *Posting) Settle(op *Operation, former Outcome) {
 }
 
 // SettleEach decides operations in order, each by itself. What is put off puts off those behind it on its
-// wallets, so that they stay in order: parked holds these wallets, and those of pieces before, if there are any.
+// wallets, so that they stay in order: parked holds these wallets, and those of pieces before.
 func (p *Posting) SettleEach(ops []*Operation, parked map[int64]bool) {
 	for _, op := range ops {
 		former := op.Forget()
