@@ -89,23 +89,6 @@ CREATE TABLE IF NOT EXISTS entry (
 CREATE UNIQUE INDEX IF NOT EXISTS idempotency_key_posts_once
     ON entry (wallet_id, idempotency_key) WHERE kind <> 'transfer_in';
 
--- The first entry of a wallet that is not older than `since` (one past the last entry where there is none),
--- in about log2(n) probes of the primary key.
-CREATE OR REPLACE FUNCTION seq_since(wallet_id bigint, since timestamptz) RETURNS bigint
-    LANGUAGE sql STABLE AS $$
-    WITH RECURSIVE bisect (low, high) AS (
-        SELECT 1::bigint, coalesce((SELECT w.seq FROM wallet w WHERE w.id = $1), 0) + 1
-        UNION ALL
-        SELECT CASE WHEN e.created_at < $2 THEN e.seq + 1 ELSE b.low END,
-               CASE WHEN e.created_at < $2 THEN b.high ELSE e.seq END
-        FROM bisect b, LATERAL (
-            SELECT e.seq, e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = (b.low + b.high) / 2
-        ) e
-        WHERE b.low < b.high
-    )
-    SELECT low FROM bisect WHERE low = high
-$$;
-
 CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% of % is refused: %', lower(TG_OP), TG_TABLE_NAME, TG_ARGV[0]
@@ -525,6 +508,28 @@ BEGIN
         EXECUTE format('GRANT SELECT ON moved, moved_kept TO %I', service);
         EXECUTE format('GRANT EXECUTE ON FUNCTION moved_forget(bigint, interval) TO %I', service);
     END IF;
+END $$;
+
+-- step 4: an entry by its time
+
+-- The first entry of a wallet that is not older than `since` (one past the last entry where there is none),
+-- in about log2(n) probes of the primary key. In PL/pgSQL, which plans its queries once a session.
+CREATE OR REPLACE FUNCTION seq_since(wallet_id bigint, since timestamptz) RETURNS bigint
+    LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    low    bigint := 1;
+    high   bigint := coalesce((SELECT w.seq FROM wallet w WHERE w.id = $1), 0) + 1;
+    middle bigint;
+BEGIN
+    WHILE low < high LOOP
+        middle := (low + high) / 2;
+        IF (SELECT e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = middle) < since THEN
+            low := middle + 1;
+        ELSE
+            high := middle;
+        END IF;
+    END LOOP;
+    RETURN low;
 END $$;
 
 -- step 4: the outbox by ten minutes

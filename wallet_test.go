@@ -560,9 +560,10 @@ func TestConstraintsStateTheRules(t *testing.T) {
 // database that is new and was never analysed.
 func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	w := start(t, testEnv(t))
-	var body string
-	if err := w.reads.QueryRow(context.Background(),
-		`SELECT prosrc FROM pg_proc WHERE proname = 'seq_since'`).Scan(&body); err != nil {
+	var probe string // EXPLAIN of a call does not show it
+	if err := w.reads.QueryRow(context.Background(), `
+SELECT replace((regexp_match(prosrc, 'IF \((SELECT .*?)\) <'))[1], 'middle', '$2')
+FROM pg_proc WHERE proname = 'seq_since'`).Scan(&probe); err != nil {
 		t.Fatal(err)
 	}
 	// Analysed while nearly empty is the worst case: reading the whole table looks cheap, and the plan stays.
@@ -573,7 +574,7 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		checkPlans(t, w, body)
+		checkPlans(t, w, probe)
 	}
 }
 
@@ -589,7 +590,7 @@ func checkPlans(t *testing.T, w *running, seqSince string) {
 		"history": selectPageUp, "history backwards": selectPageDown, "selectMoment": selectMoment,
 		"holds":      selectHolds + `seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
 		"open holds": selectHolds + `status = 'open' AND seq > $2 ORDER BY seq LIMIT $3` + andTheirEntries,
-		"seq_since":  seqSince, // EXPLAIN of a call does not show it
+		"seq_since":  seqSince,
 	} {
 		conn, err := w.reads.Acquire(context.Background())
 		if err != nil {
