@@ -25,6 +25,7 @@ import (
 
 	"wallet/internal/pg"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -1424,6 +1425,59 @@ func TestStalledWalletInABatch(t *testing.T) {
 		t.Errorf("wallet 2: %v", got)
 	}
 	checkLedger(t, w.env["DATABASE_URL"])
+}
+
+// TestSeqSince: the entry that a time falls on is found, however entries lie in time.
+func TestSeqSince(t *testing.T) {
+	env := testEnv(t)
+	start(t, env)
+	conn := connect(t, env["DATABASE_URL"])
+	if _, err := conn.Exec(context.Background(), `
+SET session_replication_role = replica; -- no triggers
+CREATE TEMP TABLE made AS
+SELECT w, row_number() OVER (PARTITION BY w ORDER BY at) AS seq, at FROM (
+    SELECT 1 AS w, timestamptz '2020-01-01' + random() * interval '2000 days' AS at
+    FROM generate_series(1, 20000)
+    UNION ALL -- a thousand at once, and a day of silence
+    SELECT 2, timestamptz '2020-01-01' + g / 1000 * interval '1 day' + g % 10 * interval '1 ms'
+    FROM generate_series(1, 20000) g
+    UNION ALL -- all but a few at the beginning; and all but a few at the end
+    SELECT 3, timestamptz '2020-01-01' + exp(random() * 25) * interval '1 us' FROM generate_series(1, 20000)
+    UNION ALL
+    SELECT 4, timestamptz '2020-01-01' - exp(random() * 25) * interval '1 us' FROM generate_series(1, 20000)
+    UNION ALL
+    SELECT 5, timestamptz '2020-01-01' FROM generate_series(1, 20000)
+    UNION ALL
+    SELECT 6, timestamptz '2020-01-01' + g * interval '1 day' FROM generate_series(1, 70) g
+    UNION ALL
+    SELECT 7, timestamptz '2020-01-01') x;
+CREATE INDEX ON made (w, at);
+INSERT INTO wallet (id, currency, balance, seq, created_at, entry_at)
+SELECT w, 'EUR', 1, max(seq), '2019-01-01', max(at) FROM made GROUP BY w;
+INSERT INTO wallet (id, currency, created_at) VALUES (8, 'EUR', '2019-01-01');
+INSERT INTO entry (wallet_id, seq, created_at, kind, amount, balance, idempotency_key)
+SELECT w, seq, at, 'deposit', 1, 1, 'k' || seq FROM made`); err != nil {
+		t.Fatal(err)
+	}
+	rows, _ := conn.Query(context.Background(), `
+SELECT format('wallet %s at %s: %s, want %s', w, at, found, want)
+FROM (SELECT w, at, seq_since(w, at) AS found, (
+          SELECT coalesce(min(n.seq), (SELECT max(a.seq) + 1 FROM made a WHERE a.w = m.w))
+          FROM made n WHERE n.w = m.w AND n.at >= m.at) AS want
+      FROM (SELECT w, at + d * interval '1 us' AS at FROM made, unnest(array[-1, 0, 1]) d
+            WHERE random() < 0.02 OR seq < 3 OR w > 5
+            UNION ALL
+            SELECT w, at FROM generate_series(1, 7) w,
+                unnest(array['infinity', '-infinity', '0001-01-01', '2040-01-01']::timestamptz[]) at) m) x
+WHERE found <> want`)
+	wrong, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || len(wrong) > 0 {
+		t.Error(len(wrong), "are wrong, such as", wrong[:min(3, len(wrong))], err)
+	}
+	none := texts(t, env["DATABASE_URL"], `SELECT seq_since(w, now())::text FROM unnest(array[8, 9]) w`)
+	if !slices.Equal(none, []string{"1", "1"}) {
+		t.Error("without an entry, and without a wallet:", none)
+	}
 }
 
 // TestPiecesStayInOrder: what waits for a locked wallet holds up the operations behind it on its other

@@ -512,24 +512,50 @@ END $$;
 
 -- step 4: an entry by its time
 
--- The first entry of a wallet that is not older than `since` (one past the last entry where there is none),
--- in about log2(n) probes of the primary key. In PL/pgSQL, which plans its queries once a session.
+-- The first entry of a wallet that is not older than `since` (one past the last where there is none), by
+-- probes of the primary key. Each one far back costs pages of its own. So the first ten guess from the times
+-- at both ends, and probe a little beyond the guess, where the farther end may come near. Bisecting does the
+-- rest: log2(n) probes at most, whatever the times are. In PL/pgSQL, which plans its queries once a session.
 CREATE OR REPLACE FUNCTION seq_since(wallet_id bigint, since timestamptz) RETURNS bigint
-    LANGUAGE plpgsql STABLE AS $$
+    LANGUAGE plpgsql STABLE STRICT AS $$
 DECLARE
-    low    bigint := 1;
-    high   bigint := coalesce((SELECT w.seq FROM wallet w WHERE w.id = $1), 0) + 1;
-    middle bigint;
+    low     bigint := 1; -- this entry is older than since,
+    high    bigint;      -- and this one is not
+    low_at  timestamptz;
+    high_at timestamptz;
+    probe   bigint;
+    at      timestamptz;
+    beyond  bigint;
+    guesses integer := 10;
 BEGIN
-    WHILE low < high LOOP
-        middle := (low + high) / 2;
-        IF (SELECT e.created_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = middle) < since THEN
-            low := middle + 1;
+    SELECT w.seq, w.entry_at INTO high, high_at FROM wallet w WHERE w.id = $1;
+    IF high_at IS NULL OR high_at < since THEN
+        RETURN coalesce(high, 0) + 1;
+    END IF;
+    SELECT e.created_at INTO low_at FROM entry e WHERE e.wallet_id = $1 AND e.seq = 1;
+    IF low_at >= since THEN
+        RETURN 1;
+    END IF;
+    WHILE high - low > 1 LOOP
+        probe := (low + high) / 2;
+        IF guesses > 0 AND high - low > 64 THEN
+            guesses := guesses - 1;
+            probe := low + (extract(epoch FROM since - low_at)::float8
+                            / extract(epoch FROM high_at - low_at)::float8 * (high - low))::bigint;
+            beyond := sqrt(high - low)::bigint; -- twice the deviation of entries that come by chance
+            probe := CASE WHEN high - probe > probe - low THEN least(probe + beyond, high - 1)
+                          ELSE greatest(probe - beyond, low + 1) END;
+        END IF;
+        SELECT e.created_at INTO at FROM entry e WHERE e.wallet_id = $1 AND e.seq = probe;
+        IF at < since THEN
+            low := probe;
+            low_at := at;
         ELSE
-            high := middle;
+            high := probe;
+            high_at := at;
         END IF;
     END LOOP;
-    RETURN low;
+    RETURN high;
 END $$;
 
 -- step 4: the outbox by ten minutes

@@ -562,7 +562,7 @@ func TestNoSequentialScanOnARequestPath(t *testing.T) {
 	w := start(t, testEnv(t))
 	var probe string // EXPLAIN of a call does not show it
 	if err := w.reads.QueryRow(context.Background(), `
-SELECT replace((regexp_match(prosrc, 'IF \((SELECT .*?)\) <'))[1], 'middle', '$2')
+SELECT 'SELECT e.created_at ' || replace((regexp_match(prosrc, 'INTO at (FROM .*?);'))[1], 'probe', '$2')
 FROM pg_proc WHERE proname = 'seq_since'`).Scan(&probe); err != nil {
 		t.Fatal(err)
 	}
