@@ -1076,17 +1076,18 @@ func tell(heads map[int64]cachedBalance, b cachedBalance) {
 	}
 }
 
-// collectHeads adds each wallet's newest balance: under the lock that was its head. A refusal or a replay
-// tells of it as well. Of a wallet that could not be locked, a replay tells what it was.
-func collectHeads(p *book.Posting, batch []*task, heads map[int64]cachedBalance) {
+// tellHeads adds each wallet's newest balance: under the lock that was its head.
+func tellHeads(heads map[int64]cachedBalance, p *book.Posting) {
 	for _, w := range p.Wallets {
 		tell(heads, cachedOf(w))
 	}
-	for _, t := range batch {
-		for _, op := range t.ops {
-			if op.Replayed && op.Kind != book.KindCreation {
-				tellPosted(heads, &op.Posted)
-			}
+}
+
+// tellReplays adds what replays say. Of a wallet that could not be locked, they tell what it was.
+func tellReplays(heads map[int64]cachedBalance, ops []*book.Operation) {
+	for _, op := range ops {
+		if op.Replayed && op.Kind != book.KindCreation {
+			tellPosted(heads, &op.Posted)
 		}
 	}
 }

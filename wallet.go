@@ -1095,7 +1095,10 @@ func (l *ledger) tryPost(batch []*task, lock string, heads map[int64]cachedBalan
 	// What was accepted is durable.
 	l.expiries.Add(p.Expired)
 	if l.cache != nil {
-		collectHeads(p, batch, heads)
+		tellHeads(heads, p)
+		for _, t := range batch {
+			tellReplays(heads, t.ops)
+		}
 	}
 	return nil
 }
