@@ -23,7 +23,11 @@ import (
 	"wallet/internal/money"
 )
 
-const chunkMax = 10_000 // events in one commit: some MB of text, and as much again in Postgres
+// What is in one commit. Many, since a wallet's row is written once for all of its events in it.
+const (
+	chunkMax   = 30_000  // events
+	chunkBytes = 8 << 20 // of their payloads, which may have notes of 8 KiB
+)
 
 // writing is the second reading of the topic.
 type writing struct {
@@ -42,14 +46,14 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 	chunks := make(chan []Event)
 	go func() {
 		defer close(chunks)
-		chunk := make([]Event, 0, chunkMax)
+		chunk, size := make([]Event, 0, chunkMax), 0
 		hand := func() error {
 			if len(chunk) == 0 {
 				return nil
 			}
 			select {
 			case chunks <- chunk:
-				chunk = make([]Event, 0, chunkMax)
+				chunk, size = make([]Event, 0, chunkMax), 0
 				return nil
 			case <-ctx.Done():
 				return ctx.Err()
@@ -60,7 +64,8 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 				w.skipped.Add(1)
 				return nil
 			}
-			if chunk = append(chunk, *e); len(chunk) < chunkMax {
+			chunk, size = append(chunk, *e), size+len(e.Payload)
+			if len(chunk) < chunkMax && size < chunkBytes {
 				return nil
 			}
 			return hand()
@@ -180,7 +185,15 @@ SELECT w.id, w.seq FROM unnest($1::bigint[]) AS u (id) JOIN wallet w ON w.id = u
 	copyWallets = `
 COPY wallet (id, currency, balance, seq, entry_at, created_at, held, state, state_seq) FROM STDIN`
 
+	// Of wallets that hold nothing else by now and are in no other state: closed_is_final is a trigger on each
+	// row whose state is set.
 	updateWallets = `
+UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
+FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
+             unnest($4::timestamptz[]) AS entry_at) n
+WHERE wallet.id = n.id`
+
+	updateHeads = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at, held = n.held,
     state = coalesce(n.state, wallet.state), state_seq = coalesce(n.state_seq, wallet.state_seq)
 FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
@@ -223,7 +236,8 @@ func (l *Postgres) Write(ctx context.Context, events []Event) (written int, err 
 			return err
 		}
 		c := newChunk(len(events), numbers)
-		// By wallet, so that its entries are neighbours in table and index. Each one's stay in order.
+		// By wallet, so that its entries are neighbours in table and index, and rows are found in the index's
+		// order. Each one's stay in order.
 		slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.WalletID, b.WalletID) })
 		for i := range events {
 			if events[i].Seq <= numbers[events[i].WalletID] {
@@ -269,11 +283,17 @@ func (l *Postgres) numbers(ctx context.Context, tx pgx.Tx, events []Event) (map[
 	return numbers, err
 }
 
+// walletAfter is a wallet as it stands after the chunk.
+type walletAfter struct {
+	book.Wallet
+	beyond bool // it was said what is held, or a state
+}
+
 // chunk is what some events come to.
 type chunk struct {
 	numbers    map[int64]int64 // of the wallets that are there, as far as was looked
 	entries    int
-	wallets    map[int64]*book.Wallet
+	wallets    []walletAfter
 	holds      map[book.EntryKey]*book.Hold
 	reversals  map[book.EntryKey]*book.Reversal
 	text       buffer // of COPY: entries
@@ -281,22 +301,22 @@ type chunk struct {
 }
 
 func newChunk(n int, numbers map[int64]int64) *chunk {
-	return &chunk{numbers: numbers, wallets: make(map[int64]*book.Wallet, n/2),
-		holds:     make(map[book.EntryKey]*book.Hold),
+	return &chunk{numbers: numbers, holds: make(map[book.EntryKey]*book.Hold),
 		reversals: make(map[book.EntryKey]*book.Reversal), text: buffer{bytes: make([]byte, 0, n*140)}}
 }
 
-// add takes an entry up. It follows from those before it.
+// add takes an entry up. It follows from those before it, and a wallet's come together.
 func (c *chunk) add(e *book.Entry) {
 	c.entries++
 	c.text.entry(e)
 	d := e.Says()
-	w := c.wallets[e.WalletID]
-	if w == nil {
+	if n := len(c.wallets); n == 0 || c.wallets[n-1].ID != e.WalletID {
 		_, there := c.numbers[e.WalletID]
-		w = &book.Wallet{ID: e.WalletID, CreatedAt: e.CreatedAt, Exists: there || e.Seq > 1}
-		c.wallets[e.WalletID] = w
+		c.wallets = append(c.wallets, walletAfter{Wallet: book.Wallet{ID: e.WalletID,
+			CreatedAt: e.CreatedAt, Exists: there || e.Seq > 1}})
 	}
+	w := &c.wallets[len(c.wallets)-1]
+	w.beyond = w.beyond || e.Kind == book.KindState || !d.HeldChange.IsZero()
 	w.Currency, w.Seq, w.EntryAt, w.Balance, w.Held = e.Currency, e.Seq, e.CreatedAt, e.Balance, d.Held
 	switch {
 	case e.Kind == book.KindState:
@@ -384,24 +404,34 @@ func all(n int, what string) func(pgconn.CommandTag) error {
 
 // queueWallets moves on the wallets that are there, and returns the rows of the others.
 func (c *chunk) queueWallets(b *pgx.Batch) (made buffer) {
-	var moved struct {
+	type columns struct {
 		ids, seqs, stateSeqs    []int64
 		balances, helds, states []string
 		ats                     []time.Time
 	}
-	for _, w := range c.wallets {
+	var moved, beyond columns
+	for i := range c.wallets {
+		w := &c.wallets[i]
 		if !w.Exists {
-			made.wallet(w)
+			made.wallet(&w.Wallet)
 			continue
 		}
-		moved.ids, moved.seqs = append(moved.ids, w.ID), append(moved.seqs, w.Seq)
-		moved.balances = append(moved.balances, money.Text(w.Balance))
-		moved.helds, moved.ats = append(moved.helds, money.Text(w.Held)), append(moved.ats, w.EntryAt)
-		moved.states, moved.stateSeqs = append(moved.states, w.State), append(moved.stateSeqs, w.StateSeq)
+		s := &moved
+		if w.beyond {
+			s = &beyond
+			s.helds, s.states = append(s.helds, money.Text(w.Held)), append(s.states, w.State)
+			s.stateSeqs = append(s.stateSeqs, w.StateSeq)
+		}
+		s.ids, s.seqs = append(s.ids, w.ID), append(s.seqs, w.Seq)
+		s.balances, s.ats = append(s.balances, money.Text(w.Balance)), append(s.ats, w.EntryAt)
 	}
-	if n := len(moved.ids); n > 0 {
-		b.Queue(updateWallets, moved.ids, moved.balances, moved.seqs, moved.ats, moved.helds, moved.states,
-			moved.stateSeqs).Exec(all(n, "wallets are there"))
+	const there = "wallets are there"
+	if s := &moved; len(s.ids) > 0 {
+		b.Queue(updateWallets, s.ids, s.balances, s.seqs, s.ats).Exec(all(len(s.ids), there))
+	}
+	if s := &beyond; len(s.ids) > 0 {
+		b.Queue(updateHeads, s.ids, s.balances, s.seqs, s.ats, s.helds, s.states, s.stateSeqs).Exec(
+			all(len(s.ids), there))
 	}
 	return made
 }
