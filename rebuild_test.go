@@ -174,6 +174,48 @@ func TestRebuild(t *testing.T) {
 	}
 }
 
+// TestEmptyLedgerOfATopicIsNotServed: Postgres was lost, and somebody starts the service on an empty database.
+// It says what to do and is not ready, so nothing is posted under a number that the topic has. Whether the
+// topic is empty cannot be seen without Kafka; a ledger with wallets is served without.
+func TestEmptyLedgerOfATopicIsNotServed(t *testing.T) {
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=3")
+	dropSlotAtEnd(t, env["REPLICATION_SLOT"])
+	w := start(t, env)
+	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"before"}`)
+	checkStream(t, w.cfg)
+	w.end()
+
+	env, cfg := elsewhere(t, env, stack(t).database(t))
+	const path, body = "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"after"}`
+	w = launch(t, env)
+	eventually(t, 20*time.Second, "a refusal", func() bool { return w.relay.state.Load() == "refused" })
+	if refusal := w.relay.refusal.Load().(string); !strings.Contains(refusal, "`wallet -rebuild`") {
+		t.Error(refusal)
+	}
+	if ready, a := w.get("/readyz"), w.post(path, body); ready.status != 503 || a.status != 503 {
+		t.Errorf("on an empty ledger: %s, %s", ready, a)
+	}
+	silent := *cfg
+	silent.kafkaBrokers = []string{"127.0.0.1:1"}
+	mayBegin := func() error { return newRelay(&silent.relayConfig, w.reads, nil).mayBegin(t.Context()) }
+	if err := mayBegin(); err == nil || !strings.Contains(err.Error(), "cannot be seen yet") {
+		t.Errorf("empty, and without Kafka: %v", err)
+	}
+	w.end()
+	eventually(t, 10*time.Second, "rebuilt", func() bool { // once the service's connections have ended
+		_, err := tryRebuild(cfg, "")
+		return err == nil
+	})
+	w = start(t, env)
+	if err := mayBegin(); err != nil {
+		t.Errorf("with wallets, and without Kafka: %v", err)
+	}
+	a := w.mustPost(t, 200, path, body)
+	if !strings.Contains(a.body, `"transaction_id":"1-2"`) {
+		t.Errorf("after the rebuild: %s", a)
+	}
+}
+
 // TestBothWays: Kafka is lost, and new topics get the whole ledger; then Postgres is lost, and an empty
 // database gets it back out of these. The ledger is what it was, and so is each event.
 func TestBothWays(t *testing.T) {
