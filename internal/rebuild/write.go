@@ -201,11 +201,8 @@ FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance,
              nullif(unnest($6::text[]), '') AS state, nullif(unnest($7::bigint[]), 0) AS state_seq) n
 WHERE wallet.id = n.id`
 
-	insertHolds = `
-INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
-       unnest($4::text[])::numeric, unnest($5::text[])::numeric, unnest($6::text[])::numeric,
-       unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
+	copyHolds = `
+COPY hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq) FROM STDIN`
 
 	updateHolds = `
 UPDATE hold SET captured = trim_scale(hold.captured + n.captured), remaining = n.remaining, status = n.status,
@@ -365,8 +362,7 @@ func (c *chunk) endHold(e *book.Entry, d *book.Details) {
 
 func (c *chunk) write(ctx context.Context, tx pgx.Tx) error {
 	b := new(pgx.Batch)
-	made := c.queueWallets(b)
-	c.queueHolds(b)
+	made, placed := c.queueWallets(b), c.queueHolds(b)
 	c.queueReversals(b)
 	if b.Len() > 0 {
 		if err := tx.SendBatch(ctx, b).Close(); err != nil {
@@ -376,7 +372,7 @@ func (c *chunk) write(ctx context.Context, tx pgx.Tx) error {
 	for _, rows := range []struct {
 		sql string
 		buffer
-	}{{copyWallets, made}, {copyEntries, c.text}, {copyReferences, c.references}} {
+	}{{copyWallets, made}, {copyHolds, placed}, {copyEntries, c.text}, {copyReferences, c.references}} {
 		if rows.n == 0 {
 			continue
 		}
@@ -436,32 +432,25 @@ func (c *chunk) queueWallets(b *pgx.Batch) (made buffer) {
 	return made
 }
 
-func (c *chunk) queueHolds(b *pgx.Batch) {
-	var placed, moved struct {
-		wallets, seqs, toIDs, lastSeqs         []int64
-		amounts, captured, remaining, statuses []string
-		expiresAts                             []time.Time
-	}
+// queueHolds moves on the holds that are there, and returns the rows of the others.
+func (c *chunk) queueHolds(b *pgx.Batch) (placed buffer) {
+	var wallets, seqs, lastSeqs []int64
+	var captured, remaining, statuses []string
 	for k, h := range c.holds {
-		s := &placed
-		if h.Exists {
-			s = &moved
+		if !h.Exists {
+			placed.hold(h)
+			continue
 		}
-		s.wallets, s.seqs = append(s.wallets, k.WalletID), append(s.seqs, k.Seq)
-		s.toIDs, s.lastSeqs = append(s.toIDs, h.ToID), append(s.lastSeqs, h.LastSeq)
-		s.amounts, s.captured = append(s.amounts, money.Text(h.Amount)), append(s.captured,
-			money.Text(h.Captured))
-		s.remaining, s.statuses = append(s.remaining, money.Text(h.Remaining)), append(s.statuses, h.Status)
-		s.expiresAts = append(s.expiresAts, h.ExpiresAt)
+		wallets, seqs = append(wallets, k.WalletID), append(seqs, k.Seq)
+		captured = append(captured, money.Text(h.Captured))
+		remaining = append(remaining, money.Text(h.Remaining))
+		statuses, lastSeqs = append(statuses, h.Status), append(lastSeqs, h.LastSeq)
 	}
-	if s := &placed; len(s.seqs) > 0 {
-		b.Queue(insertHolds, s.wallets, s.seqs, s.toIDs, s.amounts, s.captured, s.remaining, s.statuses,
-			s.expiresAts, s.lastSeqs)
+	if len(seqs) > 0 {
+		b.Queue(updateHolds, wallets, seqs, captured, remaining, statuses, lastSeqs).Exec(
+			all(len(seqs), "holds are there"))
 	}
-	if s := &moved; len(s.seqs) > 0 {
-		b.Queue(updateHolds, s.wallets, s.seqs, s.captured, s.remaining, s.statuses, s.lastSeqs).Exec(
-			all(len(s.seqs), "holds are there"))
-	}
+	return placed
 }
 
 func (c *chunk) queueReversals(b *pgx.Batch) {
