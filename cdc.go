@@ -355,8 +355,8 @@ SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn
 		return nil
 	}
 	return refusef("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the "+
-		"same ledger, stop the service and run `wallet -rebuild` where data were lost, `wallet -adopt` where "+
-		"none were; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
+		"same ledger, stop the service and run `wallet -rebuild` where data were lost, `wallet -adopt` "+
+		"where none were; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
 		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.System, id.Database, r.cfg.replicationSlot)
 }
 

@@ -174,9 +174,9 @@ func TestRebuild(t *testing.T) {
 	}
 }
 
-// TestEmptyLedgerOfATopicIsNotServed: Postgres was lost, and somebody starts the service on an empty database.
-// It says what to do and is not ready, so nothing is posted under a number that the topic has. Whether the
-// topic is empty cannot be seen without Kafka; a ledger with wallets is served without.
+// TestEmptyLedgerOfATopicIsNotServed: Postgres was lost, and somebody starts the service on an empty
+// database. It says what to do and is not ready, so nothing is posted under a number that the topic has.
+// Whether the topic is empty cannot be seen without Kafka; a ledger with wallets is served without.
 func TestEmptyLedgerOfATopicIsNotServed(t *testing.T) {
 	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=3")
 	dropSlotAtEnd(t, env["REPLICATION_SLOT"])

@@ -199,8 +199,8 @@ func (c *cluster) service() (post func(wallet int, amount, key string) string, e
 	w := c.manifest.workload("wallet-restore")
 	c.starts++
 	s := testbed.NewService(c.t, c.servers, c.folder, c.binary, fmt.Sprintf("service-%d", c.starts), "")
-	env := append(c.environment(w, len(w.containers())-1), "RATE_LIMIT=0",
-		"LISTEN_ADDR="+strings.TrimPrefix(s.URL, "http://"), "OPERATE_ADDR=", "DRAIN_DELAY=0s", "API_KEYS_FILE=")
+	env := append(c.environment(w, len(w.containers())-1), "OPERATE_ADDR=", "DRAIN_DELAY=0s",
+		"API_KEYS_FILE=", "LISTEN_ADDR="+strings.TrimPrefix(s.URL, "http://"))
 	s.Process = testbed.NewProcess(c.folder, s.Name, env, c.binary)
 	s.Start(c.t)
 	if !s.IsReady(30 * time.Second) {
@@ -239,7 +239,8 @@ func TestBackupJobs(t *testing.T) {
 	}
 	for hour := range 30 {
 		name := fmt.Sprintf("backup/wallet-20250101T%06dZ.dump", hour*100)
-		if err := os.WriteFile(filepath.Join(c.folder, name), []byte("of an earlier hour"), 0o600); err != nil {
+		err := os.WriteFile(filepath.Join(c.folder, name), []byte("of an earlier hour"), 0o600)
+		if err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -185,8 +185,7 @@ SELECT w.id, w.seq FROM unnest($1::bigint[]) AS u (id) JOIN wallet w ON w.id = u
 	copyWallets = `
 COPY wallet (id, currency, balance, seq, entry_at, created_at, held, state, state_seq) FROM STDIN`
 
-	// Of wallets that hold nothing else by now and are in no other state: closed_is_final is a trigger on each
-	// row whose state is set.
+	// Of wallets whose held and state were not touched: closed_is_final runs for each row whose state is set.
 	updateWallets = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
 FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
