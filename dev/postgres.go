@@ -347,7 +347,7 @@ func (p *postgres) start(context.Context) (*child, error) {
 		"max_wal_senders=32",
 		"max_replication_slots=32",
 		"max_connections=200",
-		"shared_buffers=256MB", // as k8s.yaml has it
+		"shared_buffers=256MB",       // as k8s.yaml has it
 		"max_slot_wal_keep_size=4GB", // a dead relay must not fill the disk
 		"fsync=on",
 		"log_line_prefix=%m [%p] ",
