@@ -486,7 +486,11 @@ func (r *replica) address() string { return strings.TrimPrefix(r.url, "http://")
 
 // processes names the processes at work: the service, the servers, and ourselves, the load generator.
 func (r *replica) processes(b *testing.B) map[string]int {
-	found := map[string]int{"service": r.cmd.Process.Pid, "driver": os.Getpid()}
+	return withServers(b, map[string]int{"service": r.cmd.Process.Pid, "driver": os.Getpid()})
+}
+
+// withServers adds the servers' processes.
+func withServers(b *testing.B, found map[string]int) map[string]int {
 	for name, raw := range stack(b).PIDs {
 		var pid int
 		if json.Unmarshal(raw, &pid) == nil {
@@ -514,9 +518,12 @@ func (c cost) report(b *testing.B, prefix string, n float64) {
 	}
 }
 
-// cpu is the processor time of each process and its children so far, Postgres' WAL sender by itself; empty
+// cpu is the processor time of the processes at work.
+func (r *replica) cpu(b *testing.B) cost { return processorTime(r.processes(b)) }
+
+// processorTime is what each process and its children have used so far, Postgres' WAL sender by itself; empty
 // where there is no /proc.
-func (r *replica) cpu(b *testing.B) cost {
+func processorTime(processes map[string]int) cost {
 	parents, used := make(map[int]int), make(map[int]time.Duration)
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, file := range stats {
@@ -534,7 +541,7 @@ func (r *replica) cpu(b *testing.B) cost {
 		}
 	}
 	total := make(cost)
-	for name, process := range r.processes(b) {
+	for name, process := range processes {
 		total[name] = used[process]
 		for pid, parent := range parents {
 			if parent != process || name != "postgres" {

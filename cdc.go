@@ -318,9 +318,9 @@ func (r *relay) lead(ctx context.Context) error {
 }
 
 // wayOutOfThePast is what to do when the topic knows more of the ledger than the ledger does.
-const wayOutOfThePast = "Bring back the newer data. If they are lost, run `wallet -adopt`, which goes on " +
-	"if the topic holds no event that this ledger lacks; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC " +
-	"to new topics, which will get the whole ledger as it is now"
+const wayOutOfThePast = "Bring back the newer data. If they are lost, stop the service and run " +
+	"`wallet -rebuild`, which adds what the topic holds beyond this ledger; or set KAFKA_TOPIC and " +
+	"KAFKA_CHECKPOINT_TOPIC to new topics, which will get the whole ledger as it is now"
 
 // fits checks that the topics' checkpoint is this database's. Without a checkpoint everything fits.
 func (r *relay) fits(ctx context.Context, c *checkpoint, id wal.Identity, k *kafka.Client) error {
@@ -355,8 +355,8 @@ SELECT pg_current_wal_flush_lsn()::text, pg_current_wal_flush_lsn() < $1::pg_lsn
 		return nil
 	}
 	return refusef("topic %s belongs to database %s/%d (slot %s), this one is %s/%d (slot %s): if it is the "+
-		"same ledger, restored or upgraded, run `wallet -adopt`; else set KAFKA_TOPIC and "+
-		"KAFKA_CHECKPOINT_TOPIC to topics of its own",
+		"same ledger, stop the service and run `wallet -rebuild` where data were lost, `wallet -adopt` "+
+		"where none were; else set KAFKA_TOPIC and KAFKA_CHECKPOINT_TOPIC to topics of its own",
 		r.cfg.kafkaTopic, c.System, c.DatabaseOID, c.Slot, id.System, id.Database, r.cfg.replicationSlot)
 }
 

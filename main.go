@@ -252,6 +252,11 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 		if err := parts.WaitFor(ctx, "Postgres", s.prepare); err != nil {
 			return err
 		}
+		if s.relay != nil {
+			if err := parts.WaitFor(ctx, "the ledger", s.relay.mayBegin); err != nil {
+				return err
+			}
+		}
 		writing.Run(s.ledger.run)
 		keeping.Run(s.ledger.sweep)
 		if s.balances != nil {
@@ -458,6 +463,28 @@ func (r *relay) takeTopic(ctx context.Context, k *kafka.Client) (topic rebuild.T
 			"topics that this ledger published to", topic.Name)
 	}
 	return topic, last, err
+}
+
+// mayBegin refuses an empty ledger whose topic holds events: they are all that is left of it, and what is
+// posted before a rebuild would get their numbers. Any other ledger may serve without Kafka.
+func (r *relay) mayBegin(ctx context.Context) error {
+	var empty bool
+	err := r.db.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM wallet)`).Scan(&empty)
+	if err != nil || !empty {
+		return err
+	}
+	open := func() (*kafka.Client, error) { return kafka.Open(kafkaConfig(r.cfg, nil)) }
+	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
+	if err != nil {
+		return fmt.Errorf("it is empty, and whether the topic is cannot be seen yet: kafka: %w", err)
+	}
+	defer func() { go k.Close() }()
+	err = r.checkTail(ctx, k)
+	if refusal, refused := refusalIn(err); refused {
+		r.refusal.Store(string(refusal))
+		r.enter("refused")
+	}
+	return err
 }
 
 // prepare makes the database ready for writes.

@@ -258,6 +258,14 @@ type running struct {
 // start runs a service in this process, until the test ends or end is called.
 func start(tb testing.TB, env map[string]string) *running {
 	tb.Helper()
+	w := launch(tb, env)
+	eventually(tb, 20*time.Second, "ready", func() bool { return w.get("/readyz").status == 200 })
+	return w
+}
+
+// launch is start without waiting until it is ready.
+func launch(tb testing.TB, env map[string]string) *running {
+	tb.Helper()
 	cfg, err := readConfig(func(name string) string { return env[name] })
 	if err != nil {
 		tb.Fatal(err)
@@ -281,7 +289,6 @@ func start(tb testing.TB, env map[string]string) *running {
 		}
 	})
 	tb.Cleanup(w.end)
-	eventually(tb, 20*time.Second, "ready", func() bool { return w.get("/readyz").status == 200 })
 	return w
 }
 

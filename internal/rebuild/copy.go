@@ -94,6 +94,28 @@ func (b *buffer) wallet(w *book.Wallet) {
 	b.end()
 }
 
+// hold appends a row of copyHolds'.
+func (b *buffer) hold(h *book.Hold) {
+	b.integer(h.WalletID)
+	b.next()
+	b.integer(h.Seq)
+	b.next()
+	b.integerOrNull(h.ToID)
+	b.next()
+	b.number(h.Amount)
+	b.next()
+	b.number(h.Captured)
+	b.next()
+	b.number(h.Remaining)
+	b.next()
+	b.text(h.Status)
+	b.next()
+	b.time(h.ExpiresAt)
+	b.next()
+	b.integer(h.LastSeq)
+	b.end()
+}
+
 // reference appends a row of copyReferences'.
 func (b *buffer) reference(walletID, seq int64, reference string) {
 	b.text(reference)

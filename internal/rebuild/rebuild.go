@@ -99,7 +99,7 @@ type Totals struct {
 
 const (
 	readers = 2 // partitions that are checked at a time: a core each
-	writers = 4 // partitions that are written at a time: two wait for Postgres, mostly
+	writers = 2 // partitions that are written at a time: what is next is read meanwhile
 )
 
 // Run checks all of the topic, then writes what the ledger lacks.

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -26,6 +28,7 @@ type world struct {
 
 	mu      sync.Mutex
 	written []Event
+	commits []int // how many events each had
 	fail    error
 	asked   int
 }
@@ -67,6 +70,7 @@ func (w *world) Write(_ context.Context, events []Event) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.written = append(w.written, events...)
+	w.commits = append(w.commits, len(events))
 	return len(events), w.fail
 }
 
@@ -400,6 +404,32 @@ func TestProgress(t *testing.T) {
 	if got, want := said.String(), "\r\x1b[Kchecking: 75% of the topic, 10 events/s, 30s "+
 		"left\r"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestCommitsAreBounded: in events, and in bytes where these are large.
+func TestCommitsAreBounded(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		events  int
+		payload []byte
+		want    []int
+	}{
+		{"small events", 2*chunkMax + 1, []byte("{}"), []int{chunkMax, chunkMax, 1}},
+		{"large events", 20, make([]byte, chunkBytes/8), []int{8, 8, 4}},
+	} {
+		w := newWorld()
+		for seq := range c.events {
+			w.events[0] = append(w.events[0], Event{WalletID: 2, Seq: int64(seq) + 1, Payload: c.payload})
+		}
+		topic := w.topic()
+		p := newProgress(topic, io.Discard)
+		writing := writing{topic: topic, ledger: w, progress: p}
+		err := writing.partition(t.Context(), 0)
+		p.stop()
+		if err != nil || !slices.Equal(w.commits, c.want) || len(w.written) != c.events {
+			t.Errorf("%s: commits of %d, want %d; %v", c.name, w.commits, c.want, err)
+		}
 	}
 }
 

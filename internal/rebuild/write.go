@@ -23,7 +23,11 @@ import (
 	"wallet/internal/money"
 )
 
-const chunkMax = 10_000 // events in one commit: some MB of text, and as much again in Postgres
+// What is in one commit. Many, since a wallet's row is written once for all of its events in it.
+const (
+	chunkMax   = 30_000  // events
+	chunkBytes = 8 << 20 // of their payloads, which may have notes of 8 KiB
+)
 
 // writing is the second reading of the topic.
 type writing struct {
@@ -42,14 +46,14 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 	chunks := make(chan []Event)
 	go func() {
 		defer close(chunks)
-		chunk := make([]Event, 0, chunkMax)
+		chunk, size := make([]Event, 0, chunkMax), 0
 		hand := func() error {
 			if len(chunk) == 0 {
 				return nil
 			}
 			select {
 			case chunks <- chunk:
-				chunk = make([]Event, 0, chunkMax)
+				chunk, size = make([]Event, 0, chunkMax), 0
 				return nil
 			case <-ctx.Done():
 				return ctx.Err()
@@ -60,7 +64,8 @@ func (w *writing) partition(ctx context.Context, p int32) error {
 				w.skipped.Add(1)
 				return nil
 			}
-			if chunk = append(chunk, *e); len(chunk) < chunkMax {
+			chunk, size = append(chunk, *e), size+len(e.Payload)
+			if len(chunk) < chunkMax && size < chunkBytes {
 				return nil
 			}
 			return hand()
@@ -180,7 +185,14 @@ SELECT w.id, w.seq FROM unnest($1::bigint[]) AS u (id) JOIN wallet w ON w.id = u
 	copyWallets = `
 COPY wallet (id, currency, balance, seq, entry_at, created_at, held, state, state_seq) FROM STDIN`
 
+	// Of wallets whose held and state were not touched: closed_is_final runs for each row whose state is set.
 	updateWallets = `
+UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at
+FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
+             unnest($4::timestamptz[]) AS entry_at) n
+WHERE wallet.id = n.id`
+
+	updateHeads = `
 UPDATE wallet SET balance = n.balance, seq = n.seq, entry_at = n.entry_at, held = n.held,
     state = coalesce(n.state, wallet.state), state_seq = coalesce(n.state_seq, wallet.state_seq)
 FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance, unnest($3::bigint[]) AS seq,
@@ -188,11 +200,8 @@ FROM (SELECT unnest($1::bigint[]) AS id, unnest($2::text[])::numeric AS balance,
              nullif(unnest($6::text[]), '') AS state, nullif(unnest($7::bigint[]), 0) AS state_seq) n
 WHERE wallet.id = n.id`
 
-	insertHolds = `
-INSERT INTO hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq)
-SELECT unnest($1::bigint[]), unnest($2::bigint[]), nullif(unnest($3::bigint[]), 0),
-       unnest($4::text[])::numeric, unnest($5::text[])::numeric, unnest($6::text[])::numeric,
-       unnest($7::text[]), unnest($8::timestamptz[]), unnest($9::bigint[])`
+	copyHolds = `
+COPY hold (wallet_id, seq, to_id, amount, captured, remaining, status, expires_at, last_seq) FROM STDIN`
 
 	updateHolds = `
 UPDATE hold SET captured = trim_scale(hold.captured + n.captured), remaining = n.remaining, status = n.status,
@@ -223,7 +232,8 @@ func (l *Postgres) Write(ctx context.Context, events []Event) (written int, err 
 			return err
 		}
 		c := newChunk(len(events), numbers)
-		// By wallet, so that its entries are neighbours in table and index. Each one's stay in order.
+		// By wallet, so that its entries are neighbours in table and index, and rows are found in the index's
+		// order. Each one's stay in order.
 		slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.WalletID, b.WalletID) })
 		for i := range events {
 			if events[i].Seq <= numbers[events[i].WalletID] {
@@ -269,11 +279,17 @@ func (l *Postgres) numbers(ctx context.Context, tx pgx.Tx, events []Event) (map[
 	return numbers, err
 }
 
+// walletAfter is a wallet as it stands after the chunk.
+type walletAfter struct {
+	book.Wallet
+	beyond bool // it was said what is held, or a state
+}
+
 // chunk is what some events come to.
 type chunk struct {
 	numbers    map[int64]int64 // of the wallets that are there, as far as was looked
 	entries    int
-	wallets    map[int64]*book.Wallet
+	wallets    []walletAfter
 	holds      map[book.EntryKey]*book.Hold
 	reversals  map[book.EntryKey]*book.Reversal
 	text       buffer // of COPY: entries
@@ -281,22 +297,22 @@ type chunk struct {
 }
 
 func newChunk(n int, numbers map[int64]int64) *chunk {
-	return &chunk{numbers: numbers, wallets: make(map[int64]*book.Wallet, n/2),
-		holds:     make(map[book.EntryKey]*book.Hold),
+	return &chunk{numbers: numbers, holds: make(map[book.EntryKey]*book.Hold),
 		reversals: make(map[book.EntryKey]*book.Reversal), text: buffer{bytes: make([]byte, 0, n*140)}}
 }
 
-// add takes an entry up. It follows from those before it.
+// add takes an entry up. It follows from those before it, and a wallet's come together.
 func (c *chunk) add(e *book.Entry) {
 	c.entries++
 	c.text.entry(e)
 	d := e.Says()
-	w := c.wallets[e.WalletID]
-	if w == nil {
+	if n := len(c.wallets); n == 0 || c.wallets[n-1].ID != e.WalletID {
 		_, there := c.numbers[e.WalletID]
-		w = &book.Wallet{ID: e.WalletID, CreatedAt: e.CreatedAt, Exists: there || e.Seq > 1}
-		c.wallets[e.WalletID] = w
+		c.wallets = append(c.wallets, walletAfter{Wallet: book.Wallet{ID: e.WalletID,
+			CreatedAt: e.CreatedAt, Exists: there || e.Seq > 1}})
 	}
+	w := &c.wallets[len(c.wallets)-1]
+	w.beyond = w.beyond || e.Kind == book.KindState || !d.HeldChange.IsZero()
 	w.Currency, w.Seq, w.EntryAt, w.Balance, w.Held = e.Currency, e.Seq, e.CreatedAt, e.Balance, d.Held
 	switch {
 	case e.Kind == book.KindState:
@@ -345,8 +361,7 @@ func (c *chunk) endHold(e *book.Entry, d *book.Details) {
 
 func (c *chunk) write(ctx context.Context, tx pgx.Tx) error {
 	b := new(pgx.Batch)
-	made := c.queueWallets(b)
-	c.queueHolds(b)
+	made, placed := c.queueWallets(b), c.queueHolds(b)
 	c.queueReversals(b)
 	if b.Len() > 0 {
 		if err := tx.SendBatch(ctx, b).Close(); err != nil {
@@ -356,7 +371,7 @@ func (c *chunk) write(ctx context.Context, tx pgx.Tx) error {
 	for _, rows := range []struct {
 		sql string
 		buffer
-	}{{copyWallets, made}, {copyEntries, c.text}, {copyReferences, c.references}} {
+	}{{copyWallets, made}, {copyHolds, placed}, {copyEntries, c.text}, {copyReferences, c.references}} {
 		if rows.n == 0 {
 			continue
 		}
@@ -384,54 +399,57 @@ func all(n int, what string) func(pgconn.CommandTag) error {
 
 // queueWallets moves on the wallets that are there, and returns the rows of the others.
 func (c *chunk) queueWallets(b *pgx.Batch) (made buffer) {
-	var moved struct {
+	type columns struct {
 		ids, seqs, stateSeqs    []int64
 		balances, helds, states []string
 		ats                     []time.Time
 	}
-	for _, w := range c.wallets {
+	var moved, beyond columns
+	for i := range c.wallets {
+		w := &c.wallets[i]
 		if !w.Exists {
-			made.wallet(w)
+			made.wallet(&w.Wallet)
 			continue
 		}
-		moved.ids, moved.seqs = append(moved.ids, w.ID), append(moved.seqs, w.Seq)
-		moved.balances = append(moved.balances, money.Text(w.Balance))
-		moved.helds, moved.ats = append(moved.helds, money.Text(w.Held)), append(moved.ats, w.EntryAt)
-		moved.states, moved.stateSeqs = append(moved.states, w.State), append(moved.stateSeqs, w.StateSeq)
+		s := &moved
+		if w.beyond {
+			s = &beyond
+			s.helds, s.states = append(s.helds, money.Text(w.Held)), append(s.states, w.State)
+			s.stateSeqs = append(s.stateSeqs, w.StateSeq)
+		}
+		s.ids, s.seqs = append(s.ids, w.ID), append(s.seqs, w.Seq)
+		s.balances, s.ats = append(s.balances, money.Text(w.Balance)), append(s.ats, w.EntryAt)
 	}
-	if n := len(moved.ids); n > 0 {
-		b.Queue(updateWallets, moved.ids, moved.balances, moved.seqs, moved.ats, moved.helds, moved.states,
-			moved.stateSeqs).Exec(all(n, "wallets are there"))
+	const there = "wallets are there"
+	if s := &moved; len(s.ids) > 0 {
+		b.Queue(updateWallets, s.ids, s.balances, s.seqs, s.ats).Exec(all(len(s.ids), there))
+	}
+	if s := &beyond; len(s.ids) > 0 {
+		b.Queue(updateHeads, s.ids, s.balances, s.seqs, s.ats, s.helds, s.states, s.stateSeqs).Exec(
+			all(len(s.ids), there))
 	}
 	return made
 }
 
-func (c *chunk) queueHolds(b *pgx.Batch) {
-	var placed, moved struct {
-		wallets, seqs, toIDs, lastSeqs         []int64
-		amounts, captured, remaining, statuses []string
-		expiresAts                             []time.Time
-	}
+// queueHolds moves on the holds that are there, and returns the rows of the others.
+func (c *chunk) queueHolds(b *pgx.Batch) (placed buffer) {
+	var wallets, seqs, lastSeqs []int64
+	var captured, remaining, statuses []string
 	for k, h := range c.holds {
-		s := &placed
-		if h.Exists {
-			s = &moved
+		if !h.Exists {
+			placed.hold(h)
+			continue
 		}
-		s.wallets, s.seqs = append(s.wallets, k.WalletID), append(s.seqs, k.Seq)
-		s.toIDs, s.lastSeqs = append(s.toIDs, h.ToID), append(s.lastSeqs, h.LastSeq)
-		s.amounts, s.captured = append(s.amounts, money.Text(h.Amount)), append(s.captured,
-			money.Text(h.Captured))
-		s.remaining, s.statuses = append(s.remaining, money.Text(h.Remaining)), append(s.statuses, h.Status)
-		s.expiresAts = append(s.expiresAts, h.ExpiresAt)
+		wallets, seqs = append(wallets, k.WalletID), append(seqs, k.Seq)
+		captured = append(captured, money.Text(h.Captured))
+		remaining = append(remaining, money.Text(h.Remaining))
+		statuses, lastSeqs = append(statuses, h.Status), append(lastSeqs, h.LastSeq)
 	}
-	if s := &placed; len(s.seqs) > 0 {
-		b.Queue(insertHolds, s.wallets, s.seqs, s.toIDs, s.amounts, s.captured, s.remaining, s.statuses,
-			s.expiresAts, s.lastSeqs)
+	if len(seqs) > 0 {
+		b.Queue(updateHolds, wallets, seqs, captured, remaining, statuses, lastSeqs).Exec(
+			all(len(seqs), "holds are there"))
 	}
-	if s := &moved; len(s.seqs) > 0 {
-		b.Queue(updateHolds, s.wallets, s.seqs, s.captured, s.remaining, s.statuses, s.lastSeqs).Exec(
-			all(len(s.seqs), "holds are there"))
-	}
+	return placed
 }
 
 func (c *chunk) queueReversals(b *pgx.Batch) {
