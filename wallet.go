@@ -818,9 +818,8 @@ func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int,
 	return t.at, t.err
 }
 
-// Of requests with many operations so many are in one commit, and so many while there are single ones: who
-// shares a wallet with them waits for it. What stands by itself is queued in pieces, which can be more easily
-// had together than all of their wallets at once.
+// A commit takes so many operations of requests with many, and fewer while there are single ones, which may
+// wait for it. Those that stand by themselves are queued in pieces, whose wallets are sooner free.
 const (
 	manyMax    = 500
 	manyBeside = 100
