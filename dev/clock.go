@@ -51,7 +51,8 @@ func (c *clock) give(cmd *exec.Cmd) {
 	if c == nil {
 		return
 	}
-	cmd.Env = append(cmd.Environ(), "LD_PRELOAD="+c.library, "FAKETIME_TIMESTAMP_FILE="+c.file,
+	preload(cmd, c.library)
+	cmd.Env = append(cmd.Env, "FAKETIME_TIMESTAMP_FILE="+c.file,
 		"FAKETIME_NO_CACHE=1",                                     // it would hide a step for 10 s
 		"FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", // its name before 0.9.9, too
 		"NO_FAKE_STAT=1", // the times of files are compared with each other only

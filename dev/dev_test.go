@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -637,6 +638,83 @@ func TestClocksAreStepped(t *testing.T) {
 	}
 }
 
+// TestDisksFill: on a full disk Postgres refuses what needs more of it, and goes on with the rest; when its WAL
+// needs more it dies, which does not end the stack. With room again it has what it confirmed. Kafka's broker
+// dies of it, and is brought back. Other disks are not full meanwhile.
+func TestDisksFill(t *testing.T) {
+	t.Parallel()
+	for _, namespace := range []string{"", "off"} {
+		data := t.TempDir()
+		if err := os.Chmod(filepath.Dir(data), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		kafka := "embedded"
+		if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
+			kafka = "apache"
+		}
+		cmd := exec.Command(program, "services", "-disks", "-redis", "miniredis", "-kafka", kafka, "-data", data)
+		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
+		r := startCommand(t, data, cmd)
+		const fill = `WITH new AS (INSERT INTO kept SELECT repeat('x', 1000) FROM generate_series(1, 5000)
+			RETURNING 1) SELECT count(*)::text FROM new`
+		r.sql("CREATE TABLE kept (x text)")
+		r.sql(fill)
+		r.obey("full postgres")
+		if said := r.sql(fill); !strings.Contains(said, "53100") { // disk_full
+			t.Errorf("an INSERT on a full disk: %q", said)
+		}
+		if count := r.sql("SELECT count(*)::text FROM kept"); count != "5000" {
+			t.Errorf("a SELECT on a full disk: %s rows", count)
+		}
+		r.obey("room postgres")
+		if said := r.sql(fill); said != "5000" {
+			t.Errorf("with room again: %s", said)
+		}
+		r.obey("full postgres")
+		var ended string
+		for range 40 { // segments of 16 MB: more than it keeps ready
+			const next = "SELECT pg_switch_wal()::text FROM pg_logical_emit_message(false, 'x', 'x')"
+			if ended = r.sql(next); !regexp.MustCompile(`^[0-9A-F]+/[0-9A-F]+$`).MatchString(ended) {
+				break
+			}
+		}
+		log, err := os.ReadFile(filepath.Join(data, "logs", "postgres.log"))
+		if err != nil || !strings.Contains(string(log), "PANIC:  could not write to file") {
+			t.Errorf("Postgres did not die for want of WAL: %s, %v", ended, err)
+		}
+		r.obey("room postgres")
+		if count := r.sql("SELECT count(*)::text FROM kept"); count != "10000" {
+			t.Errorf("after the crash: %s rows", count)
+		}
+		if kafka == "embedded" {
+			for _, line := range []string{"full kafka", "room kafka", "full postgres nowhere", "full redis"} {
+				if _, refusal := r.order(line); refusal == "" {
+					t.Errorf("%q was obeyed", line)
+				}
+			}
+			r.end()
+			continue
+		}
+		r.makeTopic("t")
+		r.produce("t", `{"n":0}`, kgo.TryCommit)
+		before := r.address.PIDs["kafka"]
+		r.obey("full kafka")
+		client := r.kafka(kgo.RecordDeliveryTimeout(5 * time.Second))
+		client.ProduceSync(t.Context(), &kgo.Record{Topic: "t", Value: []byte("x")})
+		time.Sleep(time.Second) // it halts a moment after
+		r.obey("room kafka")
+		pids, _ := r.order("room kafka") // once more changes nothing
+		if pids["kafka"] == before || pids["kafka"] == nil {
+			t.Errorf("the broker was process %v and is %v", before, pids["kafka"])
+		}
+		r.produce("t", `{"n":1}`, kgo.TryCommit)
+		if lines := r.events("-topic", "t", "-from", "start", "-n", "2"); len(lines) != 2 {
+			t.Errorf("events: %v", lines)
+		}
+		r.end()
+	}
+}
+
 func (r *running) postgresTime() time.Time {
 	r.t.Helper()
 	const utc = `SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')`
@@ -679,7 +757,7 @@ func (r *running) kafkaTime() time.Time {
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x",
-		"services -brokers 3", "services -secure", "services -port postgres", "-port redis=70000",
+		"services -brokers 3", "services -secure", "services -logdirs 2", "services -port postgres", "-port redis=70000",
 		"audit more", "events -from x", "-replicas 0", "services more", "-nonsense", "events -n x"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||

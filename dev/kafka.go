@@ -39,6 +39,7 @@ type broker struct {
 	data    string
 	last    *child // its process, or the one it had
 	clock   *clock
+	disk    *disk
 }
 
 func (b *broker) address() string        { return fmt.Sprintf("127.0.0.1:%d", b.port) }
@@ -145,6 +146,7 @@ type apache struct {
 	java    func(dir string, args ...string) *exec.Cmd
 	quorum  string // the controller's address
 	size    int
+	logDirs int           // of each broker
 	secure  *credentials  // nil without -secure
 	started chan struct{} // closed when the controller is up for the first time
 	upSince time.Time     // the controller; read only after started
@@ -176,7 +178,10 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 	}
 	// A cluster of another size is another cluster, and so is one that knows a user.
 	data := filepath.Join(cfg.data, fmt.Sprintf("kafka-apache-%d", cfg.brokers))
-	a := &apache{procs: procs, size: cfg.brokers, started: make(chan struct{})}
+	if cfg.logDirs > 1 {
+		data += fmt.Sprintf("-logs-%d", cfg.logDirs)
+	}
+	a := &apache{procs: procs, size: cfg.brokers, logDirs: cfg.logDirs, started: make(chan struct{})}
 	if cfg.secure {
 		data += "-secure"
 		if a.secure, err = newCredentials(data); err != nil {
@@ -225,7 +230,10 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 		if b.clock, err = newClock(faketime, b.data+".clock"); err != nil {
 			return nil, "", nil, err
 		}
-		s := &server{name: b.name, ready: b.ready, quit: syscall.SIGTERM, clock: b.clock}
+		if b.disk, err = newDisk(ctx, procs, cfg.disks, b.data); err != nil {
+			return nil, "", nil, err
+		}
+		s := &server{name: b.name, ready: b.ready, quit: syscall.SIGTERM, clock: b.clock, disk: b.disk}
 		s.start = func(ctx context.Context) (*child, error) {
 			if err := a.awaitExpiry(ctx, b); err != nil {
 				return nil, err
@@ -235,6 +243,7 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 			var err error
 			cmd := a.java(b.data, "kafka.Kafka", b.config())
 			b.clock.give(cmd)
+			b.disk.give(cmd)
 			b.last, err = procs.start(b.name, cmd, syscall.SIGKILL)
 			return b.last, err
 		}
@@ -252,6 +261,15 @@ func newApache(ctx context.Context, procs *processes, cfg config, faketime strin
 
 func (b *broker) config() string { return filepath.Join(b.data, "server.properties") }
 func (b *broker) log() string    { return filepath.Join(b.data, "log") }
+
+// logs are its log directories: log, log2 and so on. The cluster's metadata are in the first.
+func (a *apache) logs(b *broker) []string {
+	logs := []string{b.log()}
+	for i := 2; i <= a.logDirs && b.node != controllerNode; i++ {
+		logs = append(logs, b.log()+fmt.Sprint(i))
+	}
+	return logs
+}
 
 // format writes the configuration, whose ports may be new, and makes the folder a member of the cluster.
 func (a *apache) format(ctx context.Context, b *broker) error {
@@ -273,12 +291,18 @@ func (a *apache) format(ctx context.Context, b *broker) error {
 		}
 		return a.procs.run(ctx, b.name+"-format", a.java(b.data, args...))
 	}
-	// All that the tool would leave for a broker is this file, after a second of Java.
-	id := make([]byte, 16)
-	rand.Read(id)
-	text := fmt.Sprintf("version=1\ncluster.id=%s\nnode.id=%d\ndirectory.id=%s\n", cluster, b.node,
-		base64.RawURLEncoding.EncodeToString(id))
-	return errors.Join(os.MkdirAll(b.log(), 0o755), os.WriteFile(meta, []byte(text), 0o644))
+	// All that the tool would leave for a broker is this file in each directory, after a second of Java.
+	for _, dir := range a.logs(b) {
+		id := make([]byte, 16)
+		rand.Read(id)
+		text := fmt.Sprintf("version=1\ncluster.id=%s\nnode.id=%d\ndirectory.id=%s\n", cluster, b.node,
+			base64.RawURLEncoding.EncodeToString(id))
+		meta := filepath.Join(dir, "meta.properties")
+		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(meta, []byte(text), 0o644)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // awaitExpiry returns when the registration of this broker's last, killed process has expired.
@@ -373,7 +397,7 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The cleaner takes 128 MB at once otherwise, more than the small heap has.
 log.cleaner.dedupe.buffer.size=4194304
-`, b.node, listeners, controllerNode, a.quorum, b.log(), a.replicas(), a.inSync(),
+`, b.node, listeners, controllerNode, a.quorum, strings.Join(a.logs(b), ","), a.replicas(), a.inSync(),
 		brokerSession.Milliseconds()) + security
 }
 

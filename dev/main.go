@@ -3,7 +3,7 @@
 //
 // File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child
 // processes and leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each;
-// ports.go gives them their ports; clock.go steps their clocks; secure.go is what Kafka demands under
+// ports.go gives them their ports; clock.go steps their clocks; disk.go fills their disks; secure.go is what Kafka demands under
 // -secure; fetch.go is the cache of downloads; events.go prints a topic; audit.go compares it with the
 // ledger; advice.go says what to do about faults.
 package main
@@ -51,6 +51,10 @@ when done:
   start NAME    start again, same port and data; answered when ready
   pause NAME    SIGSTOP to the whole process tree
   resume NAME   SIGCONT
+  full NAME [FOLDER]
+                under -disks, of Postgres and Apache Kafka: from now on no file grows in its data folder,
+                or in one folder of that, such as log2 of a broker
+  room NAME     there is room again; answered when it is ready, started anew if it ended meanwhile
   clock NAME OFFSET
                 under -clocks, of Postgres and Apache Kafka: from now on its clock is that far from the
                 machine's: -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays
@@ -175,6 +179,9 @@ func stackConfig(services bool, args []string) (config, error) {
 		"with -kafka apache: a second listener by TLS and SASL, with certificates and a password "+
 			"made for it;\nthe service uses that one")
 	f.StringVar(&c.java, "java", defaultJava, "`options` of the Java machine under -kafka apache")
+	f.IntVar(&c.logDirs, "logdirs", 1, "how many log directories each broker of -kafka apache has")
+	f.BoolVar(&c.disks, "disks", false, "obey the lines full and room, which fill the disk of Postgres or\n"+
+		"Apache Kafka; needs a C compiler, cc")
 	f.BoolVar(&c.clocks, "clocks", false, "obey the line clock, which steps the clock of Postgres or\n"+
 		"Apache Kafka; needs the Debian package libfaketime")
 	f.Var(&c.ports, "port", "fix a server's port, `name=number` as in postgres=5432; may be repeated.\n"+
@@ -209,6 +216,8 @@ func stackConfig(services bool, args []string) (config, error) {
 		return c, usageError("-kafka is embedded, apache or host:port")
 	case c.brokers < 1 || c.brokers > 1 && c.kafka != "apache":
 		return c, usageError("-brokers is at least 1, and more than 1 only with -kafka apache")
+	case c.logDirs < 1 || c.logDirs > 1 && c.kafka != "apache":
+		return c, usageError("-logdirs is at least 1, and more than 1 only with -kafka apache")
 	case c.secure && c.kafka != "apache":
 		return c, usageError("-secure goes with -kafka apache")
 	case !services && c.replicas < 1:

@@ -50,6 +50,7 @@ type postgres struct {
 	port  int
 	set   []string // further settings, name=value
 	clock *clock
+	disk  *disk
 }
 
 // identity is who Postgres runs as: it refuses root. The zero value is ourselves.
@@ -361,6 +362,7 @@ func (p *postgres) start(context.Context) (*child, error) {
 	cmd := p.as.command(filepath.Join(p.bin, "postgres"), args...)
 	cmd.Dir = p.data
 	p.clock.give(cmd)
+	p.disk.give(cmd)
 	return p.procs.start("postgres", cmd, syscall.SIGINT)
 }
 

@@ -41,7 +41,9 @@ type config struct {
 	kafka       string
 	brokers     int
 	secure      bool
+	logDirs     int // of each broker
 	clocks      bool
+	disks       bool
 	java        string
 
 	listen    string
@@ -59,8 +61,9 @@ type server struct {
 	quit   syscall.Signal // stops it in order, where that is not what the child knows
 	noKill string         // why SIGKILL is refused, if it is
 	clock  *clock         // nil unless it can be stepped
+	disk   *disk          // nil unless it can be filled
 
-	child *child // nil while it is down by our doing
+	child *child // nil while it is down by our doing; one that has ended waits for room on its disk
 }
 
 type stack struct {
@@ -71,8 +74,8 @@ type stack struct {
 	ports *ports
 	began time.Time
 
-	servers []*server // in the order they start; the reverse is the order they stop
-	died    chan *child
+	servers []*server   // in the order they start; the reverse is the order they stop
+	died    chan *child // those that ended without our doing
 
 	address addresses
 }
@@ -264,8 +267,11 @@ func (s *stack) start(ctx context.Context) error {
 		if p.clock, err = newClock(faketime, p.data+".clock"); err != nil {
 			return err
 		}
+		if p.disk, err = newDisk(together, s.procs, s.cfg.disks, p.data); err != nil {
+			return err
+		}
 		s.address.DatabaseURL = p.url("wallet")
-		database = &server{name: "postgres", start: p.start, ready: p.ready, clock: p.clock}
+		database = &server{name: "postgres", start: p.start, ready: p.ready, clock: p.clock, disk: p.disk}
 		return s.up(together, database)
 	})
 	group.Go(func() error {
@@ -329,6 +335,18 @@ func (s *stack) up(ctx context.Context, server *server) error {
 		return err
 	}
 	server.child = c
+	go func() {
+		<-c.done
+		if !c.wanted.Load() {
+			s.died <- c
+		}
+	}()
+	return s.await(ctx, server)
+}
+
+// await waits until a server is ready.
+func (s *stack) await(ctx context.Context, server *server) error {
+	c := server.child
 	ctx, cancel := context.WithTimeoutCause(ctx, readyWait,
 		fmt.Errorf("%s is not ready after %v; its log is %s", server.name, readyWait, c.log))
 	defer cancel()
@@ -346,13 +364,43 @@ func (s *stack) up(ctx context.Context, server *server) error {
 		}
 	}
 	s.say(server.name)("ready (process %d)", c.pid)
-	go func() {
-		<-c.done
-		if !c.wanted.Load() {
-			s.died <- c
-		}
-	}()
 	return nil
+}
+
+// revive has a server run whose disk was full: as a supervisor would, it starts one that has ended.
+func (s *stack) revive(ctx context.Context, server *server) error {
+	for range 2 { // it may look ready once more while what went before ends it
+		if err := sleep(ctx, diskSettles); err != nil {
+			return err
+		}
+		if !server.child.alive() {
+			return s.up(ctx, server)
+		}
+		if err := s.await(ctx, server); err != nil {
+			if server.child.alive() {
+				return err
+			}
+			return s.up(ctx, server)
+		}
+	}
+	return nil
+}
+
+// buried says that the end of a process needs no answer, or has got one.
+func (s *stack) buried(ctx context.Context, c *child) error {
+	i := slices.IndexFunc(s.servers, func(x *server) bool { return x.child == c })
+	if i < 0 {
+		return nil // it has a successor already
+	}
+	server := s.servers[i]
+	switch {
+	case !server.disk.excuses(c.ended):
+		return c.failure("ended by itself")
+	case server.disk.filled:
+		s.say(server.name)("ended: its disk is full")
+		return nil
+	}
+	return s.revive(ctx, server)
 }
 
 // announce says where everything listens: the JSON line and stack.json, and for humans what to try.
@@ -378,7 +426,7 @@ func (s *stack) pids() map[string]any {
 	var wallets []int
 	for _, server := range s.servers {
 		switch {
-		case server.child == nil:
+		case server.child == nil || !server.child.alive():
 		case strings.HasPrefix(server.name, "wallet"):
 			wallets = append(wallets, server.child.pid)
 			pids["wallet"] = wallets
@@ -396,7 +444,9 @@ func (s *stack) run(ctx context.Context, lines <-chan string) error {
 		case <-ctx.Done():
 			return s.stopping(ctx)
 		case c := <-s.died:
-			return c.failure("ended by itself")
+			if err := s.buried(ctx, c); err != nil {
+				return err
+			}
 		case line := <-lines:
 			answer := map[string]any{}
 			if err := s.obey(ctx, strings.Fields(line)); err != nil {
@@ -422,8 +472,9 @@ var stopSignals = map[string]syscall.Signal{"fast": syscall.SIGINT, "immediate":
 // obey does what one control line says and returns when it is done.
 func (s *stack) obey(ctx context.Context, words []string) error {
 	usage := errors.New("say: kill NAME, stop NAME [fast|immediate], start NAME, pause NAME, resume NAME, " +
-		"clock NAME OFFSET")
-	if len(words) < 2 || len(words) > 2 && words[0] != "stop" && words[0] != "clock" || len(words) > 3 {
+		"clock NAME OFFSET, full NAME [FOLDER], room NAME")
+	if len(words) < 2 || len(words) > 3 ||
+		len(words) > 2 && !slices.Contains([]string{"stop", "clock", "full"}, words[0]) {
 		return usage
 	}
 	i := slices.IndexFunc(s.servers, func(x *server) bool { return x.name == words[1] })
@@ -444,6 +495,15 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 			return err
 		}
 		return server.clock.step(offset)
+	}
+	switch words[0] { // also of one that is down
+	case "full":
+		return server.disk.fill(strings.Join(words[2:], ""))
+	case "room":
+		if err := server.disk.free(); err != nil || server.child == nil {
+			return err
+		}
+		return s.revive(ctx, server)
 	}
 	if up := server.child != nil; up == (words[0] == "start") {
 		return fmt.Errorf("%s is %s", server.name, map[bool]string{true: "up already", false: "down"}[up])
