@@ -58,6 +58,7 @@ type load struct {
 	acknowledged map[string]bool // "<wallet> <key>"
 	refused      int
 	slowest      time.Duration
+	troubles     map[string]int // answers of 500 and above, by status and code
 
 	highest  map[int64]toldOf // of each wallet: the newest entry that anybody was told of
 	reads    int              // of cached balances, answered
@@ -75,7 +76,8 @@ type toldOf struct {
 }
 
 func startLoad(urls []string, clients int) *load {
-	l := &load{urls: urls, acknowledged: make(map[string]bool), highest: make(map[int64]toldOf)}
+	l := &load{urls: urls, acknowledged: make(map[string]bool), highest: make(map[int64]toldOf),
+		troubles: make(map[string]int)}
 	for range clients / 2 {
 		l.working.Go(func() {
 			for !l.stop.Load() {
@@ -112,6 +114,11 @@ func (l *load) move(key string) {
 				status = response.StatusCode
 			}
 			m.posted = nil
+			if failed == nil && status >= 500 {
+				l.mu.Lock()
+				l.troubles[fmt.Sprint(status, " ", answer{body: string(text)}.code())]++
+				l.mu.Unlock()
+			}
 			if a := (answer{status: status, body: string(text)}); status/100 == 2 &&
 				(!a.final() || m.read(text) != nil) {
 				status = 0
@@ -251,6 +258,19 @@ func (l *load) checkReads(t *testing.T) {
 	}
 }
 
+// checkTroubles demands that whatever was wrong was answered as such: by a 503 with a code that clients know.
+func (l *load) checkTroubles(t *testing.T) {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t.Logf("answers of 500 and above: %v", l.troubles)
+	for trouble := range l.troubles {
+		if !slices.Contains([]string{"503 unavailable", "503 overloaded", "503 starting"}, trouble) {
+			t.Errorf("%d times answered: %s", l.troubles[trouble], trouble)
+		}
+	}
+}
+
 func (l *load) end() {
 	l.stop.Store(true)
 	l.working.Wait()
@@ -303,7 +323,7 @@ func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker does not survive being killed")
 	}
-	s, err := startServers(append(flags, "-clocks", "-pgset", "max_slot_wal_keep_size="+slotKeepSize)...)
+	s, err := startServers(append(flags, "-clocks", "-disks", "-pgset", "max_slot_wal_keep_size="+slotKeepSize)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -827,6 +847,7 @@ func (c *chaos) finish() {
 		"%d behind, and %d while Redis was frozen",
 		c.load.reads, c.load.wasAsked.Load(), hits, len(c.load.behind), c.load.excused)
 	c.load.check(c.t, c.env["DATABASE_URL"])
+	c.load.checkTroubles(c.t)
 	checkLedger(c.t, c.env["DATABASE_URL"])
 	checkStream(c.t, c.cfg)
 	c.audit()
@@ -848,7 +869,7 @@ func TestChaos(t *testing.T) {
 	c := newChaos(t, nil)
 	dice := rand.New(rand.NewPCG(*chaosSeed, 0))
 	t.Logf("-chaos.seed %d", *chaosSeed)
-	todo := slices.Concat(faults, moreFaults)
+	todo := slices.Concat(faults, moreFaults, diskFaults)
 	if *chaosOnly != "" {
 		only := strings.Split(*chaosOnly, ",")
 		todo = slices.DeleteFunc(todo, func(f fault) bool { return !slices.Contains(only, f.name) })

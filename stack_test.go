@@ -194,6 +194,16 @@ func (s *servers) command(tb testing.TB, line string) {
 	}
 }
 
+// said counts how often a server's log holds a text.
+func (s *servers) said(tb testing.TB, name, text string) int {
+	tb.Helper()
+	log, err := os.ReadFile(filepath.Join(strings.TrimSuffix(s.log, ".log"), "logs", name+".log"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return bytes.Count(log, []byte(text))
+}
+
 // database makes an empty database and returns its URL.
 func (s *servers) database(tb testing.TB) string {
 	tb.Helper()

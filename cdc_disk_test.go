@@ -1,0 +1,139 @@
+// Disks and volumes: a full one, of Postgres and of Kafka, with room again; one log directory of a broker that
+// has several; and Kafka's volume put back to an earlier copy. Nothing that was answered is lost or doubled,
+// and the service is ready again by itself. The loop that kills draws diskFaults.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+const noSpace = "No space left on device"
+
+// diskFaults are those of disks and volumes.
+var diskFaults = []fault{
+	{"fill Postgres' disk", func(c *chaos) {
+		c.fill("postgres", 3*time.Second, nil)
+	}},
+	{"fill Postgres' disk until its WAL has no room", func(c *chaos) {
+		c.fill("postgres", 2*time.Second, func() { useUpWAL(c.t, c.env["DATABASE_URL"]) })
+	}},
+	{"fill Kafka's disk", func(c *chaos) {
+		c.fill("kafka", 4*time.Second, nil)
+	}},
+}
+
+// fill has a server's disk full for a while, and sees that it was.
+func (c *chaos) fill(name string, about time.Duration, meanwhile func()) {
+	c.t.Helper()
+	before := c.servers.said(c.t, name, noSpace)
+	c.command("full " + name)
+	time.Sleep(about / 2)
+	pause(about)
+	if meanwhile != nil {
+		meanwhile()
+	}
+	c.command("room " + name)
+	if c.servers.said(c.t, name, noSpace) == before {
+		c.t.Errorf("%s did not notice that its disk was full", name)
+	}
+	for _, r := range c.all() {
+		eventually(c.t, 30*time.Second, "ready again", r.isReady)
+	}
+}
+
+// useUpWAL writes on a full disk until Postgres has used what it keeps of segments, and dies for want of one.
+func useUpWAL(t *testing.T, databaseURL string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var err error
+	for range 100 { // segments of 16 MB: more than max_wal_size
+		var conn *pgx.Conn
+		if conn, err = pgx.Connect(ctx, databaseURL); err != nil {
+			return
+		}
+		_, err = conn.Exec(ctx, `SELECT pg_switch_wal() FROM pg_logical_emit_message(false, 'x', 'x')`)
+		conn.Close(ctx)
+		if err != nil {
+			return
+		}
+	}
+	t.Error("Postgres' WAL found room on a full disk")
+}
+
+// TestFullDisk: Postgres' disk is full under load, first for the tables, then for the WAL too. Until there is
+// room, clients get 503 with its code, and what needs no room is answered. Then all goes on by itself.
+func TestFullDisk(t *testing.T) {
+	s, err := startServers("-disks")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	env := testEnv(t, "DATABASE_URL="+s.database(t), "REDIS_URL="+s.RedisURL, "KAFKA_BROKERS="+s.KafkaBrokers,
+		"KAFKA_PARTITIONS=3", "REQUEST_TIMEOUT=1s")
+	w := start(t, env)
+	l := startLoad([]string{w.http.URL}, 6)
+	acknowledged := func() int {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.acknowledged)
+	}
+	goesOn := func() {
+		t.Helper()
+		before := acknowledged()
+		eventually(t, 30*time.Second, "movements are answered", func() bool { return acknowledged() > before+50 })
+	}
+	goesOn()
+	w.mustPost(t, 200, "/v1/wallets/77/deposit", `{"amount":"5","idempotency_key":"before"}`)
+
+	s.command(t, "full postgres")
+	tries := 0
+	eventually(t, 30*time.Second, "refused for want of room", func() bool {
+		tries++
+		a := w.post("/v1/wallets/78/deposit", fmt.Sprintf(
+			`{"amount":"1","idempotency_key":"f%d","metadata":{"long":%q}}`, tries, strings.Repeat("x", 400)))
+		if a.status == 200 {
+			return false
+		}
+		if a.status != 503 || a.code() != "unavailable" || a.header.Get("Retry-After") == "" {
+			t.Errorf("with a full disk: %s", a)
+		}
+		return true
+	})
+	for _, path := range []string{"/readyz", "/v1/wallets/77/balance"} { // Postgres is there, and can be read
+		if a := w.get(path, "Cache-Control", "no-cache"); a.status != 200 {
+			t.Errorf("%s with a full disk: %s", path, a)
+		}
+	}
+	w.mustPost(t, 200, "/v1/wallets/77/deposit", `{"amount":"5","idempotency_key":"before"}`)
+	s.command(t, "room postgres")
+	goesOn()
+
+	s.command(t, "full postgres")
+	useUpWAL(t, env["DATABASE_URL"])
+	if s.said(t, "postgres", "PANIC:") == 0 {
+		t.Error("Postgres had no trouble with its WAL")
+	}
+	eventually(t, 10*time.Second, "not ready", func() bool {
+		a := w.get("/readyz")
+		return a.status == 503 && a.code() == "unavailable"
+	})
+	s.command(t, "room postgres")
+	eventually(t, 20*time.Second, "ready again", func() bool { return w.get("/readyz").status == 200 })
+	goesOn()
+	l.end()
+	l.check(t, env["DATABASE_URL"])
+	l.checkTroubles(t)
+	if l.troubles["503 unavailable"] == 0 {
+		t.Error("no client was told of the trouble")
+	}
+	checkLedger(t, env["DATABASE_URL"])
+	checkStream(t, w.cfg)
+}
