@@ -19,7 +19,7 @@
 //	  ^  |                                                |
 //	  |  +------------- the slot is free -----------------+
 //	  |                                                   v
-//	  |        lead: connect, fits, checkTail; where the slot is missing, lost or has a gap: makeSlot;
+//	  |        lead: connect, fits, checkTail; where slot or topic is missing something: makeSlot;
 //	  |        START_REPLICATION takes the slot, fence, settle
 //	  |               | a slot was made            | the slot was there
 //	  |               v                            v
@@ -286,15 +286,20 @@ func (r *relay) lead(ctx context.Context) error {
 	if err := r.fits(ctx, last, id, k); err != nil {
 		return err
 	}
+	short := false // the topic lost what was published: its volume was put back
 	if last != nil && (r.adopting || id.Continues(&last.Mark, math.MaxUint64)) {
 		if err := r.checkTail(ctx, k); err != nil {
 			return err
+		}
+		look := func() (bool, error) { return last.Horizon.Beyond(k.Ends) }
+		if short, err = kafka.Within(ctx, kafkaPatience, look, func(bool) {}); err != nil {
+			return fmt.Errorf("ends of the topic: %w", err)
 		}
 	}
 
 	s.k, s.id = k, id
 	var past *pastLedger
-	if !slot.Exists || slot.Lost || uint64(slot.Confirmed) == r.gap.Load() || r.adopting {
+	if !slot.Exists || slot.Lost || uint64(slot.Confirmed) == r.gap.Load() || short || r.adopting {
 		// Crash anywhere from here: the slot is missing or begins after the checkpoint, and the next leader
 		// comes here again.
 		if past, err = r.makeSlot(ctx, conn, slot); err != nil {
@@ -902,9 +907,10 @@ func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	p.last.System, p.last.DatabaseOID = p.id.System, p.id.Database
 	p.last.Slot, p.last.Partitions = p.cfg.replicationSlot, p.k.Partitions()
 	if p.past != nil {
-		err := p.recover(ctx)
+		at, err := p.past.at, p.recover(ctx)
 		p.past.forget() // its snapshot keeps vacuum from cleaning up
-		return wal.Position{End: p.past.at}, err
+		p.past = nil
+		return wal.Position{End: at}, err
 	}
 	if end, changed := p.id.History[p.last.Timeline]; changed && p.last.Timeline != p.id.Timeline {
 		from = switchTimeline(from, end)
@@ -983,7 +989,9 @@ func (p *publisher) commit(b *batch) error {
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
 	p.last = next
 	if record != nil {
-		p.published.Store(uint64(b.upTo.End))
+		if p.past == nil { // in a recovery nothing is confirmed: the receiver begins after it
+			p.published.Store(uint64(b.upTo.End))
+		}
 		p.checkpointAt.Store(time.Now().UnixNano())
 		if next.Horizon != nil {
 			p.settled.Store(next.Horizon.XID)
@@ -1116,8 +1124,17 @@ func (p *publisher) recover(ctx context.Context) error {
 	}
 	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
-		from = "the beginning"
-		err = g.fillAll(ctx)
+		from, err = "the beginning", nil
+		if h != nil { // once the topic has grown again, this horizon would look as if it held
+			p.last.Horizon = nil
+			var at wal.Position
+			if at, err = p.last.Position(); err == nil {
+				err = p.commit(&batch{upTo: at})
+			}
+		}
+		if err == nil {
+			err = g.fillAll(ctx)
+		}
 	}
 	if err != nil {
 		return err

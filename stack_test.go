@@ -194,10 +194,15 @@ func (s *servers) command(tb testing.TB, line string) {
 	}
 }
 
+// data is the folder of the servers' data, and below is a file or folder in it.
+func (s *servers) data(below ...string) string {
+	return filepath.Join(append([]string{strings.TrimSuffix(s.log, ".log")}, below...)...)
+}
+
 // said counts how often a server's log holds a text.
 func (s *servers) said(tb testing.TB, name, text string) int {
 	tb.Helper()
-	log, err := os.ReadFile(filepath.Join(strings.TrimSuffix(s.log, ".log"), "logs", name+".log"))
+	log, err := os.ReadFile(s.data("logs", name+".log"))
 	if err != nil {
 		tb.Fatal(err)
 	}

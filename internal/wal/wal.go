@@ -433,6 +433,21 @@ type Horizon struct {
 	At      time.Time `json:"at"`         // by Postgres' clock; a release of before 2026-12 asks for it
 }
 
+// Beyond says whether a partition of the topic ends before this horizon, and so has lost events since. Nil is
+// beyond nothing.
+func (h *Horizon) Beyond(ends func() ([]int64, error)) (bool, error) {
+	if h == nil {
+		return false, nil
+	}
+	is, err := ends()
+	for p := range min(len(is), len(h.Offsets)) {
+		if h.Offsets[p] > is[p] {
+			return true, nil
+		}
+	}
+	return false, err
+}
+
 // MakeHorizon waits for as long as it takes. ends gives the offsets, published how far the stream was.
 func MakeHorizon(ctx context.Context, db Querier, ends func() ([]int64, error), published func() uint64) (
 	h *Horizon, err error) {

@@ -3,6 +3,7 @@ package wal
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"testing"
 
 	"github.com/jackc/pglogrepl"
@@ -135,6 +136,29 @@ func begin(commit pglogrepl.LSN) []byte {
 func commit(at, end pglogrepl.LSN) []byte {
 	data := binary.BigEndian.AppendUint64([]byte{0}, uint64(at))
 	return append(binary.BigEndian.AppendUint64(data, uint64(end)), make([]byte, 8)...)
+}
+
+// TestBeyond: a horizon lies beyond a topic that has lost the end of any partition.
+func TestBeyond(t *testing.T) {
+	none := (*Horizon)(nil)
+	h := &Horizon{Offsets: []int64{5, 0, 7}}
+	for _, c := range []struct {
+		horizon *Horizon
+		ends    []int64
+		beyond  bool
+	}{
+		{none, []int64{0, 0, 0}, false}, {h, []int64{5, 0, 7}, false}, {h, []int64{9, 9, 9}, false},
+		{h, []int64{5, 0, 6}, true}, {h, []int64{4, 9, 9}, true}, {h, []int64{0, 0, 0}, true},
+	} {
+		beyond, err := c.horizon.Beyond(func() ([]int64, error) { return c.ends, nil })
+		if beyond != c.beyond || err != nil {
+			t.Errorf("%v of ends %v: %v, %v", c.horizon, c.ends, beyond, err)
+		}
+	}
+	lost := errors.New("lost")
+	if _, err := h.Beyond(func() ([]int64, error) { return nil, lost }); err != lost {
+		t.Errorf("an error of Kafka's: %v", err)
+	}
 }
 
 // TestTransactionsAreConsumedOnce: a stream that begins before the position, which lies inside of a
