@@ -258,6 +258,13 @@ func (l *load) checkReads(t *testing.T) {
 	}
 }
 
+// done is how many movements were acknowledged.
+func (l *load) done() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.acknowledged)
+}
+
 // checkTroubles demands that whatever was wrong was answered as such: by a 503 with a code that clients know.
 func (l *load) checkTroubles(t *testing.T) {
 	t.Helper()
@@ -910,9 +917,10 @@ func TestChaos(t *testing.T) {
 	c.finish()
 }
 
-// TestChaosThreeBrokers: replication 3, two in sync demanded; each broker killed in turn.
+// TestChaosThreeBrokers: replication 3, two in sync demanded; each broker killed in turn, and one of its log
+// directories full.
 func TestChaosThreeBrokers(t *testing.T) {
-	c := newChaos(t, []string{"-brokers", "3"}, "KAFKA_REPLICATION=3")
+	c := newChaos(t, []string{"-brokers", "3", "-logdirs", "2"}, "KAFKA_REPLICATION=3")
 	for round := range max(1, int(*chaosFor/(10*time.Minute))) {
 		for i := range 3 {
 			name := fmt.Sprint("kafka", i+1)
@@ -928,6 +936,7 @@ func TestChaosThreeBrokers(t *testing.T) {
 			t.Logf("round %d, %s: %v", round+1, name, time.Since(began).Round(10*time.Millisecond))
 			pause(3 * time.Second)
 		}
+		c.fillLogDirectory(fmt.Sprint("kafka", 1+rand.IntN(3)))
 	}
 	c.finish()
 }

@@ -7,6 +7,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os/exec"
 	"slices"
 	"strings"
@@ -16,27 +17,30 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-const noSpace = "No space left on device"
+// What servers say of a full disk, and a broker whose log directories have all failed when it ends.
+const noSpace, allFailed = "No space left on device", "Shutdown broker because all log dirs"
 
 // diskFaults are those of disks and volumes.
 var diskFaults = []fault{
 	{"fill Postgres' disk", func(c *chaos) {
-		c.fill("postgres", 3*time.Second, nil)
-	}},
-	{"fill Postgres' disk until its WAL has no room", func(c *chaos) {
-		c.fill("postgres", 2*time.Second, func() { useUpWAL(c.t, c.env["DATABASE_URL"]) })
+		c.fill("postgres", 3*time.Second, func() {
+			if rand.IntN(2) == 0 {
+				useUpWAL(c.t, c.env["DATABASE_URL"])
+			}
+		})
 	}},
 	{"fill Kafka's disk", func(c *chaos) {
-		c.fill("kafka", 4*time.Second, nil)
+		c.fill("kafka", 4*time.Second, func() {
+			before := c.load.done()
+			eventually(c.t, 30*time.Second, "movements without Kafka", func() bool { return c.load.done() > before })
+		})
 	}},
-	{"put Kafka's volume back", func(c *chaos) { c.putKafkaBack(c.brokerFolder(), "") }},
-	{"put the events' volume back", func(c *chaos) {
-		c.putKafkaBack(c.brokerFolder(), c.cfg.kafkaTopic+"-*")
+	{"put Kafka's volume back", func(c *chaos) {
+		what := []string{"", c.cfg.kafkaTopic + "-*"}[rand.IntN(2)] // or that of the events alone
+		c.t.Logf("putting back what matches %q", what)
+		c.putKafkaBack(c.servers.data("kafka-apache-1", "kafka", "log"), what)
 	}},
 }
-
-// brokerFolder is what the volume of a single broker holds.
-func (c *chaos) brokerFolder() string { return c.servers.data("kafka-apache-1", "kafka", "log") }
 
 // putKafkaBack puts the broker's data back to an earlier copy: all, or what a pattern names. Events were
 // published meanwhile, which the next leader finds missing and publishes again.
@@ -77,9 +81,7 @@ func (c *chaos) fill(name string, about time.Duration, meanwhile func()) {
 	c.command("full " + name)
 	time.Sleep(about / 2)
 	pause(about)
-	if meanwhile != nil {
-		meanwhile()
-	}
+	meanwhile()
 	c.command("room " + name)
 	if c.servers.said(c.t, name, noSpace) == before {
 		c.t.Errorf("%s did not notice that its disk was full", name)
@@ -87,6 +89,31 @@ func (c *chaos) fill(name string, about time.Duration, meanwhile func()) {
 	for _, r := range c.all() {
 		eventually(c.t, 30*time.Second, "ready again", r.isReady)
 	}
+}
+
+// fillLogDirectory has one of a broker's two log directories full. The broker lives on without the partitions
+// there, which the other brokers lead; it takes them back when it is started again, with room.
+func (c *chaos) fillLogDirectory(broker string) {
+	c.t.Helper()
+	began := time.Now()
+	before, ended := c.servers.said(c.t, broker, noSpace), c.servers.said(c.t, broker, allFailed)
+	c.command("full " + broker + " log2")
+	eventually(c.t, 60*time.Second, "a failed log directory", func() bool {
+		return c.servers.said(c.t, broker, noSpace) > before
+	})
+	time.Sleep(2 * time.Second)
+	published := lastCheckpointOf(c.t, c.cfg).Events
+	eventually(c.t, 60*time.Second, "publishing without one log directory", func() bool {
+		return lastCheckpointOf(c.t, c.cfg).Events > published+100
+	})
+	c.command("room " + broker)
+	if c.servers.said(c.t, broker, allFailed) > ended {
+		c.t.Errorf("%s ended, and had another log directory", broker)
+	}
+	c.command("stop " + broker)
+	c.command("start " + broker)
+	c.leader(nil)
+	c.t.Logf("a full log directory of %s: %v", broker, time.Since(began).Round(10*time.Millisecond))
 }
 
 // useUpWAL writes on a full disk until Postgres has used what it keeps of segments, and dies for want of one.
@@ -121,15 +148,10 @@ func TestFullDisk(t *testing.T) {
 		"KAFKA_PARTITIONS=3", "REQUEST_TIMEOUT=1s")
 	w := start(t, env)
 	l := startLoad([]string{w.http.URL}, 6)
-	acknowledged := func() int {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		return len(l.acknowledged)
-	}
 	goesOn := func() {
 		t.Helper()
-		before := acknowledged()
-		eventually(t, 30*time.Second, "movements are answered", func() bool { return acknowledged() > before+50 })
+		before := l.done()
+		eventually(t, 30*time.Second, "movements are answered", func() bool { return l.done() > before+50 })
 	}
 	goesOn()
 	w.mustPost(t, 200, "/v1/wallets/77/deposit", `{"amount":"5","idempotency_key":"before"}`)
