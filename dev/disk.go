@@ -34,6 +34,7 @@ const (
 type disk struct {
 	library, file, folder string
 	filled                bool
+	part                  bool // only one folder of it
 	freed                 time.Time
 }
 
@@ -91,17 +92,18 @@ func (d *disk) fill(within string) error {
 	if err != nil {
 		return fmt.Errorf("no folder to fill: %w", err)
 	}
-	d.filled = true
+	d.filled, d.part = true, within != ""
 	return d.write(append([]byte(folder[1:]), 0), folder[0])
 }
 
-// free makes room again.
-func (d *disk) free() error {
+// free makes room again. It says whether only a part was full: a server that lives on without that part wants
+// to be started again before it takes it back.
+func (d *disk) free() (part bool, err error) {
 	if d == nil {
-		return errNoDisk
+		return false, errNoDisk
 	}
 	d.filled, d.freed = false, time.Now()
-	return d.write(nil, 0)
+	return d.part, d.write(nil, 0)
 }
 
 // write sets the rest and then the first byte, by which the library knows that there is a path.

@@ -54,7 +54,8 @@ when done:
   full NAME [FOLDER]
                 under -disks, of Postgres and Apache Kafka: from now on no file grows in its data folder,
                 or in one folder of that, such as log2 of a broker
-  room NAME     there is room again; answered when it is ready, started anew if it ended meanwhile
+  room NAME     there is room again; answered when it is ready, started anew if it ended meanwhile. A broker
+                that lost one folder takes it back when it is started again
   clock NAME OFFSET
                 under -clocks, of Postgres and Apache Kafka: from now on its clock is that far from the
                 machine's: -3h, +90s, +2d, 0; its monotonic clock, by which it waits, stays

@@ -500,7 +500,8 @@ func (s *stack) obey(ctx context.Context, words []string) error {
 	case "full":
 		return server.disk.fill(strings.Join(words[2:], ""))
 	case "room":
-		if err := server.disk.free(); err != nil || server.child == nil {
+		part, err := server.disk.free()
+		if err != nil || server.child == nil || part && server.child.alive() {
 			return err
 		}
 		return s.revive(ctx, server)
