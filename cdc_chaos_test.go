@@ -330,7 +330,8 @@ func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker does not survive being killed")
 	}
-	s, err := startServers(append(flags, "-clocks", "-disks", "-pgset", "max_slot_wal_keep_size="+slotKeepSize)...)
+	flags = append(flags, "-clocks", "-disks", "-pgset", "max_slot_wal_keep_size="+slotKeepSize)
+	s, err := startServers(flags...)
 	if err != nil {
 		t.Fatal(err)
 	}

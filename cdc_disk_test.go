@@ -1,6 +1,6 @@
-// Disks and volumes: a full one, of Postgres and of Kafka, with room again; one log directory of a broker that
-// has several; and Kafka's volume put back to an earlier copy. Nothing that was answered is lost or doubled,
-// and the service is ready again by itself. The loop that kills draws diskFaults.
+// Disks and volumes: a full one, of Postgres and of Kafka, with room again; one log directory of a broker
+// that has several; and Kafka's volume put back to an earlier copy. Nothing that was answered is lost or
+// doubled, and the service is ready again by itself. The loop that kills draws diskFaults.
 
 package main
 
@@ -32,7 +32,8 @@ var diskFaults = []fault{
 	{"fill Kafka's disk", func(c *chaos) {
 		c.fill("kafka", 4*time.Second, func() {
 			before := c.load.done()
-			eventually(c.t, 30*time.Second, "movements without Kafka", func() bool { return c.load.done() > before })
+			more := func() bool { return c.load.done() > before }
+			eventually(c.t, 30*time.Second, "movements without Kafka", more)
 		})
 	}},
 	{"put Kafka's volume back", func(c *chaos) {
@@ -60,7 +61,7 @@ func (c *chaos) putKafkaBack(folder, pattern string) {
 	eventually(c.t, 60*time.Second, "publishing after the copy", func() bool {
 		return lastCheckpointOf(c.t, c.cfg).Events > before+100
 	})
-	time.Sleep(2 * horizonInterval) // what was published since the newest horizon is missed by the audit alone
+	time.Sleep(2 * horizonInterval) // only the audit misses what came after the newest horizon
 	recoveries := func() (n float64) {
 		for _, r := range c.replicas {
 			n += r.metric("wallet_relay_recoveries_total")
@@ -201,9 +202,9 @@ func TestFullDisk(t *testing.T) {
 	checkStream(t, w.cfg)
 }
 
-// TestTopicIsShorter: the topic has lost what its checkpoint says was published, as when only its volume was put
-// back. The next leader publishes all that is missing, also if it dies over that: what it has published until
-// then must not pass for what the checkpoint's horizon had counted.
+// TestTopicIsShorter: the topic has lost what its checkpoint says was published, as when only its volume was
+// put back. The next leader publishes all that is missing, also if it dies over that: what it has published
+// until then must not pass for what the checkpoint's horizon had counted.
 func TestTopicIsShorter(t *testing.T) {
 	g := newRig(t, "KAFKA_PARTITIONS=1")
 	r := startRelay(t, g.cfg)
@@ -235,7 +236,8 @@ func TestTopicIsShorter(t *testing.T) {
 		return err == nil && topics[g.cfg.kafkaTopic].NumPartitions == 0
 	})
 	r = startRelay(t, g.cfg)
-	eventually(t, 60*time.Second, "some of it published", func() bool { return r.events.Load() >= batchEventsMax })
+	some := func() bool { return r.events.Load() >= batchEventsMax }
+	eventually(t, 60*time.Second, "some of it published", some)
 	r.stop()
 	t.Logf("died with %d of %d events published", r.events.Load(), 20+many)
 	if h := lastCheckpointOf(t, g.cfg).Horizon; h != nil {

@@ -638,9 +638,9 @@ func TestClocksAreStepped(t *testing.T) {
 	}
 }
 
-// TestDisksFill: on a full disk Postgres refuses what needs more of it, and goes on with the rest; when its WAL
-// needs more it dies, which does not end the stack. With room again it has what it confirmed. Kafka's broker
-// dies of it, and is brought back. Other disks are not full meanwhile.
+// TestDisksFill: on a full disk Postgres refuses what needs more of it, and goes on with the rest; when its
+// WAL needs more it dies, which does not end the stack. With room again it has what it confirmed. Kafka's
+// broker dies of it, and is brought back. Other disks are not full meanwhile.
 func TestDisksFill(t *testing.T) {
 	t.Parallel()
 	for _, namespace := range []string{"", "off"} {
@@ -652,7 +652,8 @@ func TestDisksFill(t *testing.T) {
 		if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
 			kafka = "apache"
 		}
-		cmd := exec.Command(program, "services", "-disks", "-redis", "miniredis", "-kafka", kafka, "-data", data)
+		cmd := exec.Command(program, "services", "-disks", "-redis", "miniredis", "-kafka", kafka,
+			"-data", data)
 		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
 		r := startCommand(t, data, cmd)
 		const fill = `WITH new AS (INSERT INTO kept SELECT repeat('x', 1000) FROM generate_series(1, 5000)
@@ -757,8 +758,8 @@ func (r *running) kafkaTime() time.Time {
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x",
-		"services -brokers 3", "services -secure", "services -logdirs 2", "services -port postgres", "-port redis=70000",
-		"audit more", "events -from x", "-replicas 0", "services more", "-nonsense", "events -n x"} {
+		"services -brokers 3", "services -secure", "services -logdirs 2", "services -port postgres",
+		"-port redis=70000", "audit more", "events -from x", "-replicas 0", "services more", "-nonsense", "events -n x"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
 			strings.Count(string(out), "\n") != 1 {
