@@ -1076,6 +1076,8 @@ func linuxOnly(t *testing.T, what string) {
 
 // TestChaosFailover: the primary is killed under load and its synchronous standby promoted, with the slot
 // synchronised to it, and without: then the new primary has no slot, and the gap is filled from the ledger.
+// The standby dies a moment before and comes back after, so that it has only what it wrote to its disk:
+// whatever was answered must be in that.
 func TestChaosFailover(t *testing.T) {
 	for _, synchronised := range []bool{true, false} {
 		t.Run(map[bool]string{true: "synchronised slot", false: "no slot"}[synchronised], func(t *testing.T) {
@@ -1102,12 +1104,13 @@ func TestChaosFailover(t *testing.T) {
 				t.Skip("before 17 there are no failover slots, and what was published may be lost with the " +
 					"primary: a stated non-guarantee")
 			}
-			port := c.startStandby(admin, folder, synchronised)
+			port, killStandby := c.startStandby(admin, folder, synchronised)
 			c.env = map[string]string{"DATABASE_URL": withHost(t, database, port), "REDIS_URL": s.RedisURL,
 				"KAFKA_BROKERS": s.KafkaBrokers, "KAFKA_PARTITIONS": "6", "REQUEST_TIMEOUT": "3s"}
 			c.begin()
-			standby := connect(t, onlyHost(t, s.DatabaseURL, port))
+			standbyURL := onlyHost(t, s.DatabaseURL, port)
 			if synchronised {
+				standby := connect(t, standbyURL)
 				eventually(t, 90*time.Second, "slot on the standby", func() bool {
 					var ready bool
 					err := standby.QueryRow(context.Background(),
@@ -1117,7 +1120,16 @@ func TestChaosFailover(t *testing.T) {
 				})
 			}
 			time.Sleep(5 * time.Second)
+			startStandby := killStandby()
+			time.Sleep(time.Second) // no write is answered now
 			c.command("kill postgres")
+			startStandby()
+			var standby *pgx.Conn
+			eventually(t, 30*time.Second, "the standby is back", func() bool {
+				standby, err = pgx.Connect(context.Background(), standbyURL)
+				return err == nil
+			})
+			defer standby.Close(context.Background())
 			began := time.Now()
 			if _, err := standby.Exec(context.Background(), `SELECT pg_promote()`); err != nil {
 				t.Fatal(err)
@@ -1125,15 +1137,17 @@ func TestChaosFailover(t *testing.T) {
 			eventually(t, 60*time.Second, "publishing from the new primary", func() bool {
 				return lastCheckpointOf(t, c.cfg).Timeline == 2
 			})
-			t.Logf("publishing %v after the primary's death", time.Since(began).Round(10*time.Millisecond))
+			t.Logf("publishing %v after the promotion", time.Since(began).Round(10*time.Millisecond))
 			time.Sleep(5 * time.Second)
 			c.finish()
 		})
 	}
 }
 
-// startStandby copies the stack's Postgres, starts the copy as its synchronous standby and returns its port.
-func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) (port string) {
+// startStandby copies the stack's Postgres, starts the copy as its synchronous standby and returns its port,
+// and what kills it; that in turn returns what starts it again.
+func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) (
+	port string, kill func() (start func())) {
 	t := c.t
 	c.exec(admin, `SELECT pg_create_physical_replication_slot('standby1')`)
 	// The copy runs as the original does, but for folder and port.
@@ -1179,22 +1193,27 @@ func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer log.Close()
+	t.Cleanup(func() { log.Close() })
 	for i, argument := range arguments {
 		if argument == folder {
 			arguments[i] = copied
 		}
 	}
 	arguments = append(arguments, "-c", "port="+port, "-c", "wal_receiver_status_interval=1s")
-	cmd := exec.Command(program, arguments...)
-	cmd.Stdout, cmd.Stderr = log, log
-	if cmd.SysProcAttr, err = proctest.NotRoot(copied); err != nil { // Postgres will not be root
-		t.Fatal(err)
+	start := func() (kill func()) {
+		cmd := exec.Command(program, arguments...)
+		cmd.Stdout, cmd.Stderr = log, log
+		if cmd.SysProcAttr, err = proctest.NotRoot(copied); err != nil { // Postgres will not be root
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		end := sync.OnceFunc(func() { cmd.Process.Signal(syscall.SIGQUIT); cmd.Wait() }) // at once, unsaved
+		t.Cleanup(end)
+		return end
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Signal(syscall.SIGQUIT); cmd.Wait() })
+	end := start()
 
 	primary := connect(t, c.servers.DatabaseURL)
 	eventually(t, 30*time.Second, "standby streams", func() bool {
@@ -1207,7 +1226,10 @@ func (c *chaos) startStandby(admin *pgx.Conn, folder string, synchronised bool) 
 	c.exec(primary, `ALTER SYSTEM SET synchronous_standby_names = 'standby1'`)
 	c.exec(primary, `ALTER SYSTEM SET synchronized_standby_slots = 'standby1'`)
 	c.exec(primary, `SELECT pg_reload_conf()`)
-	return port
+	return port, func() func() {
+		end()
+		return func() { start() }
+	}
 }
 
 // withHost names a second host in a URL, and asks for whichever is the primary.

@@ -758,8 +758,9 @@ func (r *running) kafkaTime() time.Time {
 func TestBadFlagsAreOneSentence(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"what", "services -kafka x", "services -redis x", "services -pgset x",
-		"services -brokers 3", "services -secure", "services -logdirs 2", "services -port postgres",
-		"-port redis=70000", "audit more", "events -from x", "-replicas 0", "services more", "-nonsense", "events -n x"} {
+		"services -brokers 3", "services -secure", "services -logdirs 2",
+		"services -port postgres", "-port redis=70000", "audit more", "events -from x",
+		"-replicas 0", "services more", "-nonsense", "events -n x"} {
 		out, err := exec.Command(program, strings.Fields(args)...).CombinedOutput()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 2 ||
 			strings.Count(string(out), "\n") != 1 {

@@ -3,9 +3,9 @@
 //
 // File by file: main.go is flags and help; stack.go is what runs and who watches it; process.go is child
 // processes and leaving none behind; postgres.go, redis.go, kafka.go and service.go are one server each;
-// ports.go gives them their ports; clock.go steps their clocks; disk.go fills their disks; secure.go is what
-// Kafka demands under -secure; fetch.go is the cache of downloads; events.go prints a topic; audit.go compares
-// it with the ledger; advice.go says what to do about faults.
+// ports.go gives them their ports; clock.go steps their clocks; disk.go fills their disks; secure.go is
+// what Kafka demands under -secure; fetch.go is the cache of downloads; events.go prints a topic; audit.go
+// compares it with the ledger; advice.go says what to do about faults.
 package main
 
 import (
