@@ -907,10 +907,9 @@ func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	p.last.System, p.last.DatabaseOID = p.id.System, p.id.Database
 	p.last.Slot, p.last.Partitions = p.cfg.replicationSlot, p.k.Partitions()
 	if p.past != nil {
-		at, err := p.past.at, p.recover(ctx)
+		err := p.recover(ctx)
 		p.past.forget() // its snapshot keeps vacuum from cleaning up
-		p.past = nil
-		return wal.Position{End: at}, err
+		return wal.Position{End: p.past.at}, err
 	}
 	if end, changed := p.id.History[p.last.Timeline]; changed && p.last.Timeline != p.id.Timeline {
 		from = switchTimeline(from, end)
@@ -989,7 +988,7 @@ func (p *publisher) commit(b *batch) error {
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
 	p.last = next
 	if record != nil {
-		if p.past == nil { // in a recovery nothing is confirmed: the receiver begins after it
+		if p.state.Load() != "recovering" { // then nothing is confirmed: the receiver begins after it
 			p.published.Store(uint64(b.upTo.End))
 		}
 		p.checkpointAt.Store(time.Now().UnixNano())
@@ -1124,17 +1123,12 @@ func (p *publisher) recover(ctx context.Context) error {
 	}
 	if errors.Is(err, errNoHorizon) {
 		slog.Warn("relay recovers from the beginning", "reason", err)
-		from, err = "the beginning", nil
-		if h != nil { // once the topic has grown again, this horizon would look as if it held
+		from = "the beginning"
+		if h != nil { // it goes with the first batch: in a topic grown again it would look as if it held
 			p.last.Horizon = nil
-			var at wal.Position
-			if at, err = p.last.Position(); err == nil {
-				err = p.commit(&batch{upTo: at})
-			}
+			g.batch.upTo, _ = p.last.Position() // settle has read it
 		}
-		if err == nil {
-			err = g.fillAll(ctx)
-		}
+		err = g.fillAll(ctx)
 	}
 	if err != nil {
 		return err
