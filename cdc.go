@@ -155,6 +155,7 @@ type relay struct {
 	// What writeMetrics and the operators' page show.
 	state, refusal                        atomic.Value // string; of the last refusal, until it is over
 	progress                              wal.Progress
+	stuck                                 kafka.Stuck  // while it leads
 	silent                                atomic.Int64 // since when Kafka owes an answer: ns since born, or 0
 	recent                                look.Recent  // events
 	batches, events, skipped              atomic.Int64
@@ -555,6 +556,7 @@ func (r *receiver) run(ctx context.Context, p *publisher) error {
 	r.enter("leader", "from", from.End, "timeline", r.id.Timeline)
 	go r.keepOutbox(publishing)
 	go r.keepHorizon(publishing)
+	go r.stuck.Watch(publishing, r.k)
 
 	err := r.receive(receiving)
 	select {
@@ -881,7 +883,14 @@ func (p *publisher) fence() error {
 func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	var found *checkpoint
 	err = p.waitKafka(func() (err error) {
-		found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+		// An orphaned transaction would hide the last checkpoint, and from a recovery the last events.
+		err = p.k.Whole(p.cfg.kafkaCheckpointTopic)
+		if err == nil && p.past != nil {
+			err = p.k.Whole(p.cfg.kafkaTopic)
+		}
+		if err == nil {
+			found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+		}
 		return err
 	})
 	if err != nil {
@@ -1364,6 +1373,8 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 		ago(r.pendingSince.Load()))
 	w.Gauge("wallet_relay_kafka_silent_seconds",
 		"How long Kafka has owed this replica an answer; 0 while it owes none.", ago(r.silent.Load()))
+	w.Gauge("wallet_relay_stuck_partitions", "Leader: partitions of its topics whose readers of what is "+
+		"committed get no further, since a transaction is open that nobody ends.", r.stuck.Partitions())
 	w.Gauge("wallet_relay_checkpoint_timestamp_seconds",
 		"Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
 	w.Gauge("wallet_relay_last_batch_seconds",

@@ -1191,7 +1191,7 @@ type relaying struct {
 	stop func()
 }
 
-func startRelay(t *testing.T, cfg *config) *relaying {
+func startRelay(t *testing.T, cfg *config, adjust ...func(*relay)) *relaying {
 	t.Helper()
 	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
 	if err != nil {
@@ -1199,6 +1199,9 @@ func startRelay(t *testing.T, cfg *config) *relaying {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
+	for _, change := range adjust {
+		change(r.relay)
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
