@@ -19,15 +19,16 @@ import (
 	"github.com/IBM/sarama"
 )
 
-// Unstable is a partition where a transaction is open: readers of what is committed get no further than From.
+// Unstable is a partition where a transaction is open: readers of what is committed get no further than
+// From.
 type Unstable struct {
 	Topic     string
 	Partition int32
 	From, End int64 // where it began, and where the partition ends; both offsets
 }
 
-// Unstable looks where transactions are open in the two topics: two questions for each broker. It asks without
-// Config.Busy: any goroutine may call it.
+// Unstable looks where transactions are open in the two topics: two questions for each broker. It asks
+// without Config.Busy: any goroutine may call it.
 func (c *Client) Unstable() ([]Unstable, error) {
 	// The ends first: what is written and committed in between shows as a stable end beyond them, not as an
 	// open transaction.
@@ -147,8 +148,8 @@ type Stuck struct {
 // Partitions is how many hold their readers back, as far as is known.
 func (s *Stuck) Partitions() float64 { return float64(s.partitions.Load()) }
 
-// Watch looks until ctx ends, and tells of each in a log line, with the command that ends it. What the brokers
-// do not tell stays as it was last known.
+// Watch looks until ctx ends, and tells of each in a log line, with the command that ends it. What the
+// brokers do not tell stays as it was last known.
 func (s *Stuck) Watch(ctx context.Context, c *Client) {
 	defer s.partitions.Store(0) // another may watch from now on
 	patience := cmp.Or(s.Patience, stuckPatience)
