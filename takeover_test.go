@@ -36,7 +36,6 @@ func TestTakeoverBehindAHugeTransaction(t *testing.T) {
 		{"committed just now, kill", true, "kill"},
 		{"committed just now, cut off from Kafka", true, "cut"},
 	} {
-		r := c.leader(nil)
 		tx, err := conn.Begin(context.Background())
 		if err != nil {
 			t.Fatal(err)
@@ -51,7 +50,7 @@ func TestTakeoverBehindAHugeTransaction(t *testing.T) {
 		if s.commits {
 			end()
 		}
-		r = c.leader(nil)
+		r := c.leader(nil)
 		var took takeover
 		if s.fault == "cut" {
 			heal := r.kafka[0].hole()
