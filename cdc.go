@@ -86,8 +86,7 @@ const (
 	// long as it took, up to this, and the next batch gathers; not so when it works off a backlog.
 	restMax = 10 * time.Millisecond
 
-	// Postgres sends each row by itself, and would wake us for each. While a batch waits for the publisher
-	// nothing is urgent: the next ones are let gather in the socket for so long.
+	// Each row would wake us. While a batch waits for the publisher, rows gather in the socket for so long.
 	listenPause = time.Millisecond
 
 	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the
@@ -155,6 +154,7 @@ type relay struct {
 	// What writeMetrics and the operators' page show.
 	state, refusal                        atomic.Value // string; of the last refusal, until it is over
 	progress                              wal.Progress
+	stuck                                 kafka.Stuck  // while it leads
 	silent                                atomic.Int64 // since when Kafka owes an answer: ns since born, or 0
 	recent                                look.Recent  // events
 	batches, events, skipped              atomic.Int64
@@ -560,6 +560,7 @@ func (r *receiver) run(ctx context.Context, p *publisher) error {
 	r.enter("leader", "from", from.End, "timeline", r.id.Timeline)
 	go r.keepOutbox(publishing)
 	go r.keepHorizon(publishing)
+	go r.stuck.Watch(publishing, r.k)
 
 	err := r.receive(receiving)
 	select {
@@ -886,7 +887,14 @@ func (p *publisher) fence() error {
 func (p *publisher) settle(ctx context.Context) (from wal.Position, err error) {
 	var found *checkpoint
 	err = p.waitKafka(func() (err error) {
-		found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+		// An orphaned transaction would hide the last checkpoint, and from a recovery the last events.
+		topics := []string{p.cfg.kafkaCheckpointTopic}
+		if p.past != nil {
+			topics = append(topics, p.cfg.kafkaTopic)
+		}
+		if err = p.k.Whole(topics...); err == nil {
+			found, err = lastCheckpoint(p.k, p.cfg.kafkaCheckpointTopic)
+		}
 		return err
 	})
 	if err != nil {
@@ -975,10 +983,10 @@ func (p *publisher) commit(b *batch) error {
 	}
 	err = p.waitKafka(func() error {
 		if err := p.producer.Send(messages, record); err != nil {
-			return fmt.Errorf("publish: %w", explainFencing(err))
+			return fmt.Errorf("publish: %w", kafka.Explain(err))
 		}
 		if err := p.producer.Commit(); err != nil {
-			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", explainFencing(err))
+			return fmt.Errorf("commit Kafka transaction, its outcome is unknown: %w", kafka.Explain(err))
 		}
 		return nil
 	})
@@ -1010,13 +1018,6 @@ func (p *publisher) commit(b *batch) error {
 		p.cache.put(p.ticket, newestBalances(b.events))
 	}
 	return nil
-}
-
-func explainFencing(err error) error {
-	if kafka.Fenced(err) {
-		return fmt.Errorf("fenced, another relay leads: %w", err)
-	}
-	return err
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1375,6 +1376,8 @@ func (r *relay) writeMetrics(w *metric.Writer) {
 		ago(r.pendingSince.Load()))
 	w.Gauge("wallet_relay_kafka_silent_seconds",
 		"How long Kafka has owed this replica an answer; 0 while it owes none.", ago(r.silent.Load()))
+	w.Gauge("wallet_relay_stuck_partitions", "Leader: partitions of its topics whose readers of what is "+
+		"committed get no further, since a transaction is open that nobody ends.", r.stuck.Partitions())
 	w.Gauge("wallet_relay_checkpoint_timestamp_seconds",
 		"Leader: when its checkpoint last moved.", seconds(r.checkpointAt.Load()))
 	w.Gauge("wallet_relay_last_batch_seconds",

@@ -323,6 +323,7 @@ type chaos struct {
 	load     *load
 	took     map[string][]time.Duration // of takeovers, by fault
 	redis    *redis.Client              // for faults of Redis; nil where none is drawn
+	names    *nameServer                // likewise, of names
 	fromHere int64
 }
 
@@ -352,6 +353,8 @@ func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
 	}
 	c.redis = redis.NewClient(options)
 	t.Cleanup(func() { c.redis.Close() })
+	c.names = newNameServer(t)
+	c.env["WALLET_TEST_DNS"] = c.names.conn.LocalAddr().String()
 	return c.begin()
 }
 
@@ -365,12 +368,12 @@ func (c *chaos) begin() *chaos {
 	delete(without, "KAFKA_BROKERS")
 	c.writer = newReplica(c.t, without, "chaos-writer")
 	c.writer.cutWrites(c.t)
-	c.writer.stepped = c.redis != nil
+	c.prepare(c.writer)
 	c.writer.start(c.t)
 	urls := []string{c.writer.url}
 	for i := range 2 {
 		r := newCuttableReplica(c.t, c.env, fmt.Sprint("relay", i))
-		r.stepped = c.redis != nil
+		c.prepare(r)
 		r.start(c.t)
 		c.replicas = append(c.replicas, r)
 		urls = append(urls, r.url)
@@ -378,6 +381,13 @@ func (c *chaos) begin() *chaos {
 	c.load = startLoad(urls, 8)
 	c.leader(nil)
 	return c
+}
+
+// prepare gives a replica the clock and the names of ours, where faults of them are drawn.
+func (c *chaos) prepare(r *replica) {
+	if r.stepped = c.names != nil; r.stepped {
+		r.byName()
+	}
 }
 
 // leader waits until some replica other than not leads.
@@ -759,24 +769,41 @@ var moreFaults = []fault{
 	}},
 	{"freeze Redis", func(c *chaos) {
 		// Longer than CACHE_TIMEOUT: each replica under load finds its puts lost, but the thaw may reach one
-		// before another has begun a new generation. The window closes when all have, and 3 s after the thaw
-		// at the latest.
-		before := make(map[*replica]float64)
-		for _, r := range c.all() {
-			before[r] = r.metric("wallet_cache_generations_total")
-		}
-		end := c.load.excuse()
-		defer end()
+		// before another has begun a new generation.
+		defer c.excuseCaches()()
 		c.command("pause redis")
 		time.Sleep(1500*time.Millisecond + time.Duration(rand.IntN(1000))*time.Millisecond)
 		c.command("resume redis")
-		for thawed := time.Now(); time.Since(thawed) < 3*time.Second; time.Sleep(20 * time.Millisecond) {
-			if !slices.ContainsFunc(c.all(), func(r *replica) bool {
-				return r.metric("wallet_cache_generations_total") <= before[r]
-			}) {
-				break
-			}
+	}},
+	{"names do not resolve", func(c *chaos) {
+		// Nobody who needs a new connection gets one; and those that there are end, all but a few.
+		defer c.excuseCaches()()
+		how := []int32{dnsSilent, dnsFailure, dnsNoName}[rand.IntN(3)]
+		before := c.names.failed.Load()
+		c.names.failing.Store(how)
+		c.onRedis("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+		conn := connect(c.t, c.env["DATABASE_URL"])
+		c.exec(conn, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+		for _, r := range c.replicas {
+			r.kafka[0].half.Store(true)
 		}
+		time.Sleep(time.Second)
+		c.writer.kill()
+		c.writer.start(c.t) // it finds no server at all
+		time.Sleep(6*time.Second + time.Duration(rand.IntN(6000))*time.Millisecond)
+		c.names.failing.Store(0)
+		back := time.Now()
+		failed := c.names.failed.Load() - before
+		if failed < 10 {
+			c.t.Errorf("only %d questions failed: this has proven nothing", failed)
+		}
+		for _, r := range c.all() {
+			eventually(c.t, 30*time.Second, "ready again: "+r.log, r.isReady)
+		}
+		c.leader(nil)
+		c.t.Logf("%d questions failed, way %d; all ready and led %v after names resolved again", failed,
+			how, time.Since(back).Round(10*time.Millisecond))
 	}},
 	{"replicas start while Kafka stands still", func(c *chaos) {
 		// A start begins a generation of the cache. The relay has older rows in hand than others answer then.
@@ -796,6 +823,27 @@ var moreFaults = []fault{
 			pause(500 * time.Millisecond)
 		}
 	}},
+}
+
+// excuseCaches opens the window of excuse, for a fault that takes Redis from all replicas for a while but may
+// end for one before the other. The returned function closes it when each has begun a new generation, and
+// 3 s later at the latest.
+func (c *chaos) excuseCaches() (end func()) {
+	before := make(map[*replica]float64)
+	for _, r := range c.all() {
+		before[r] = r.metric("wallet_cache_generations_total")
+	}
+	over := c.load.excuse()
+	return func() {
+		defer over()
+		for began := time.Now(); time.Since(began) < 3*time.Second; time.Sleep(20 * time.Millisecond) {
+			if !slices.ContainsFunc(c.all(), func(r *replica) bool {
+				return r.metric("wallet_cache_generations_total") <= before[r]
+			}) {
+				return
+			}
+		}
+	}
 }
 
 // huge commits one Postgres transaction of n entries, with their outbox rows.
@@ -818,6 +866,9 @@ func (c *chaos) audit() {
 	c.t.Helper()
 	for _, r := range c.all() {
 		log, err := os.ReadFile(r.log)
+		if bytes.Contains(log, []byte("a transaction that nobody ends")) { // but we end all
+			c.t.Fatalf("a replica says that consumers are held back, see %s", r.log)
+		}
 		if err != nil || bytes.Contains(log, []byte("\npanic: ")) ||
 			bytes.Contains(log, []byte("\nfatal error: ")) || bytes.Contains(log, []byte("DATA RACE")) {
 			c.t.Fatalf("a replica crashed, see %s (%v)", r.log, err)

@@ -945,10 +945,10 @@ func TestLastCheckpointIsFoundBackwards(t *testing.T) {
 	if _, err := k.NewProducer("test-" + g.cfg.replicationSlot); err != nil {
 		t.Fatal(err)
 	}
-	if err := producer.Commit(); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
+	if err := producer.Commit(); !strings.Contains(fmt.Sprint(kafka.Explain(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v at its transaction's end", err)
 	}
-	if err := write(2000, true); !strings.Contains(fmt.Sprint(explainFencing(err)), "fenced") {
+	if err := write(2000, true); !strings.Contains(fmt.Sprint(kafka.Explain(err)), "fenced") {
 		t.Errorf("a fenced producer was told %v", err)
 	}
 	if c, err := lastCheckpoint(k, g.cfg.kafkaCheckpointTopic); err != nil || c == nil || c.Events != 29 {

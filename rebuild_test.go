@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -214,6 +215,72 @@ func TestEmptyLedgerOfATopicIsNotServed(t *testing.T) {
 	if !strings.Contains(a.body, `"transaction_id":"1-2"`) {
 		t.Errorf("after the rebuild: %s", a)
 	}
+}
+
+// TestDamagedWallets: rows are changed by hand, past all triggers and constraints. The audit names their
+// wallets and no other; a rebuild onto the damaged ledger refuses, and writes nothing; one into a database
+// beside it is the ledger as it was, and goes on.
+func TestDamagedWallets(t *testing.T) {
+	env := testEnv(t, "KAFKA_BROKERS="+stack(t).KafkaBrokers, "KAFKA_PARTITIONS=3")
+	w := start(t, env)
+	one := func() *running { return w }
+	acknowledged := moveAtRandom(t, 8, 60, 12, one)
+	for id := 1; id <= 4; id++ { // so that each has a head that differs from the entry before
+		path := fmt.Sprintf("/v1/wallets/10%d/deposit", id)
+		w.mustPost(t, 200, path, `{"amount":"7","idempotency_key":"d"}`)
+		w.mustPost(t, 200, path, `{"amount":"8","idempotency_key":"e"}`)
+	}
+	w.end()
+	slot := env["REPLICATION_SLOT"]
+	original := published(t, w.cfg)
+	conn := connect(t, env["DATABASE_URL"])
+	if _, err := conn.Exec(context.Background(), `
+SET session_replication_role = replica;
+UPDATE wallet SET balance = 1000000 WHERE id = 101;                         -- a balance
+UPDATE wallet SET seq = 1, balance = 7 WHERE id = 102;                      -- a head, put back
+UPDATE entry SET amount = 9, balance = 16 WHERE wallet_id = 103 AND seq = 2; -- an entry and the head with it
+UPDATE wallet SET balance = 16 WHERE id = 103`, pgx.QueryExecModeSimpleProtocol); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	findings, err := runAudit(context.Background(), &w.cfg.relayConfig, 0, &said)
+	if err != nil || findings < 3 {
+		t.Errorf("%d findings, %v", findings, err)
+	}
+	for id := 1; id <= 104; id++ {
+		named := regexp.MustCompile(fmt.Sprintf(`\b(wallet |event )%d\b`, id)).MatchString(said.String())
+		if damaged := id >= 101 && id <= 103; named != damaged {
+			t.Errorf("wallet %d: named %v, damaged %v\n%s", id, named, damaged, said.String())
+		}
+	}
+	before := ledgerTables(t, env["DATABASE_URL"])
+	refusal, err := tryRebuild(w.cfg, "")
+	if err == nil {
+		t.Errorf("onto a damaged ledger: %s", refusal)
+	}
+	t.Logf("%s%v", said.String(), err)
+	sameLedger(t, before, ledgerTables(t, env["DATABASE_URL"]))
+
+	eventually(t, 20*time.Second, "slot dropped", func() bool {
+		_, err := conn.Exec(context.Background(), `SELECT pg_drop_replication_slot($1)`, slot)
+		return err == nil
+	})
+	env["DATABASE_URL"] = stack(t).database(t)
+	dropSlotAtEnd(t, slot)
+	cfg, err := readConfig(func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	migrated(t, cfg)
+	mustRebuild(t, cfg)
+	sameLedger(t, original, ledgerTables(t, cfg.databaseURL))
+	checkAudit(t, cfg)
+	w = start(t, env)
+	eventually(t, 30*time.Second, "leading", func() bool { return w.relay.state.Load() == "leader" })
+	checkAcknowledged(t, w, acknowledged)
+	w.mustPost(t, 200, "/v1/wallets/101/withdraw", `{"amount":"15","idempotency_key":"w"}`)
+	w.end()
+	published(t, cfg)
 }
 
 // TestBothWays: Kafka is lost, and new topics get the whole ledger; then Postgres is lost, and an empty

@@ -870,14 +870,18 @@ func newCuttableReplica(tb testing.TB, env map[string]string, name string) *repl
 			u.Host = r.postgres.listener.Addr().String()
 			r.env["REPLICATION_URL"] = u.String()
 		}
-		// Brokers tell their addresses in their answers: a port there is replaced by the proxy's.
+		// Brokers tell their addresses in their answers: host and port there are replaced by the proxy's.
 		var from, to [][]byte
 		var addresses []string
 		for broker := range strings.SplitSeq(brokers, ",") {
 			p := newProxy(tb, broker)
 			r.kafka = append(r.kafka, p)
-			addresses = append(addresses, p.listener.Addr().String())
-			from, to = append(from, advertised(broker)), append(to, advertised(p.listener.Addr().String()))
+			address := p.listener.Addr().String()
+			if r.env["WALLET_TEST_DNS"] != "" {
+				address = strings.Replace(address, "127.0.0.1", kafkaName, 1)
+			}
+			addresses = append(addresses, address)
+			from, to = append(from, advertised(broker)), append(to, advertised(address))
 		}
 		for _, p := range r.kafka {
 			p.frames = func(frame []byte) {
@@ -897,6 +901,99 @@ func newCuttableReplica(tb testing.TB, env map[string]string, name string) *repl
 		r.env["KAFKA_BROKERS"] = strings.Join(addresses, ",")
 	}
 	return r
+}
+
+// The names by which replicas know their servers, where a test has a name server. The broker's is as long as
+// the address in whose place it is put.
+const (
+	kafkaName    = "kafka.tst"
+	postgresName = "postgres.tst"
+	redisName    = "redis.tst"
+)
+
+// byName has a replica know its servers by name.
+func (r *replica) byName() {
+	for variable, name := range map[string]string{"DATABASE_URL": postgresName,
+		"REPLICATION_URL": postgresName, "REDIS_URL": redisName} {
+		r.env[variable] = strings.Replace(r.env[variable], "127.0.0.1", name, 1)
+	}
+	r.env["GODEBUG"] = "netdns=go" // not the C library's, which asks the machine's name server
+}
+
+// nameServer answers for these names: 127.0.0.1, unless it is told to fail.
+type nameServer struct {
+	conn    net.PacketConn
+	failing atomic.Int32 // how; 0: not at all
+	failed  atomic.Int64 // questions that it failed
+	asked   atomic.Int64 // questions that it answered
+}
+
+// How a name server fails: it is silent; it says that it failed; it says that there is no such name.
+const (
+	dnsSilent = 1 + iota
+	dnsFailure
+	dnsNoName
+)
+
+func newNameServer(tb testing.TB) *nameServer {
+	tb.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { conn.Close() })
+	s := &nameServer{conn: conn}
+	go func() {
+		buf := make([]byte, 1500)
+		for {
+			n, from, err := conn.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if answer := s.answer(buf[:n]); answer != nil {
+				conn.WriteTo(answer, from)
+			}
+		}
+	}()
+	return s
+}
+
+// answer is one message of RFC 1035; nil is none.
+func (s *nameServer) answer(question []byte) []byte {
+	end := bytes.IndexByte(question[12:], 0) + 12 + 5 // of the name, its type and class
+	if len(question) < end {
+		return nil
+	}
+	const response, recursion = 0x8000, 0x0180
+	code, answers := uint16(0), uint16(0)
+	if s.failing.Load() != 0 {
+		s.failed.Add(1)
+	} else {
+		s.asked.Add(1)
+	}
+	switch s.failing.Load() {
+	case dnsSilent:
+		return nil
+	case dnsFailure:
+		code = 2
+	case dnsNoName:
+		code = 3
+	default:
+		if !bytes.Contains(question[12:end], []byte("\x03tst\x00")) {
+			code = 3
+		} else if binary.BigEndian.Uint16(question[end-4:]) == 1 { // A; of any other type there is none
+			answers = 1
+		}
+	}
+	b := append([]byte{}, question[:2]...)
+	for _, n := range []uint16{response | recursion | code, 1, answers, 0, 0} {
+		b = binary.BigEndian.AppendUint16(b, n)
+	}
+	b = append(b, question[12:end]...)
+	if answers == 1 { // the name asked for, A, IN, for no time
+		b = append(b, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4, 127, 0, 0, 1)
+	}
+	return b
 }
 
 // advertised is how an address stands in Kafka's answers.
@@ -982,25 +1079,42 @@ func (r *replica) metric(name string) float64 {
 // memory is the service's resident set in MB: VmRSS now, VmHWM at its highest.
 func (r *replica) memory(size string) float64 { return proctest.Memory(r.cmd.Process.Pid, size) }
 
-// steppedBinary is the service with a clock that can be stepped. A Go program reads the kernel's clock, not
-// the C library's, where libfaketime sits; so this one is built with another time.Now, which adds what a file
-// says. Its monotonic clock stays.
+// steppedBinary is the service with a clock that can be stepped, and a name server of ours. A Go program
+// reads the kernel's clock, not the C library's, where libfaketime sits; so this one is built with another
+// time.Now, which adds what a file says. Its monotonic clock stays. And it asks the name server of
+// WALLET_TEST_DNS, if that is set: /etc/resolv.conf is the machine's, and knows no ports.
 var steppedBinary = sync.OnceValues(func() (string, error) {
 	out, err := exec.Command("go", "env", "GOROOT").Output()
 	if err != nil {
 		return "", err
 	}
-	source := filepath.Join(strings.TrimSpace(string(out)), "src", "time")
-	original, err := os.ReadFile(filepath.Join(source, "time.go"))
-	if err != nil {
+	folder := filepath.Join(testFolder, "stepped")
+	if err := os.MkdirAll(folder, 0o755); err != nil {
 		return "", err
 	}
-	const line = "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n"
-	if strings.Count(string(original), line) != 1 {
-		return "", fmt.Errorf("%s/time.go has no %q: this Go reads the clock elsewhere", source, line)
+	replace := make(map[string]string)
+	// patch adds text behind a line of a package of Go's own, and a file to the package.
+	patch := func(pkg, file, line, text, added string) {
+		if err != nil {
+			return
+		}
+		source := filepath.Join(strings.TrimSpace(string(out)), "src", pkg)
+		var original []byte
+		if original, err = os.ReadFile(filepath.Join(source, file)); err != nil {
+			return
+		}
+		if strings.Count(string(original), line) != 1 {
+			err = fmt.Errorf("%s/%s has no %q: this Go does it elsewhere", source, file, line)
+			return
+		}
+		changed, more := filepath.Join(folder, pkg+"-"+file), filepath.Join(folder, pkg+"-added.go")
+		replace[filepath.Join(source, file)], replace[filepath.Join(source, "added.go")] = changed, more
+		err = errors.Join(os.WriteFile(more, []byte(added), 0o644),
+			os.WriteFile(changed, []byte(strings.Replace(string(original), line, line+text, 1)), 0o644))
 	}
 	// The runtime asks for the time on its own stack too, where no system call may be: the file is mapped.
-	const reader = `package time
+	patch("time", "time.go", "func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n",
+		"\tsec += testClockSeconds()\n", `package time
 
 import (
 	"syscall"
@@ -1031,19 +1145,22 @@ func testClockSeconds() int64 {
 	}
 	return *testClock
 }
-`
-	folder := filepath.Join(testFolder, "stepped")
-	changed, added := filepath.Join(folder, "time.go"), filepath.Join(folder, "testclock.go")
-	overlay := filepath.Join(folder, "overlay.json")
-	text, err := json.Marshal(map[string]map[string]string{"Replace": {
-		filepath.Join(source, "time.go"): changed, filepath.Join(source, "testclock.go"): added}})
-	if err != nil {
-		return "", err
-	}
-	binary := filepath.Join(folder, "wallet")
-	now := strings.Replace(string(original), line, line+"\tsec += testClockSeconds()\n", 1)
-	if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(added, []byte(reader), 0o644),
-		os.WriteFile(overlay, text, 0o644), os.WriteFile(changed, []byte(now), 0o644)); err != nil {
+`)
+	patch("net", "dnsconfig_unix.go",
+		"\tconf := &dnsConfig{\n\t\tndots:    1,\n\t\ttimeout:  5 * time.Second,\n\t\tattempts: 2,\n\t}\n",
+		"\tif testDNS(conf) {\n\t\treturn conf\n\t}\n", `package net
+
+import "syscall"
+
+func testDNS(conf *dnsConfig) bool {
+	server, ok := syscall.Getenv("WALLET_TEST_DNS")
+	conf.servers = []string{server}
+	return ok
+}
+`)
+	overlay, binary := filepath.Join(folder, "overlay.json"), filepath.Join(folder, "wallet")
+	text, failed := json.Marshal(map[string]any{"Replace": replace})
+	if err := errors.Join(err, failed, os.WriteFile(overlay, text, 0o644)); err != nil {
 		return "", err
 	}
 	out, err = exec.Command("go", "build", "-overlay", overlay, "-o", binary, ".").CombinedOutput()
@@ -1206,7 +1323,7 @@ type relaying struct {
 	stop func()
 }
 
-func startRelay(t *testing.T, cfg *config) *relaying {
+func startRelay(t *testing.T, cfg *config, adjust ...func(*relay)) *relaying {
 	t.Helper()
 	db, err := pgxpool.New(context.Background(), cfg.databaseURL)
 	if err != nil {
@@ -1214,6 +1331,9 @@ func startRelay(t *testing.T, cfg *config) *relaying {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &relaying{relay: newRelay(&cfg.relayConfig, db, nil)}
+	for _, change := range adjust {
+		change(r.relay)
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -154,6 +154,7 @@ func findings(t *testing.T, _ *rig, one, _ *replica) {
 		`m.wallet_relay_kafka_silent_seconds = 3`:                                        "kafka",
 		`m.wallet_relay_lag_seconds = 3`:                                                 "lag",
 		`m.wallet_relay_slot_active = 0; m.wallet_relay_state = {'state="starting"': 1}`: "no-leader",
+		`m.wallet_relay_stuck_partitions = 1`:                                            "stuck",
 		`delete m.wallet_relay_slot`:                                                     "postgres",
 		`m.wallet_relay_slot = {'status="lost"': 1}`:                                     "slot",
 		`m.wallet_relay_slot = {'status="unreserved"': 1}`:                               "slot",

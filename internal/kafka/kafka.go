@@ -6,7 +6,8 @@
 // that what only an operator can put right is a ConfigError, and it never guesses: whether a request that
 // failed has had an effect is for its caller to look up.
 //
-// kafka.go is the connection and its login; topics.go makes and checks; producer.go writes; reader.go reads.
+// kafka.go is the connection and its login; topics.go makes and checks; producer.go writes; reader.go reads;
+// unstable.go finds transactions that nobody ends.
 package kafka
 
 import (

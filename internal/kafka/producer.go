@@ -290,9 +290,12 @@ func (p *Producer) end(commit bool) error {
 	return err
 }
 
-// Fenced says whether a producer's error is that a younger one of its id has been made.
-func Fenced(err error) bool {
-	return errors.Is(err, sarama.ErrProducerFenced) || errors.Is(err, sarama.ErrInvalidProducerEpoch)
+// Explain says of a producer's error what it means, if it is that a younger one of its id has been made.
+func Explain(err error) error {
+	if errors.Is(err, sarama.ErrProducerFenced) || errors.Is(err, sarama.ErrInvalidProducerEpoch) {
+		return fmt.Errorf("fenced, another leads: %w", err)
+	}
+	return err
 }
 
 // refusedForGood makes a ConfigError of an answer that no other attempt cures, and says what does. Anything

@@ -135,6 +135,10 @@ function findings() {
     add("lag", 2, "Events are behind.", "Kafka is slow, or one huge transaction is on its way. Nothing is " +
       "lost, and the relay catches up by itself.", "The lag grows", "lag");
   }
+  if (sample(s, "wallet_relay_stuck_partitions") > 0) {
+    add("stuck", 1, "Consumers are held back.", "A Kafka transaction is open that nobody ends. The log " +
+      "names it, with the command that ends it.", "Consumers are held back", "kafka");
+  }
   if (state !== undefined && slot === undefined) {
     add("postgres", 2, "Postgres does not answer.", "Clients get 503 and lose nothing: they send the same " +
       "request with the same key again. Mend Postgres.", "503s", "slot", "outbox");
