@@ -108,9 +108,6 @@ const (
 
 	// A new horizon is made so often; a recovery does again what was published since the last.
 	horizonInterval = 2 * time.Second
-
-	// How long the log of what moved is kept, and so how far back -audit -since may go.
-	movedKept, auditSpanMax = 49 * time.Hour, 48 * time.Hour
 )
 
 // relayRefusal is what only an operator can put right, in one sentence that says how.

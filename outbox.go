@@ -38,6 +38,9 @@ import (
 const (
 	eventType   = "wallet.entry.v1"
 	eventSource = "/v1/wallets" // ce_source; together with ce_subject it is the wallet's path
+
+	// How long the log of what moved is kept, and so how far back -audit -since may go.
+	movedKept, auditSpanMax = 49 * time.Hour, 48 * time.Hour
 )
 
 // entryColumns is an entry as it is read, wherever it is.
