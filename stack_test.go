@@ -86,10 +86,9 @@ func TestMain(m *testing.M) {
 			&slog.HandlerOptions{Level: slog.LevelDebug})))
 	}
 	var err error
-	if testFolder, err = os.MkdirTemp("/var/tmp", "wallet-test-"); err != nil {
+	if testFolder, err = proctest.Folder("test"); err != nil {
 		panic(err)
 	}
-	os.Chmod(testFolder, 0o755) // Postgres may run as somebody else
 	code := m.Run()
 	if stackStarted.Load() {
 		if s, err := sharedStack(); err == nil {
@@ -171,6 +170,11 @@ func startServers(flags ...string) (*servers, error) {
 		return nil, fmt.Errorf("dev %s: %w\n%s", strings.Join(args, " "), err, said)
 	}
 	return s, nil
+}
+
+// startStores starts servers whose Kafka nobody is to use: the embedded one, which is there at once.
+func startStores(flags ...string) (*servers, error) {
+	return startServers(append(flags, "-kafka", "embedded")...)
 }
 
 func (s *servers) stop() {
@@ -1420,10 +1424,16 @@ func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 	return p.End
 }
 
-// checkStream audits ledger and topic, and reads the topic a second time by sarama's own consumer.
+// checkStream audits ledger and topic, and reads the topic a second time.
 func checkStream(t *testing.T, cfg *config) {
 	t.Helper()
 	checkAudit(t, cfg)
+	checkEvents(t, cfg)
+}
+
+// checkEvents reads the topic, all published, by sarama's own consumer, and compares it with the ledger.
+func checkEvents(t *testing.T, cfg *config) {
+	t.Helper()
 	conn := connect(t, cfg.databaseURL)
 	entries := func() (all, expiries int) {
 		if err := conn.QueryRow(context.Background(), `

@@ -17,10 +17,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-var hugeRows = flag.Int("huge", 0, "rows of the transaction that a leader goes behind; 0: not measured")
+var takeoverRows = flag.Int("huge", 0, "rows of the transaction that a leader goes behind; 0: not measured")
 
 func TestTakeoverBehindAHugeTransaction(t *testing.T) {
-	if *hugeRows == 0 {
+	if *takeoverRows == 0 {
 		t.Skip("it only measures: -args -huge 500000")
 	}
 	c := newChaos(t, nil)
@@ -41,7 +41,7 @@ func TestTakeoverBehindAHugeTransaction(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.fromHere++
-		insertByHand(t, tx, 1_000_000+c.fromHere, *hugeRows)
+		insertByHand(t, tx, 1_000_000+c.fromHere, *takeoverRows)
 		end := func() {
 			if err := tx.Commit(context.Background()); err != nil {
 				t.Fatal(err)
@@ -70,7 +70,7 @@ func TestTakeoverBehindAHugeTransaction(t *testing.T) {
 			}
 		}
 		t.Logf("%s: of %d rows; slot free after %v, another leads after %v, next event after %v", s.name,
-			*hugeRows, took.free, took.leads, took.event)
+			*takeoverRows, took.free, took.leads, took.event)
 		if !s.commits {
 			end()
 		}
