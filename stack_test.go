@@ -86,10 +86,9 @@ func TestMain(m *testing.M) {
 			&slog.HandlerOptions{Level: slog.LevelDebug})))
 	}
 	var err error
-	if testFolder, err = os.MkdirTemp("/var/tmp", "wallet-test-"); err != nil {
+	if testFolder, err = proctest.Folder("test"); err != nil {
 		panic(err)
 	}
-	os.Chmod(testFolder, 0o755) // Postgres may run as somebody else
 	code := m.Run()
 	if stackStarted.Load() {
 		if s, err := sharedStack(); err == nil {

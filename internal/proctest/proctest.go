@@ -1,6 +1,6 @@
 // Package proctest tells tests of real servers what the system knows of a process: how it was started, what
-// it holds in memory, and as whom a copy of it may run. It reads /proc, so only Linux answers. Elsewhere its
-// functions return an error or 0.
+// it holds in memory, and as whom a copy of it may run. That it reads in /proc, so only Linux answers;
+// elsewhere these functions return an error or 0. And it gives a run of tests the folder of its servers.
 package proctest
 
 import (

@@ -1,12 +1,15 @@
 package proctest
 
 import (
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func linuxOnly(t *testing.T) {
@@ -54,5 +57,42 @@ func TestNotRoot(t *testing.T) {
 	}
 	if written, err := os.ReadFile(folder + "/file"); string(written) != "here\n" {
 		t.Errorf("%q, %v", written, err)
+	}
+}
+
+// TestFoldersOfFailedRuns: the newest few stay, and one in use does, however old; other names' are not ours.
+func TestFoldersOfFailedRuns(t *testing.T) {
+	parent := t.TempDir()
+	inUse, err := folderIn(parent, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := []string{"wallet-a-1", "wallet-a-2", "wallet-a-3", "wallet-a-4", "wallet-a-5"} // oldest first
+	for i, folder := range append([]string{inUse, parent + "/wallet-b-1"}, failed...) {
+		if i > 0 {
+			folder = filepath.Join(parent, filepath.Base(folder))
+			err = os.MkdirAll(folder+"/data", 0o700)
+		}
+		at := time.Now().Add(time.Duration(i-100) * time.Hour)
+		if err := errors.Join(err, os.Chtimes(folder, at, at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	own, err := folderIn(parent, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, _ := os.ReadDir(parent)
+	var names []string
+	for _, entry := range left {
+		names = append(names, entry.Name())
+	}
+	want := append([]string{filepath.Base(inUse), filepath.Base(own), "wallet-b-1"}, failed[2:]...)
+	slices.Sort(want)
+	if !slices.Equal(names, want) {
+		t.Errorf("left are %s, want %s", names, want)
+	}
+	if info, err := os.Stat(own); err != nil || info.Mode().Perm() != 0o755 {
+		t.Errorf("%v, %v", info, err)
 	}
 }
