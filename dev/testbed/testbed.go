@@ -26,9 +26,12 @@ import (
 // foldersKept is how many failed tests of a name keep their folder: one can hold gigabytes of a database.
 const foldersKept = 3
 
+// foldersYoung is how long a folder stays in any case: an older checkout's test takes no lock.
+const foldersYoung = time.Hour
+
 // Folder makes a folder that Postgres, which may run as somebody else, can reach. It is kept if the test
-// fails. Of the same name's earlier folders it removes all but the newest few, and none that a living process
-// made here. (The service's own tests do the same by internal/proctest: another module.)
+// fails. Of the same name's earlier folders it removes all but the newest few and the young, and none that a
+// living process made here. (The service's own tests do the same by internal/proctest: another module.)
 func Folder(t *testing.T, name string) string {
 	t.Helper()
 	sweep(filepath.Join("/var/tmp", "wallet-"+name+"-*"))
@@ -75,6 +78,9 @@ func sweep(pattern string) {
 	}
 	slices.SortFunc(found, func(a, b string) int { return changed[b].Compare(changed[a]) })
 	for _, folder := range found[min(len(found), foldersKept):] {
+		if time.Since(changed[folder]) < foldersYoung {
+			continue
+		}
 		if dir, err := lock(folder); err == nil {
 			os.RemoveAll(folder)
 			dir.Close()

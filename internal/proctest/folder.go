@@ -11,9 +11,12 @@ import (
 // foldersKept is how many failed runs of a name keep their folder: one can hold gigabytes of a database.
 const foldersKept = 3
 
+// foldersYoung is how long a folder stays in any case: an older checkout's run takes no lock.
+const foldersYoung = time.Hour
+
 // Folder makes a folder in /var/tmp, wallet-NAME-something, for the data and logs of a run's servers, and has
 // them enter it whoever they run as. The caller removes it, unless the run failed. Of the same name's earlier
-// folders it removes all but the newest few, and none that a living process made here.
+// folders it removes all but the newest few and the young, and none that a living process made here.
 func Folder(name string) (string, error) { return folderIn("/var/tmp", name) }
 
 func folderIn(parent, name string) (string, error) {
@@ -45,6 +48,9 @@ func sweep(pattern string) {
 	}
 	slices.SortFunc(found, func(a, b string) int { return changed[b].Compare(changed[a]) })
 	for _, folder := range found[min(len(found), foldersKept):] {
+		if time.Since(changed[folder]) < foldersYoung {
+			continue
+		}
 		dir, err := os.Open(folder)
 		if err != nil {
 			continue

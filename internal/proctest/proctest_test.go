@@ -2,6 +2,7 @@ package proctest
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -60,7 +61,8 @@ func TestNotRoot(t *testing.T) {
 	}
 }
 
-// TestFoldersOfFailedRuns: the newest few stay, and one in use does, however old; other names' are not ours.
+// TestFoldersOfFailedRuns: the newest few and the young stay, and one in use does, however old. Other names'
+// are not ours.
 func TestFoldersOfFailedRuns(t *testing.T) {
 	parent := t.TempDir()
 	inUse, err := folderIn(parent, "a")
@@ -82,7 +84,10 @@ func TestFoldersOfFailedRuns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	left, _ := os.ReadDir(parent)
+	left, err := os.ReadDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var names []string
 	for _, entry := range left {
 		names = append(names, entry.Name())
@@ -91,6 +96,17 @@ func TestFoldersOfFailedRuns(t *testing.T) {
 	slices.Sort(want)
 	if !slices.Equal(names, want) {
 		t.Errorf("left are %s, want %s", names, want)
+	}
+	for i := range 2 * foldersKept { // all of them young
+		if err := os.Mkdir(fmt.Sprintf("%s/wallet-c-%d", parent, i), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := folderIn(parent, "c"); err != nil {
+		t.Fatal(err)
+	}
+	if young, _ := filepath.Glob(parent + "/wallet-c-*"); len(young) != 2*foldersKept+1 {
+		t.Errorf("%d young folders are left", len(young))
 	}
 	if info, err := os.Stat(own); err != nil || info.Mode().Perm() != 0o755 {
 		t.Errorf("%v, %v", info, err)
