@@ -298,7 +298,7 @@ func TestLedgersShareNothing(t *testing.T) {
 // TestRedisComesBackWithOlderData: a snapshot that lacks the last puts. Its connections die unnoticed while
 // nobody uses them.
 func TestRedisComesBackWithOlderData(t *testing.T) {
-	s, err := startServers()
+	s, err := startStores()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -431,7 +431,7 @@ func TestCacheInAllOrders(t *testing.T) {
 // TestRedisAway: without Redis everything is answered from Postgres in time; when it is back, with old data,
 // nothing old is served.
 func TestRedisAway(t *testing.T) {
-	s, err := startServers()
+	s, err := startStores()
 	if err != nil {
 		t.Fatal(err)
 	}

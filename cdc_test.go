@@ -480,14 +480,14 @@ func TestAnotherDatabase(t *testing.T) {
 // grown past the checkpoint before it looks, and so does -adopt; the cache forgets what never was. New topics
 // get the ledger as it is.
 func TestPutBackVolume(t *testing.T) {
+	s, err := startServers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
 	for _, how := range []string{"at once", "overtaken", "nothing published since"} {
 		t.Run(how, func(t *testing.T) {
 			overtaken, quiet := how == "overtaken", how == "nothing published since"
-			s, err := startServers()
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(s.stop)
 			env := testEnv(t, "DATABASE_URL="+s.database(t), "REDIS_URL="+s.RedisURL, "KAFKA_PARTITIONS=3")
 			without := start(t, env) // a relay
 			env = maps.Clone(env)

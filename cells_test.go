@@ -172,7 +172,7 @@ func copyLedger(t *testing.T, from, to string) {
 // TestPostgresWithoutLogicalWAL: a server that was found in place of the one that was meant is met with what
 // to do, in the relay's own log line.
 func TestPostgresWithoutLogicalWAL(t *testing.T) {
-	s, err := startServers("-pgset", "wal_level=replica")
+	s, err := startStores("-pgset", "wal_level=replica")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -316,7 +318,7 @@ func TestHoldsExpireByTheDatabasesClock(t *testing.T) {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache and libfaketime, as the chaos tests do")
 	}
-	s, err := startServers("-clocks")
+	s, err := startStores("-clocks")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1530,29 +1532,33 @@ func TestBatchesAtOnce(t *testing.T) {
 			"Content-Length: %d\r\n\r\n{", len(body))
 		slow = append(slow, conn)
 	}
-	eventually(t, 2*time.Second, "all are being read", func() bool {
+	eventually(t, 8*time.Second, "all are being read", func() bool {
 		return w.ledger.manyNow.Load() == manyAtOnce
 	})
 	refuses(t, w.post("/v1/batches", body), 503, "overloaded", "")
 	w.mustPost(t, 200, "/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"d"}`)
 	slow[0].Close()
-	eventually(t, 2*time.Second, "a place is free", func() bool {
+	eventually(t, 8*time.Second, "a place is free", func() bool {
 		return w.post("/v1/batches", body).status == 200
 	})
 }
 
 // TestBatchCounts: against the client's rate, into debt once, and against the queue's bound.
 func TestBatchCounts(t *testing.T) {
-	w := start(t, testEnv(t, "RATE_LIMIT=10", "RATE_BURST=20"))
+	w := start(t, testEnv(t, "RATE_LIMIT=1", "RATE_BURST=20"))
+	began := time.Now()
 	deposits := slices.Repeat([]string{`{"op":"deposit","wallet_id":1,"amount":"1"}`}, 40)
 	a := w.mustPost(t, 200, "/v1/batches", batchOf("b", deposits...))
-	if a.header.Get("RateLimit") != `"default";r=0;t=4` {
-		t.Errorf("40 of a burst of 20 leave %s", a.header.Get("RateLimit"))
-	}
 	b := w.post("/v1/batches", batchOf("c", deposits...))
 	refuses(t, b, 429, "rate_limited", "")
-	if b.header.Get("Retry-After") != "3" {
-		t.Errorf("in debt of 20, at 10 a second: Retry-After %s", b.header.Get("Retry-After"))
+	var full int // until the burst is there again
+	if n, _ := fmt.Sscanf(a.header.Get("RateLimit"), `"default";r=0;t=%d`, &full); n != 1 {
+		t.Errorf("40 of a burst of 20 leave %s", a.header.Get("RateLimit"))
+	}
+	wait, _ := strconv.Atoi(b.header.Get("Retry-After"))
+	took := int(math.Ceil(time.Since(began).Seconds())) // they pay some of it meanwhile
+	if full > 40 || full < 40-took || wait > 21 || wait < 21-took {
+		t.Errorf("in debt of 20, at 1 a second: %v, Retry-After %d", a.header, wait)
 	}
 
 	w = start(t, testEnv(t, "WRITE_QUEUE_MAX=50"))
@@ -1560,7 +1566,7 @@ func TestBatchCounts(t *testing.T) {
 	tx := holdWallet(t, w, 1)
 	first := make(chan answer)
 	go func() { first <- w.post("/v1/batches", batchOf("b", deposits...)) }()
-	eventually(t, time.Second, "it waits", func() bool { return w.ledger.reruns.Load() > 0 })
+	eventually(t, 3*time.Second, "it waits", func() bool { return w.ledger.reruns.Load() > 0 })
 	go w.post("/v1/batches", batchOf("c", deposits...))
 	eventually(t, 2*time.Second, "it waits as well", func() bool { return w.ledger.queue.Waiting() >= 40 })
 	refuses(t, w.post("/v1/batches", batchOf("d", deposits[:20]...)), 503, "overloaded", "")

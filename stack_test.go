@@ -172,6 +172,11 @@ func startServers(flags ...string) (*servers, error) {
 	return s, nil
 }
 
+// startStores starts servers whose Kafka nobody is to use: the embedded one, which is there at once.
+func startStores(flags ...string) (*servers, error) {
+	return startServers(append(flags, "-kafka", "embedded")...)
+}
+
 func (s *servers) stop() {
 	s.stdin.Close()
 	s.cmd.Wait()

@@ -234,7 +234,7 @@ func TestCacheAfterARetryElsewhere(t *testing.T) {
 
 // TestPostgresCrashes: immediate stop under load, and start: every acknowledged operation is there, once.
 func TestPostgresCrashes(t *testing.T) {
-	s, err := startServers()
+	s, err := startStores()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func TestPostgresCrashes(t *testing.T) {
 
 // TestPostgresAway: reads and writes are refused with 503 while Postgres is away, and served again after.
 func TestPostgresAway(t *testing.T) {
-	s, err := startServers()
+	s, err := startStores()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -310,6 +310,14 @@ func holdWallet(t *testing.T, w *running, id int64) pgx.Tx {
 	return tx
 }
 
+// patientEnv is of a service whose batches wait for a lock for longer than a busy machine makes a test wait.
+func patientEnv(t *testing.T, more ...string) map[string]string {
+	t.Helper()
+	env := testEnv(t, more...)
+	env["DATABASE_URL"] += "&lock_timeout=3500ms" // less than statement_timeout
+	return env
+}
+
 // TestLockedWalletDoesNotFailItsNeighbours: one wallet is held for long, and the others' operations go on.
 func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 	w := start(t, testEnv(t, "WRITERS=1"))
@@ -337,14 +345,14 @@ func TestLockedWalletDoesNotFailItsNeighbours(t *testing.T) {
 // TestStalledBatchHoldsUpNobody: while a batch waits for a lock at Postgres, others start beside it, too few
 // to be worth it as they are.
 func TestStalledBatchHoldsUpNobody(t *testing.T) {
-	w := start(t, testEnv(t))
+	w := start(t, patientEnv(t))
 	for id := 1; id <= 2; id++ {
 		w.mustPost(t, 200, fmt.Sprintf("/v1/wallets/%d/deposit", id), `{"amount":"1","idempotency_key":"a"}`)
 	}
 	tx := holdWallet(t, w, 1)
 	stalled := make(chan answer)
 	go func() { stalled <- w.post("/v1/wallets/1/deposit", `{"amount":"1","idempotency_key":"b"}`) }()
-	eventually(t, 400*time.Millisecond, "the first batch waits for the lock", func() bool {
+	eventually(t, 2*time.Second, "the first batch waits for the lock", func() bool {
 		var waiting int
 		err := tx.QueryRow(context.Background(),
 			`SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity
@@ -363,7 +371,7 @@ func TestStalledBatchHoldsUpNobody(t *testing.T) {
 
 // TestBadNeighbour: one operation that the database refuses fails alone.
 func TestBadNeighbour(t *testing.T) {
-	w := start(t, testEnv(t, "WRITERS=1"))
+	w := start(t, patientEnv(t, "WRITERS=1"))
 	conn := connect(t, w.env["DATABASE_URL"])
 	if _, err := conn.Exec(context.Background(),
 		`ALTER TABLE entry ADD CONSTRAINT of_this_test CHECK (idempotency_key <> 'bad')`); err != nil {
@@ -428,10 +436,10 @@ func TestStalledWriterIsThrownOut(t *testing.T) {
 // TestFullQueueIsRefused: bounded, with Retry-After, and nothing done.
 func TestFullQueueIsRefused(t *testing.T) {
 	l := newLedger(ledgerConfig{queueOpsMax: 1, writers: 1, batchOpsMax: 1}, nil, nil, nil)
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go l.do(ctx, &book.Operation{})
-	eventually(t, time.Second, "queued", func() bool { return l.queue.Waiting() == 1 })
+	eventually(t, 8*time.Second, "queued", func() bool { return l.queue.Waiting() == 1 })
 	if err := l.do(ctx, &book.Operation{}); !errors.Is(err, errOverloaded) {
 		t.Errorf("%v, want errOverloaded", err)
 	}
