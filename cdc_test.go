@@ -286,6 +286,7 @@ func TestRecoveryFillsTheGap(t *testing.T) {
 		"moved": `SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())`,
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			g := newRig(t)
 			r := startRelay(t, g.cfg)
 			g.deposit(t, 10)
@@ -761,6 +762,7 @@ func TestRecoveryAsksNoClock(t *testing.T) {
 
 // TestRecordsOfAnyTime: Postgres' clock is two hours ahead, which Kafka 4 refuses by default.
 func TestRecordsOfAnyTime(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker takes any time")
 	}
@@ -797,74 +799,74 @@ func TestRecordsOfAnyTime(t *testing.T) {
 // TestAuditFinds: what must not be, staged.
 func TestAuditFinds(t *testing.T) {
 	ctx := context.Background()
+	hold := [2]string{"/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`}
 	for name, c := range map[string]struct {
 		stage func(t *testing.T, g *rig)
 		want  string
+		moves [][2]string // of before, path and body; an audit waits long for what is not published
 	}{
-		"repeated": {func(t *testing.T, g *rig) { forge(t, g, "1", "1-1", `{}`) }, "event 1-1 is repeated"},
+		"repeated": {func(t *testing.T, g *rig) {
+			forge(t, g, "1", "1-1", `{}`)
+		}, "event 1-1 is repeated", nil},
 		"gap": {func(t *testing.T, g *rig) {
 			forge(t, g, "1", "1-9", `{}`)
-		}, "those between are missing"},
+		}, "those between are missing", nil},
 		"invented": {func(t *testing.T, g *rig) {
 			forge(t, g, "99", "99-1", `{}`)
-		}, "event 99-1 is in the topic, but the ledger ends at number 0"},
+		}, "event 99-1 is in the topic, but the ledger ends at number 0", nil},
 		"foreign": {func(t *testing.T, g *rig) {
 			forge(t, g, "1", "2-2", `{}`)
-		}, "not an event of this service"},
+		}, "not an event of this service", nil},
 		"differing": {func(t *testing.T, g *rig) {
 			g.mustExec(t,
 				`ALTER TABLE entry DISABLE TRIGGER ALL;
 				UPDATE entry SET idempotency_key = 'x' WHERE wallet_id = 1 AND seq = 1`)
-		}, "at least one differs"},
+		}, "at least one differs", nil},
 		"missing": {func(t *testing.T, g *rig) {
 			g.mustExec(t, `UPDATE wallet SET seq = seq + 1, balance = balance + 1 WHERE id = 1;
 				INSERT INTO entry SELECT id, seq, null, null, entry_at, 'deposit', 1, balance, 'x'
 					FROM wallet WHERE id = 1`)
-		}, "not in the topic"},
+		}, "not in the topic", nil},
 		"balance": {func(t *testing.T, g *rig) {
 			g.mustExec(t, `UPDATE wallet SET balance = balance + 1 WHERE id = 2`)
-		}, "wallet 2: its balance, time or held is not its last entry's"},
+		}, "wallet 2: its balance, time or held is not its last entry's", nil},
 		"held": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
 			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL;
 				ALTER TABLE entry DROP CONSTRAINT held_before_within_balance;
 				UPDATE entry SET held = 0.5 WHERE kind = 'hold'; UPDATE wallet SET held = 0.5 WHERE id = 1`)
-		}, "what it holds is not what was held before plus its change"},
+		}, "what it holds is not what was held before plus its change", [][2]string{hold}},
 		"hold": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
 			g.mustExec(t, `UPDATE hold SET remaining = 0, status = 'voided'`)
-		}, "its row is not what its entries say"},
+		}, "its row is not what its entries say", [][2]string{hold}},
 		"capture": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 201, "/v1/wallets/1/holds", `{"amount":"1","idempotency_key":"h"}`)
-			g.mustPost(t, 200, "/v1/holds/1-4/capture", `{"idempotency_key":"c"}`)
 			g.mustExec(t,
 				`ALTER TABLE entry DISABLE TRIGGER ALL; UPDATE entry SET of_seq = 1 WHERE of_seq = 4`)
-		}, "there is no open hold that it could be of"},
+		}, "there is no open hold that it could be of", [][2]string{hold,
+			{"/v1/holds/1-4/capture", `{"idempotency_key":"c"}`}}},
 		"state": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"frozen","idempotency_key":"s"}`)
 			g.mustExec(t, `UPDATE wallet SET state = 'open' WHERE id = 2`)
-		}, "wallet 2: its state is not what its last entry of that kind says"},
+		}, "wallet 2: its state is not what its last entry of that kind says", [][2]string{
+			{"/v1/wallets/2/state", `{"state":"frozen","idempotency_key":"s"}`}}},
 		"frozen": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
-			g.mustPost(t, 200, "/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"s2"}`)
 			g.mustExec(t, `ALTER TABLE entry DISABLE TRIGGER ALL;
 				UPDATE entry SET note = '{"state":"frozen"}' WHERE kind = 'state';
 				UPDATE wallet SET state = 'frozen' WHERE id = 2`)
-		}, "the wallet was frozen"},
+		}, "the wallet was frozen", [][2]string{
+			{"/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`},
+			{"/v1/wallets/2/deposit", `{"amount":"1","idempotency_key":"s2"}`}}},
 		"reversal": {func(t *testing.T, g *rig) {
-			g.mustPost(t, 200, "/v1/transactions/2-1/reverse", `{"amount":"0.5","idempotency_key":"r"}`)
 			g.mustExec(t, `UPDATE reversal SET reversed = 1`)
-		}, "transaction 2-1: how much of it was reversed is not what its entries say"},
+		}, "transaction 2-1: how much of it was reversed is not what its entries say", [][2]string{
+			{"/v1/transactions/2-1/reverse", `{"amount":"0.5","idempotency_key":"r"}`}}},
 		"reference": {func(t *testing.T, g *rig) {
-			body := `{"amount":"1","reference":"r","idempotency_key":"r"}`
-			g.mustPost(t, 200, "/v1/wallets/2/deposit", body)
 			g.mustExec(t, `DELETE FROM reference`)
-		}, "it is not found by its reference"},
+		}, "it is not found by its reference", [][2]string{
+			{"/v1/wallets/2/deposit", `{"amount":"1","reference":"r","idempotency_key":"r"}`}}},
 		"leg": {func(t *testing.T, g *rig) {
 			g.mustExec(t,
 				`ALTER TABLE entry DISABLE TRIGGER ALL;
 				UPDATE entry SET counterparty_seq = 7 WHERE kind = 'transfer_in'`)
-		}, "the other leg"},
+		}, "the other leg", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -872,6 +874,11 @@ func TestAuditFinds(t *testing.T) {
 			r := startRelay(t, g.cfg)
 			g.deposit(t, 10)
 			g.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
+			for _, move := range c.moves {
+				if a := g.post(move[0], move[1]); a.status/100 != 2 {
+					t.Fatalf("POST %s: %s", move[0], a)
+				}
+			}
 			checkStream(t, g.cfg)
 			r.stop()
 			c.stage(t, g)

@@ -1569,6 +1569,7 @@ func TestPathTricks(t *testing.T) {
 
 // TestSlowClientsHoldNothing: clients that send a byte now and then are cut off, and nobody waits for them.
 func TestSlowClientsHoldNothing(t *testing.T) {
+	t.Parallel()
 	w := start(t, testEnv(t))
 	var cut atomic.Int64
 	var slow sync.WaitGroup
