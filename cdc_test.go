@@ -584,7 +584,7 @@ func TestPutBackVolume(t *testing.T) {
 			}
 			if quiet { // the topic holds nothing that this ledger lacks: it goes on
 				deposit(w, 3)
-				eventually(t, 40*time.Second, "leading", func() bool {
+				eventually(t, 80*time.Second, "leading", func() bool {
 					return w.relay.state.Load() == "leader"
 				})
 				checkStream(t, w.cfg)
