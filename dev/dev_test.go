@@ -21,6 +21,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -257,16 +258,33 @@ func (r *running) produce(topic, value string, commit kgo.TransactionEndTry) {
 // events runs the subcommand and returns its lines.
 func (r *running) events(args ...string) []string {
 	r.t.Helper()
+	return r.eventsAfter(func() {}, args...)
+}
+
+// eventsAfter is events, which calls speaks when the subcommand first says something on standard error.
+func (r *running) eventsAfter(speaks func(), args ...string) []string {
+	r.t.Helper()
 	ctx, cancel := context.WithTimeout(r.t.Context(), 30*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, append([]string{"events", "-data", r.data}, args...)...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	stderr := &listener{speaks: sync.OnceFunc(speaks)}
+	cmd.Stderr = stderr
 	out, err := cmd.Output()
 	if err != nil {
-		r.t.Fatalf("events %v: %v after %s%s", args, err, out, &stderr)
+		r.t.Fatalf("events %v: %v after %s%s", args, err, out, &stderr.said)
 	}
 	return strings.Split(strings.TrimSpace(string(out)), "\n")
+}
+
+// listener is told what a program says.
+type listener struct {
+	said   bytes.Buffer
+	speaks func()
+}
+
+func (l *listener) Write(text []byte) (int, error) {
+	l.speaks()
+	return l.said.Write(text)
 }
 
 func TestServicesObeyAndLeaveNothing(t *testing.T) {
@@ -424,8 +442,15 @@ func TestEventsPrintsCommittedOnly(t *testing.T) {
 	t.Parallel()
 	r := start(t, t.TempDir(), "services")
 	waiting := make(chan []string, 1)
-	go func() { waiting <- r.events("-topic", "t", "-n", "1") }() // before there is a topic: all of it is new
-	time.Sleep(300 * time.Millisecond)
+	waits := make(chan struct{})
+	go func() { // before there is a topic: all of it is new
+		waiting <- r.eventsAfter(func() { close(waits) }, "-topic", "t", "-n", "1")
+	}()
+	select {
+	case <-waits:
+	case <-time.After(30 * time.Second):
+		t.Fatal("it does not say that it waits for the topic")
+	}
 	r.makeTopic("t")
 	r.produce("t", `{"n":1}`, kgo.TryCommit)
 	r.produce("t", `{"n":2}`, kgo.TryAbort)
