@@ -846,8 +846,8 @@ func (c *chaos) excuseCaches() (end func()) {
 	}
 }
 
-// rowsOfHuge is how many entries a huge transaction has: several Kafka transactions' worth, more in a long run.
-// Each costs the comparisons at the end.
+// rowsOfHuge is how many entries a huge transaction has: several Kafka transactions' worth, more in a long
+// run. Each costs the comparisons at the end.
 func rowsOfHuge() int {
 	if *chaosFor > 0 {
 		return 10 * batchEventsMax
