@@ -467,7 +467,7 @@ var faults = []fault{
 		for _, r := range c.replicas {
 			before[r] = r.metric("wallet_relay_events_total")
 		}
-		c.huge(hugeRows())
+		c.huge(rowsOfHuge())
 		var r *replica
 		eventually(c.t, 60*time.Second, "some of it published", func() bool {
 			i := slices.IndexFunc(c.replicas, func(r *replica) bool {
@@ -591,7 +591,7 @@ var faults = []fault{
 		r.start(c.t)
 	}},
 	{"a huge transaction and a kill in it", func(c *chaos) {
-		n := hugeRows()
+		n := rowsOfHuge()
 		if *chaosFor > 0 && c.fromHere < 100_000 {
 			n, c.fromHere = 1_000_000, c.fromHere+100_000 // once in a long run
 		}
@@ -846,9 +846,9 @@ func (c *chaos) excuseCaches() (end func()) {
 	}
 }
 
-// hugeRows is how many entries a huge transaction has: several Kafka transactions' worth, more in a long run.
-// Each costs the comparisons at the end.
-func hugeRows() int {
+// rowsOfHuge is how many entries a huge transaction has: several Kafka transactions' worth, more in a long
+// run. Each costs the comparisons at the end.
+func rowsOfHuge() int {
 	if *chaosFor > 0 {
 		return 10 * batchEventsMax
 	}
