@@ -49,7 +49,9 @@ func (c *chaos) putKafkaBack(folder, pattern string) {
 	c.t.Helper()
 	shell := func(script string) {
 		c.t.Helper()
-		c.command("stop kafka")
+		// As a snapshot of a volume is: after a crash. Kafka 4.3.0, stopped in order, may keep a transaction
+		// for complete whose markers no partition has (KAFKA-20734): then the relay refuses to recover.
+		c.command("kill kafka")
 		if out, err := exec.Command("sh", "-ec", script, "-", folder, pattern).CombinedOutput(); err != nil {
 			c.t.Fatalf("%v: %s", err, out)
 		}
