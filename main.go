@@ -253,7 +253,9 @@ func (s *service) run(ctx context.Context, listener net.Listener) error {
 			return err
 		}
 		if s.relay != nil {
-			if err := parts.WaitFor(ctx, "the ledger", s.relay.mayBegin); err != nil {
+			began := time.Now()
+			may := func(ctx context.Context) error { return s.relay.mayBegin(ctx, began) }
+			if err := parts.WaitFor(ctx, "the ledger", may); err != nil {
 				return err
 			}
 		}
@@ -465,26 +467,38 @@ func (r *relay) takeTopic(ctx context.Context, k *kafka.Client) (topic rebuild.T
 	return topic, last, err
 }
 
+// emptyPatience is how long an empty ledger waits for Kafka's word on its topic.
+const emptyPatience = 5 * time.Second
+
 // mayBegin refuses an empty ledger whose topic holds events: they are all that is left of it, and what is
-// posted before a rebuild would get their numbers. Any other ledger may serve without Kafka.
-func (r *relay) mayBegin(ctx context.Context) error {
+// posted before a rebuild would get their numbers. Any other ledger may serve without Kafka, and so may this
+// one when Kafka has not answered for emptyPatience since: then its relay will refuse instead.
+func (r *relay) mayBegin(ctx context.Context, since time.Time) error {
 	var empty bool
 	err := r.db.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM wallet)`).Scan(&empty)
 	if err != nil || !empty {
 		return err
 	}
 	open := func() (*kafka.Client, error) { return kafka.Open(kafkaConfig(r.cfg, nil)) }
-	k, err := kafka.Within(ctx, kafkaPatience, open, (*kafka.Client).Close)
-	if err != nil {
-		return fmt.Errorf("it is empty, and whether the topic is cannot be seen yet: kafka: %w", err)
+	k, err := kafka.Within(ctx, emptyPatience, open, (*kafka.Client).Close)
+	if err == nil {
+		err = r.checkTail(ctx, k)
+		go k.Close()
 	}
-	defer func() { go k.Close() }()
-	err = r.checkTail(ctx, k)
-	if refusal, refused := refusalIn(err); refused {
+	var refusal relayRefusal
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &refusal):
 		r.refusal.Store(string(refusal))
 		r.enter("refused")
+		return err
+	case time.Since(since) > emptyPatience:
+		slog.WarnContext(ctx, "this ledger is empty, and is served though Kafka does not say whether its "+
+			"topic is: if a ledger was lost, stop the service and run wallet -rebuild", "error", err)
+		return nil
 	}
-	return err
+	return fmt.Errorf("it is empty, and whether its topic is cannot be seen yet: %w", err)
 }
 
 // prepare makes the database ready for writes.

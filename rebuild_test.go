@@ -198,9 +198,14 @@ func TestEmptyLedgerOfATopicIsNotServed(t *testing.T) {
 	}
 	silent := *cfg
 	silent.kafkaBrokers = []string{"127.0.0.1:1"}
-	mayBegin := func() error { return newRelay(&silent.relayConfig, w.reads, nil).mayBegin(t.Context()) }
-	if err := mayBegin(); err == nil || !strings.Contains(err.Error(), "cannot be seen yet") {
+	mayBegin := func(since time.Time) error {
+		return newRelay(&silent.relayConfig, w.reads, nil).mayBegin(t.Context(), since)
+	}
+	if err := mayBegin(time.Now()); err == nil || !strings.Contains(err.Error(), "cannot be seen yet") {
 		t.Errorf("empty, and without Kafka: %v", err)
+	}
+	if err := mayBegin(time.Now().Add(-emptyPatience)); err != nil {
+		t.Errorf("empty, and without Kafka for long: %v", err)
 	}
 	w.end()
 	eventually(t, 10*time.Second, "rebuilt", func() bool { // once the service's connections have ended
@@ -208,7 +213,7 @@ func TestEmptyLedgerOfATopicIsNotServed(t *testing.T) {
 		return err == nil
 	})
 	w = start(t, env)
-	if err := mayBegin(); err != nil {
+	if err := mayBegin(time.Now()); err != nil {
 		t.Errorf("with wallets, and without Kafka: %v", err)
 	}
 	a := w.mustPost(t, 200, path, body)
