@@ -255,7 +255,7 @@ func TestAuditSince(t *testing.T) {
 			g.mustPost(t, 200, "/v1/wallets/2/state", `{"state":"no_out","idempotency_key":"s"}`)
 			time.Sleep(100 * time.Millisecond)
 			mark := time.Now()
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(time.Second) // the audit goes back from when it has all its connections
 			g.deposit(t, 10)
 			g.mustPost(t, 200, "/v1/wallets/1/transfer", `{"amount":"1","to_id":3,"idempotency_key":"t"}`)
 			g.mustPost(t, 200, "/v1/holds/1-2/capture", `{"amount":"0.2","idempotency_key":"c"}`)
