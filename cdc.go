@@ -86,9 +86,6 @@ const (
 	// long as it took, up to this, and the next batch gathers; not so when it works off a backlog.
 	restMax = 10 * time.Millisecond
 
-	// Each row would wake us. While a batch waits for the publisher, rows gather in the socket for so long.
-	listenPause = time.Millisecond
-
 	// walSenderTimeout is how long Postgres keeps the slot for a leader that has gone silent, and so the
 	// time of a takeover from one that was cut off. statusInterval must stay well below it.
 	walSenderTimeout = 5 * time.Second
@@ -599,9 +596,6 @@ func (r *receiver) receive(ctx context.Context) error {
 	for {
 		_ = socket.SetReadDeadline(time.Now().Add(statusInterval))
 		for ctx.Err() == nil {
-			if len(r.mail) > 0 && r.conn.Frontend().ReadBufferLen() == 0 {
-				time.Sleep(listenPause)
-			}
 			m, err := wal.Next(r.conn)
 			if pgconn.Timeout(err) {
 				break
