@@ -724,11 +724,12 @@ func errSeqNotReached(walletID, has, wants int64) *book.Refusal {
 }
 
 // entriesBetween visits a wallet's entries from one to another, both included, a page at a time: entries
-// never change, so that no snapshot has to last. visit's entry is used again.
+// never change, so that no snapshot has to last. The first page is short, for whoever waits for the first
+// lines. visit's entry is used again.
 func (r *reader) entriesBetween(ctx context.Context, walletID, from, to int64,
 	visit func(*book.Entry) error) error {
-	const page = 1000
-	for ; from <= to; from += page {
+	const first, further = 250, 1000
+	for page := int64(first); from <= to; from, page = from+page, further {
 		ctx, cancel := context.WithTimeout(ctx, r.timeout)
 		where := `WHERE w.id = $1 AND e.wallet_id = $1 AND e.seq BETWEEN $2 AND $3 ORDER BY e.seq`
 		args := []any{walletID, from, min(from+page-1, to)}
