@@ -730,11 +730,15 @@ func (r *reader) entriesBetween(ctx context.Context, walletID, from, to int64,
 	visit func(*book.Entry) error) error {
 	const first, further = 250, 1000
 	for page := int64(first); from <= to; from, page = from+page, further {
-		ctx, cancel := context.WithTimeout(ctx, r.timeout)
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		// A client that leaves costs no connection: pgx closes one whose query is cut off.
+		reading, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 		where := `WHERE w.id = $1 AND e.wallet_id = $1 AND e.seq BETWEEN $2 AND $3 ORDER BY e.seq`
 		args := []any{walletID, from, min(from+page-1, to)}
 		var read []book.Entry // a connection is not to wait for a client
-		err := readEntries(ctx, r.db, where, args, func(e *book.Entry) error {
+		err := readEntries(reading, r.db, where, args, func(e *book.Entry) error {
 			read = append(read, *e)
 			return nil
 		})
