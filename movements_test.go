@@ -1491,23 +1491,32 @@ func TestPiecesStayInOrder(t *testing.T) {
 	}
 	tx := holdWallet(t, w, 1)
 	operations := []string{`{"op":"transfer","wallet_id":2,"to_id":1,"amount":"1","idempotency_key":"first"}`}
-	for id := range 3 * pieceMax {
+	const pieces = 10
+	for id := range pieces * pieceMax {
 		operations = append(operations,
 			fmt.Sprintf(`{"op":"deposit","wallet_id":%d,"amount":"1","idempotency_key":"d"}`, 10+id))
+		if id%pieceMax == 0 {
+			operations = append(operations, fmt.Sprintf(
+				`{"op":"withdraw","wallet_id":2,"amount":"0.1","idempotency_key":"w%d"}`, id))
+		}
 	}
 	operations = append(operations,
 		`{"op":"withdraw","wallet_id":2,"amount":"2","idempotency_key":"last"}`)
 	answers := make(chan answer, 1)
 	go func() { answers <- w.post("/v1/batches", eachOf(operations...)) }()
 	eventually(t, 10*time.Second, "the others are posted", func() bool {
-		return w.get(fmt.Sprintf("/v1/wallets/%d", 9+3*pieceMax)).status == 200
+		return w.get(fmt.Sprintf("/v1/wallets/%d", 9+pieces*pieceMax)).status == 200
 	})
 	if got := w.get("/v1/wallets/2").json(t); got["balance"] != "10" {
 		t.Errorf("wallet 2 while it waits: %v", got)
 	}
+	before := w.ledger.batches.Load()
 	tx.Rollback(context.Background())
 	if a := <-answers; a.status != 200 || strings.Count(a.body, `"transaction_id"`) != len(operations) {
 		t.Errorf("%s", a)
+	}
+	if n := w.ledger.batches.Load() - before; n >= pieces/2 { // what all pieces put off goes on together
+		t.Errorf("%d batches after the wallet was free", n)
 	}
 	history := w.get("/v1/wallets/2/history").body
 	first, last := strings.Index(history, `"first"`), strings.Index(history, `"last"`)

@@ -723,9 +723,8 @@ type task struct {
 	ctx      context.Context // the request's: if it ends before a batch forms, the task is dropped
 	done     chan struct{}   // closed after the outcomes are final
 
-	// The outcome of operations together: an error, and of which one it is.
-	err error
-	at  int
+	err error // the outcome of operations together,
+	at  int   // and which one it is of
 
 	room struct { // for one, as most are
 		ops     [1]*book.Operation
@@ -772,17 +771,20 @@ func (t *task) settle(p *book.Posting) {
 
 // settleAgain decides what was refused for lack of funds once more.
 func (t *task) settleAgain(p *book.Posting) {
-	lacksFunds := func(err error) bool {
-		var no *book.Refusal
-		return errors.As(err, &no) && no.Code == "insufficient_funds"
-	}
-	if t.together && lacksFunds(t.err) {
+	if !t.together {
+		p.SettleShort(t.ops)
+	} else if book.LacksFunds(t.err) {
 		t.settle(p)
 	}
-	for _, op := range t.ops {
-		if !t.together && lacksFunds(op.Err) {
-			p.Settle(op, book.Outcome{})
-		}
+}
+
+// ended says that its outcome is final.
+func (t *task) ended() bool {
+	select {
+	case <-t.done:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -811,11 +813,11 @@ func (l *ledger) doTogether(ctx context.Context, ops []*book.Operation) (at int,
 	if !l.queue.Reserve(len(ops), true) {
 		return 0, errOverloaded
 	}
-	t, err := l.pass(ctx, newTask(ctx, true, true, ops...))
+	last, err := l.pass(ctx, newTask(ctx, true, true, ops...))
 	if err != nil {
 		return 0, err
 	}
-	return t.at, t.err
+	return last[0].at, last[0].err
 }
 
 // A commit takes so many operations of requests with many, and fewer while there are single ones, which may
@@ -837,53 +839,51 @@ func (l *ledger) doEach(ctx context.Context, ops []*book.Operation) (errs []erro
 		t := newTask(ctx, false, true, some...)
 		t.parked = parked
 		pieces = append(pieces, t)
-		l.queue.Put(t)
 	}
-	for _, t := range pieces {
-		last, err := l.await(ctx, t)
-		for _, op := range t.ops {
-			if err == nil || !slices.Contains(last.ops, op) {
-				errs = append(errs, op.Err)
-			} else {
-				errs = append(errs, errUnavailable) // it may be written to still
-			}
+	last, err := l.pass(ctx, pieces...)
+	unknown := func(op *book.Operation) bool { // it may be written to still, or be put off
+		i := slices.IndexFunc(last, func(t *task) bool { return slices.Contains(t.ops, op) })
+		return i >= 0 && (!last[i].ended() || op.Err == book.ErrLocked)
+	}
+	errs = slices.Repeat([]error{errUnavailable}, len(ops))
+	for i, op := range ops {
+		if err == nil || !unknown(op) {
+			errs[i] = op.Err
 		}
 	}
 	return errs, nil
 }
 
-// pass queues a task, whose size is reserved, and waits for its outcome.
-func (l *ledger) pass(ctx context.Context, t *task) (last *task, err error) {
-	l.queue.Put(t)
-	return l.await(ctx, t)
-}
-
-// await waits for a task's outcome. What was put off is queued again, as a task of its own. The error says
-// that ctx ended, before the outcome of the last task was known.
-func (l *ledger) await(ctx context.Context, t *task) (last *task, err error) {
-	const pause = 100 * time.Millisecond
+// pass queues a request's tasks, whose sizes are reserved, and waits for their outcomes. What was put off is
+// queued again, as one task. The error says that ctx ended before all outcomes of the last were known.
+func (l *ledger) pass(ctx context.Context, tasks ...*task) (last []*task, err error) {
 	for {
-		select {
-		case <-t.done:
-		case <-ctx.Done():
-			return t, errUnavailable
+		for _, t := range tasks {
+			l.queue.Put(t)
 		}
-		off := slices.Clone(t.ops)
-		if !t.together {
-			off = slices.DeleteFunc(off, func(op *book.Operation) bool { return op.Err != book.ErrLocked })
-		} else if t.err != book.ErrLocked {
-			off = nil
+		var off []*book.Operation
+		for _, t := range tasks {
+			select {
+			case <-t.done:
+				if !t.together {
+					off = append(off, book.PutOff(t.ops)...)
+				} else if t.err == book.ErrLocked {
+					off = t.ops
+				}
+			case <-ctx.Done():
+				return tasks, errUnavailable
+			}
 		}
 		if len(off) == 0 {
-			return t, nil
+			return tasks, nil
 		}
-		t = newTask(ctx, t.together, t.many, off...)
-		t.again, t.parked = true, make(map[int64]bool)
-		if parts.Sleep(ctx, pause) != nil {
-			return t, errUnavailable
+		again := newTask(ctx, tasks[0].together, tasks[0].many, off...)
+		again.again, again.parked = true, make(map[int64]bool)
+		tasks = []*task{again}
+		if parts.Sleep(ctx, 100*time.Millisecond) != nil {
+			return tasks, errUnavailable
 		}
-		l.queue.Renew(len(off), t.many)
-		l.queue.Put(t)
+		l.queue.Renew(len(off), again.many)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -69,7 +70,8 @@ func (p *Posting) Settle(op *Operation, former Outcome) {
 }
 
 // SettleEach decides operations in order, each by itself. What is put off puts off those behind it on its
-// wallets, so that they stay in order: parked holds these wallets, and those of pieces before.
+// wallets, so that they stay in order: parked holds these wallets, and those of pieces before. A single
+// operation needs none.
 func (p *Posting) SettleEach(ops []*Operation, parked map[int64]bool) {
 	for _, op := range ops {
 		former := op.Forget()
@@ -85,6 +87,26 @@ func (p *Posting) SettleEach(ops []*Operation, parked map[int64]bool) {
 			}
 		}
 	}
+}
+
+// PutOff are the operations that were put off.
+func PutOff(ops []*Operation) []*Operation {
+	return slices.DeleteFunc(slices.Clone(ops), func(op *Operation) bool { return op.Err != ErrLocked })
+}
+
+// SettleShort decides operations once more that were refused for lack of funds, each by itself.
+func (p *Posting) SettleShort(ops []*Operation) {
+	for _, op := range ops {
+		if LacksFunds(op.Err) {
+			p.Settle(op, Outcome{})
+		}
+	}
+}
+
+// LacksFunds says that an error is that refusal.
+func LacksFunds(err error) bool {
+	var no *Refusal
+	return errors.As(err, &no) && no.Code == "insufficient_funds"
 }
 
 // SettleAll decides operations together, in order, each seeing those before it: all are posted, or none. An
