@@ -798,6 +798,8 @@ type publisher struct {
 	records  eventRecords // of the transaction under way
 	last     checkpoint   // as last committed, or as found
 	ticket   ticket       // for the cache
+
+	streaming bool // the receiver has begun: until then nothing is confirmed
 }
 
 // run settles where to go on from, then publishes what the receiver hands over. Any error ends the stay: a
@@ -819,6 +821,7 @@ func (p *publisher) run(ctx context.Context) error {
 	}
 	p.ticket = p.cache.ticket()
 	p.ticket.early = true
+	p.streaming = true
 	select {
 	case p.ready <- from:
 	case <-ctx.Done():
@@ -987,7 +990,7 @@ func (p *publisher) commit(b *batch) error {
 	// Published. A crash from here to the confirmation repeats nothing: the checkpoint says so.
 	p.last = next
 	if record != nil {
-		if p.state.Load() != "recovering" { // then nothing is confirmed: the receiver begins after it
+		if p.streaming {
 			p.published.Store(uint64(b.upTo.End))
 		}
 		p.checkpointAt.Store(time.Now().UnixNano())
