@@ -607,23 +607,30 @@ func TestPostgresAsNobody(t *testing.T) {
 	r.end()
 }
 
+// startAs starts services with Postgres, as root, in a namespace or, where that is "off", as the user nobody.
+// Kafka is Apache's in the first case, if the tests are asked for that.
+func startAs(t *testing.T, namespace string, args ...string) (r *running, kafka string) {
+	t.Helper()
+	data := t.TempDir()
+	if err := os.Chmod(filepath.Dir(data), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	kafka = "embedded"
+	if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
+		kafka = "apache"
+	}
+	cmd := exec.Command(program, append([]string{"services", "-kafka", kafka, "-data", data}, args...)...)
+	cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
+	return startCommand(t, data, cmd), kafka
+}
+
 // TestClocksAreStepped: each server's clock goes where it is told while the server runs, stays there over a
 // restart, and comes back. As root, Postgres runs in a namespace first, then as the user nobody, who must be
 // able to read its clock's file.
 func TestClocksAreStepped(t *testing.T) {
 	t.Parallel()
 	for _, namespace := range []string{"", "off"} {
-		data := t.TempDir()
-		if err := os.Chmod(filepath.Dir(data), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		kafka := "embedded"
-		if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
-			kafka = "apache"
-		}
-		cmd := exec.Command(program, "services", "-clocks", "-kafka", kafka, "-data", data)
-		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
-		r := startCommand(t, data, cmd)
+		r, kafka := startAs(t, namespace, "-clocks")
 		// stands tells that a clock is that far from ours, but for what asking takes.
 		stands := func(name string, offset time.Duration, now func() time.Time) {
 			t.Helper()
@@ -669,18 +676,7 @@ func TestClocksAreStepped(t *testing.T) {
 func TestDisksFill(t *testing.T) {
 	t.Parallel()
 	for _, namespace := range []string{"", "off"} {
-		data := t.TempDir()
-		if err := os.Chmod(filepath.Dir(data), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		kafka := "embedded"
-		if os.Getenv("WALLET_TEST_KAFKA") == "apache" && namespace == "" {
-			kafka = "apache"
-		}
-		cmd := exec.Command(program, "services", "-disks", "-redis", "miniredis", "-kafka", kafka,
-			"-data", data)
-		cmd.Env = append(os.Environ(), "WALLET_DEV_USERNS="+namespace)
-		r := startCommand(t, data, cmd)
+		r, kafka := startAs(t, namespace, "-disks", "-redis", "miniredis")
 		const fill = `WITH new AS (INSERT INTO kept SELECT repeat('x', 1000) FROM generate_series(1, 5000)
 			RETURNING 1) SELECT count(*)::text FROM new`
 		r.sql("CREATE TABLE kept (x text)")
@@ -704,7 +700,7 @@ func TestDisksFill(t *testing.T) {
 				break
 			}
 		}
-		log, err := os.ReadFile(filepath.Join(data, "logs", "postgres.log"))
+		log, err := os.ReadFile(filepath.Join(r.data, "logs", "postgres.log"))
 		if err != nil || !strings.Contains(string(log), "PANIC:  could not write to file") {
 			t.Errorf("Postgres did not die for want of WAL: %s, %v", ended, err)
 		}

@@ -18,6 +18,7 @@ require (
 	k8s.io/api v0.25.16
 	k8s.io/apimachinery v0.25.16
 	sigs.k8s.io/yaml v1.4.0
+	wallet v0.0.0
 )
 
 require (
@@ -57,3 +58,5 @@ tool (
 	golang.org/x/tools/cmd/deadcode
 	honnef.co/go/tools/cmd/staticcheck
 )
+
+replace wallet => ../

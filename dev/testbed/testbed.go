@@ -21,26 +21,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"wallet/internal/proctest"
 )
 
-// foldersKept is how many failed tests of a name keep their folder: one can hold gigabytes of a database.
-const foldersKept = 3
-
-// foldersYoung is how long a folder stays in any case: an older checkout's test takes no lock.
-const foldersYoung = time.Hour
-
 // Folder makes a folder that Postgres, which may run as somebody else, can reach. It is kept if the test
-// fails. Of the same name's earlier folders it removes all but the newest few and the young, and none that a
-// living process made here. (The service's own tests do the same by internal/proctest: another module.)
+// fails, within proctest.Folder's bounds.
 func Folder(t *testing.T, name string) string {
 	t.Helper()
-	sweep(filepath.Join("/var/tmp", "wallet-"+name+"-*"))
-	folder, err := os.MkdirTemp("/var/tmp", "wallet-"+name+"-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	os.Chmod(folder, 0o755)
-	inUse, err := lock(folder)
+	folder, err := proctest.Folder(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,42 +39,8 @@ func Folder(t *testing.T, name string) string {
 		} else {
 			os.RemoveAll(folder)
 		}
-		inUse.Close()
 	})
 	return folder
-}
-
-// lock takes a folder's lock, if nobody has it. Closing the file lets go of it, and so does the end of the
-// process, however that ends.
-func lock(folder string) (*os.File, error) {
-	dir, err := os.Open(folder)
-	if err == nil {
-		if err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-			dir.Close()
-		}
-	}
-	return dir, err
-}
-
-// sweep removes folders but the newest. What it cannot remove stays: it is no fault of the test that begins.
-func sweep(pattern string) {
-	found, _ := filepath.Glob(pattern)
-	changed := make(map[string]time.Time, len(found))
-	for _, folder := range found {
-		if info, err := os.Lstat(folder); err == nil {
-			changed[folder] = info.ModTime()
-		}
-	}
-	slices.SortFunc(found, func(a, b string) int { return changed[b].Compare(changed[a]) })
-	for _, folder := range found[min(len(found), foldersKept):] {
-		if time.Since(changed[folder]) < foldersYoung {
-			continue
-		}
-		if dir, err := lock(folder); err == nil {
-			os.RemoveAll(folder)
-			dir.Close()
-		}
-	}
 }
 
 // Build compiles the program of a module.
