@@ -48,8 +48,9 @@ var (
 	benchProfile = flag.String("bench.profile", "", "folder for the service's CPU profiles")
 	benchSet     = flag.String("bench.set", "",
 		"settings of the service under test, NAME=value separated by blanks")
-	large = flag.Bool("large", false, "BenchmarkGrowth, BenchmarkMigration and BenchmarkLongWallet, too: "+
-		"up to 10,000,000 wallets and 50,000,000 entries; some minutes and about 20 GB each")
+	large = flag.Bool("large", false, "BenchmarkGrowth, BenchmarkMigration, BenchmarkLongWallet and "+
+		"BenchmarkTakeover, too: up to 10,000,000 wallets and 50,000,000 entries; some minutes and about "+
+		"20 GB each")
 	benchOther = flag.String("bench.other", "",
 		"another release's program, which BenchmarkRelease compares with this one")
 	benchEntries = flag.Int("bench.entries", 50_000_000, "entries of BenchmarkMigration's ledger")

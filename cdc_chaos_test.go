@@ -243,7 +243,7 @@ func (l *load) now(fault string) {
 }
 
 // checkReads demands that there were reads, that the cache served some, and that none was behind.
-func (l *load) checkReads(t *testing.T) {
+func (l *load) checkReads(t testing.TB) {
 	t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -266,7 +266,7 @@ func (l *load) done() int {
 }
 
 // checkTroubles demands that whatever was wrong was answered as such: by a 503 with a code that clients know.
-func (l *load) checkTroubles(t *testing.T) {
+func (l *load) checkTroubles(t testing.TB) {
 	t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -284,7 +284,7 @@ func (l *load) end() {
 }
 
 // check: every acknowledged movement is in the ledger. Not twice, since the database's constraints forbid it.
-func (l *load) check(t *testing.T, databaseURL string) {
+func (l *load) check(t testing.TB, databaseURL string) {
 	t.Helper()
 	rows, _ := connect(t, databaseURL).Query(context.Background(),
 		`SELECT wallet_id, idempotency_key FROM entry WHERE kind <> 'transfer_in'`)
@@ -314,7 +314,7 @@ const slotKeepSize = "1GB"
 
 // chaos is one run.
 type chaos struct {
-	t        *testing.T
+	t        testing.TB
 	servers  *servers
 	env      map[string]string
 	cfg      *config
@@ -327,7 +327,7 @@ type chaos struct {
 	fromHere int64
 }
 
-func newChaos(t *testing.T, flags []string, settings ...string) *chaos {
+func newChaos(t testing.TB, flags []string, settings ...string) *chaos {
 	if os.Getenv("WALLET_TEST_KAFKA") != "apache" {
 		t.Skip("needs WALLET_TEST_KAFKA=apache: the embedded broker does not survive being killed")
 	}

@@ -120,7 +120,7 @@ func (c *chaos) fillLogDirectory(broker string) {
 }
 
 // useUpWAL writes on a full disk until Postgres has used what it keeps of segments, and dies for want of one.
-func useUpWAL(t *testing.T, databaseURL string) {
+func useUpWAL(t testing.TB, databaseURL string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()

@@ -1364,7 +1364,7 @@ func (r *relaying) await(t *testing.T, state string) {
 }
 
 // insertByHand writes n entries of one wallet, outbox rows included, in the given transaction.
-func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
+func insertByHand(t testing.TB, tx pgx.Tx, walletID int64, n int) {
 	t.Helper()
 	ctx := context.Background()
 	var at time.Time
@@ -1401,7 +1401,7 @@ func insertByHand(t *testing.T, tx pgx.Tx, walletID int64, n int) {
 	}
 }
 
-func lastCheckpointOf(t *testing.T, cfg *config) *checkpoint {
+func lastCheckpointOf(t testing.TB, cfg *config) *checkpoint {
 	t.Helper()
 	k, err := kafka.Open(kafkaConfig(&cfg.relayConfig, nil))
 	if err != nil {
@@ -1425,14 +1425,14 @@ func (c *checkpoint) end(t *testing.T) pglogrepl.LSN {
 }
 
 // checkStream audits ledger and topic, and reads the topic a second time.
-func checkStream(t *testing.T, cfg *config) {
+func checkStream(t testing.TB, cfg *config) {
 	t.Helper()
 	checkAudit(t, cfg)
 	checkEvents(t, cfg)
 }
 
 // checkEvents reads the topic, all published, by sarama's own consumer, and compares it with the ledger.
-func checkEvents(t *testing.T, cfg *config) {
+func checkEvents(t testing.TB, cfg *config) {
 	t.Helper()
 	conn := connect(t, cfg.databaseURL)
 	entries := func() (all, expiries int) {
@@ -1578,7 +1578,7 @@ func (c *streamed) follow(payload []byte) string {
 	return ""
 }
 
-func checkAudit(t *testing.T, cfg *config) {
+func checkAudit(t testing.TB, cfg *config) {
 	t.Helper()
 	var said bytes.Buffer
 	findings, err := runAudit(context.Background(), &cfg.relayConfig, 0, &said)
@@ -1589,7 +1589,7 @@ func checkAudit(t *testing.T, cfg *config) {
 
 // consume yields the committed events: at least want of them, unless none comes for some seconds, and any
 // that follow at once.
-func consume(t *testing.T, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
+func consume(t testing.TB, cfg *config, want int) func(func(*sarama.ConsumerMessage) bool) {
 	return func(yield func(*sarama.ConsumerMessage) bool) {
 		conf := sarama.NewConfig()
 		conf.Consumer.IsolationLevel = sarama.ReadCommitted

@@ -1,8 +1,4 @@
 // How long events stand still when a leader goes behind a huge Postgres transaction, and where the time goes.
-// It measures, and is run by hand:
-//
-//	WALLET_TEST_KAFKA=apache go test -run TestTakeoverBehindAHugeTransaction -v . -args -huge 500000
-//
 // That nothing is lost or repeated meanwhile, the loop that kills shows.
 
 package main
@@ -17,34 +13,35 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-var takeoverRows = flag.Int("huge", 0, "rows of the transaction that a leader goes behind; 0: not measured")
+var benchHuge = flag.Int("bench.huge", 500_000, "rows of BenchmarkTakeover's transaction")
 
-func TestTakeoverBehindAHugeTransaction(t *testing.T) {
-	if *takeoverRows == 0 {
-		t.Skip("it only measures: -args -huge 500000")
+// BenchmarkTakeover: seconds since the fault until the slot is free, another leads, the next event comes.
+func BenchmarkTakeover(b *testing.B) {
+	if !*large {
+		b.Skip("some minutes: pass -large")
 	}
-	c := newChaos(t, nil)
+	c := newChaos(b, nil)
 	c.load.end()
-	conn := connect(t, c.env["DATABASE_URL"])
+	conn := connect(b, c.env["DATABASE_URL"])
 	c.exec(conn, `SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0`)
 	for _, s := range []struct {
 		name    string
 		commits bool // before the fault
 		fault   string
 	}{
-		{"open, kill, then cut the successor off from Kafka", false, "kill and cut"},
-		{"committed just now, kill", true, "kill"},
-		{"committed just now, cut off from Kafka", true, "cut"},
+		{"open-killed-successor-cut-off", false, "kill and cut"},
+		{"committed-killed", true, "kill"},
+		{"committed-cut-off", true, "cut"},
 	} {
 		tx, err := conn.Begin(context.Background())
 		if err != nil {
-			t.Fatal(err)
+			b.Fatal(err)
 		}
 		c.fromHere++
-		insertByHand(t, tx, 1_000_000+c.fromHere, *takeoverRows)
+		insertByHand(b, tx, 1_000_000+c.fromHere, *benchHuge)
 		end := func() {
 			if err := tx.Commit(context.Background()); err != nil {
-				t.Fatal(err)
+				b.Fatal(err)
 			}
 		}
 		if s.commits {
@@ -59,24 +56,27 @@ func TestTakeoverBehindAHugeTransaction(t *testing.T) {
 		} else {
 			r.kill()
 			if s.fault == "kill and cut" {
-				r.start(t)
+				r.start(b)
 				next := c.leader(nil)
 				heal := next.kafka[0].hole()
 				took = c.follow(next)
 				heal()
 			} else {
 				took = c.follow(r)
-				r.start(t)
+				r.start(b)
 			}
 		}
-		t.Logf("%s: of %d rows; slot free after %v, another leads after %v, next event after %v", s.name,
-			*takeoverRows, took.free, took.leads, took.event)
+		for what, is := range map[string]time.Duration{"free": took.free, "leads": took.leads,
+			"event": took.event} {
+			b.ReportMetric(is.Seconds(), s.name+"-"+what+"-s")
+		}
 		if !s.commits {
 			end()
 		}
 		c.awaitAll(3 * time.Minute)
 	}
-	checkStream(t, c.cfg)
+	b.ReportMetric(0, "ns/op")
+	checkStream(b, c.cfg)
 }
 
 // takeover is how long it took since the fault.
